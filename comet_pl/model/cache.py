@@ -1,0 +1,224 @@
+"""CometCache: everything that survives between calls.
+
+Legend: B rows, m global slots, K temporary capacity, d width, H key/value heads, h head width, P key columns, n pending outputs.
+Bytes do not depend on how much was read: a call without gradients allocates every buffer at its full size and writes in place. A call with
+gradients never writes in place; it returns a new cache whose tensors are as long as needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from comet_pl.model.chunking import NO_STRIDE, RowClock, compression_tokens
+from comet_pl.model.config import CometConfig
+
+
+class LayerMemory(NamedTuple):
+    """One layer's share of the cache. Which entries are valid is in the rows' clocks."""
+
+    state: Tensor | None = None  # S (B, m, d)
+    temporary: Tensor | None = None  # T (B, <= K, d), oldest first, from entry 0
+    keys: Tensor | None = None  # open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position
+    values: Tensor | None = None
+    pending: Tensor | None = None  # open chunk: outputs X at its compression tokens (B, n, d)
+
+
+class CometCache(Cache):
+    """The memory of a batch of texts; made by the model, or empty by `CometCache()` and filled by the first call."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        super().__init__(layers=[])
+        self.memories: list[LayerMemory] = []
+        self.rows: list[RowClock] = []
+        self.columns = 0  # columns fed so far, padding included
+        self.preallocated = False
+        self.fingerprint: str | None = None  # of the configuration it was made with
+        self.weights: str | None = None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
+        self.digest: Callable[[], str] | None = None  # the model's digest of its weights
+
+    # ---- what the model calls
+
+    def begin(self, config: CometConfig, batch: int, fingerprint: str) -> CometCache:
+        """Checks that this cache fits; starts the rows' clocks of an empty one."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint
+            self.memories = [LayerMemory() for _ in range(config.backbone_config.num_hidden_layers)]
+            self.rows = [RowClock(stride=config.compression_stride or NO_STRIDE)] * batch
+        if self.fingerprint != fingerprint:
+            raise ValueError("past_key_values: this cache was made by a model of another configuration")
+        if len(self.rows) != batch:
+            raise ValueError(f"past_key_values: the cache holds {len(self.rows)} rows, input_ids has {batch}")
+        return self
+
+    def functional_copy(self) -> CometCache:
+        """A cache for a call with gradients: shares nothing that a later call could write to."""
+        new = copy.copy(self)
+        new.memories, new.rows = list(self.memories), list(self.rows)
+        if self.preallocated:
+            new._map(Tensor.clone)
+            new.preallocated = False
+        return new
+
+    def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates every buffer at its full size and copies what is there."""
+        if self.preallocated:
+            return
+        self.memories = [_fill(sizes, m, dtype, device) for sizes, m in zip(_shapes(config, self.rows), self.memories, strict=True)]
+        self.preallocated = True
+
+    # ---- what users and Hugging Face's generate call
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors())
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """(B,) real tokens read."""
+        return torch.tensor([row.num_tokens for row in self.rows])
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns fed so far, padding included."""
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def __len__(self) -> int:
+        return len(self.memories)
+
+    def __repr__(self) -> str:
+        return f"CometCache(rows={len(self.rows)}, layers={len(self.memories)}, columns={self.columns}, nbytes={self.nbytes})"
+
+    def clone(self) -> CometCache:
+        """An independent copy: what one reads, the other does not."""
+        return self._copy(Tensor.clone)
+
+    def detach(self) -> CometCache:
+        """The same memory, cut off from the graph that made it."""
+        return self._copy(Tensor.detach)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Row b becomes what row indices[b] was."""
+        chosen: list[int] = torch.arange(len(self.rows))[indices.cpu()].tolist()
+        self._map(lambda t: t.index_select(0, torch.tensor(chosen, device=t.device)))
+        self.rows = [self.rows[b] for b in chosen]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.batch_select_indices(torch.arange(len(self.rows)).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.__init__()  # type: ignore[misc]
+
+    def crop(self, *args: Any) -> None:
+        raise ValueError("CometCache: what was read cannot be unread; clone() the cache before reading on")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the cache to a safetensors file, atomically."""
+        tensors = {
+            f"{i}.{name}": t.detach().contiguous()
+            for i, memory in enumerate(self.memories)
+            for name, t in memory._asdict().items()
+            if t is not None
+        }
+        weights = self.digest() if self.digest else self.weights
+        facts = {"rows": [asdict(r) for r in self.rows], "columns": self.columns, "layers": len(self.memories),
+                 "preallocated": self.preallocated, "fingerprint": self.fingerprint, "weights": weights}  # fmt: skip
+        beside = Path(f"{path}.{os.getpid()}.part")
+        try:
+            save_file(tensors, beside, metadata={"comet_cache": json.dumps(facts)})
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CometCache:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: not a file, or not a whole one, that `save` wrote.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                facts = json.loads((file.metadata() or {})["comet_cache"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: not a readable CometCache file ({error})") from None
+        cache = cls()
+        cache.memories = [LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields)) for i in range(facts["layers"])]
+        cache.rows = [RowClock(**row) for row in facts["rows"]]
+        cache.columns, cache.preallocated = facts["columns"], facts["preallocated"]
+        cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
+        return cache
+
+    # ---- helpers
+
+    def _tensors(self) -> Iterable[Tensor]:
+        return (t for memory in self.memories for t in memory if t is not None)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.memories = [LayerMemory(*(None if t is None else change(t) for t in memory)) for memory in self.memories]
+
+    def _copy(self, change: Callable[[Tensor], Tensor]) -> CometCache:
+        new = copy.copy(self)
+        new.rows = list(self.rows)
+        new._map(change)
+        return new
+
+
+def key_columns(config: CometConfig, rows: list[RowClock]) -> int:
+    """Key columns of an open chunk at its fullest, and one where ragged batches put what nobody reads."""
+    own = config.chunk_size + compression_tokens(config.chunk_size, min(r.stride for r in rows))
+    memory = config.global_size + (config.temporary_capacity if config.compression_stride else 0)
+    return memory + own + config.global_size + 1
+
+
+def _shapes(config: CometConfig, rows: list[RowClock]) -> list[LayerMemory]:
+    """Full sizes of every layer's tensors, as LayerMemory of shapes."""
+    backbone, B, m = config.backbone_config, len(rows), config.global_size
+    d = backbone.hidden_size
+    head = getattr(backbone, "head_dim", None) or d // backbone.num_attention_heads
+    keys = (B, backbone.num_key_value_heads, key_columns(config, rows), head)
+    state = (B, m, d) if m else None
+    temporary = pending = None
+    if config.compression_stride:
+        temporary = (B, config.temporary_capacity, d)
+        pending = (B, compression_tokens(config.chunk_size, min(r.stride for r in rows)) + 1, d)
+    return [LayerMemory(state, temporary, keys, keys, pending)] * backbone.num_hidden_layers  # type: ignore[arg-type]
+
+
+def _fill(sizes: LayerMemory, memory: LayerMemory, dtype: torch.dtype, device: torch.device) -> LayerMemory:
+    buffers = []
+    for name, size, old in zip(LayerMemory._fields, sizes, memory, strict=True):
+        axis = 2 if name in ("keys", "values") else 1
+        if size is None:
+            buffers.append(None)
+            continue
+        if old is not None and old.shape[axis] > size[axis]:  # an open chunk that had outgrown C (rollover=false)
+            size = old.shape
+        buffer = torch.zeros(size, dtype=dtype, device=device)
+        if old is not None:
+            buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
+        buffers.append(buffer)
+    return LayerMemory(*buffers)

@@ -1,0 +1,277 @@
+"""CometForCausalLM: embed, walk the cells, head.
+
+Legend: B rows, N columns of input_ids, W own tokens of a step, d width, V vocabulary rows (new ones included).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from comet_pl import checkpoint as formats
+from comet_pl.loss import summed_cross_entropy
+from comet_pl.model.backbone import Cell, check_backbone
+from comet_pl.model.cache import CometCache, LayerMemory
+from comet_pl.model.call import Call
+from comet_pl.model.config import CometConfig
+from comet_pl.model.memory import Gate
+from comet_pl.model.step import Step
+from comet_pl.model.walk import WALKS, LocalSeam
+
+
+class CometForCausalLM(PreTrainedModel, GenerationMixin):
+    """A decoder with collaborative memory: reads text of any length at constant memory and linear time."""
+
+    config_class = CometConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _no_split_modules = ["Cell"]
+    _supports_sdpa = True
+    _is_stateful = True  # what was read cannot be unread: no assisted decoding
+
+    def __init__(self, config: CometConfig, decoder: PreTrainedModel | None = None):
+        """From scratch; or around a loaded `decoder`, whose modules are taken over as they are."""
+        check_backbone(config.backbone_config)
+        super().__init__(config)
+        backbone = config.backbone_config
+        self.model = AutoModel.from_config(backbone) if decoder is None else decoder.model
+        self.lm_head = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False) if decoder is None else decoder.lm_head
+        self.model.layers = nn.ModuleList(Cell(layer, config) for layer in self.model.layers)
+        self.walk = "chunk_major"
+        self.seam = LocalSeam  # a Strategy swaps it
+        self.gradient_checkpointing = False  # recompute each cell's activations in the backward pass
+        if decoder is not None:
+            weight = decoder.lm_head.weight
+            for name, parameter in self.named_parameters():
+                parameter._is_hf_initialized = not is_memory(name)  # type: ignore[attr-defined]
+            self.to(device=weight.device, dtype=weight.dtype)
+        self.post_init()
+        self._suppress_new_ids()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Gate) and module.start_bias is not None:
+            init.constant_(module.proj.bias, module.start_bias)
+
+    def _suppress_new_ids(self) -> None:
+        if self.generation_config is not None:
+            self.generation_config.suppress_tokens = self.config.new_token_ids or None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | os.PathLike[str], *args: Any, comet: dict[str, Any] | None = None, **kwargs: Any
+    ) -> CometForCausalLM:
+        """Loads a CoMeT folder (ours or the authors'; `comet` then overrides), or plugs fresh memory modules into a plain decoder.
+
+        Args:
+            path: folder or hub id. comet: CometConfig keys. Others: as in Hugging Face's from_pretrained.
+
+        Raises:
+            ValueError: an impossible or unknown memory key; a decoder that is not supported.
+        """
+        kind = formats.kind(path, kwargs)
+        if kind == "comet":
+            config = kwargs.pop("config", None) or CometConfig.from_pretrained(path)
+            config.override(comet or {})
+            model = super().from_pretrained(path, *args, config=config, **kwargs)
+        elif kind == "authors":
+            model = formats.load_authors(cls, path, comet or {}, **kwargs)
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
+            model = cls.from_decoder(decoder, comet or {})
+        model._suppress_new_ids()
+        return model
+
+    @classmethod
+    def from_decoder(cls, decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:
+        """Plugs fresh memory modules into a loaded decoder, which is used up; new token rows by mean resizing."""
+        unknown = set(comet) - set(CometConfig.__init__.__annotations__)
+        if unknown:
+            raise ValueError(f"comet[{sorted(unknown)[0]!r}]: no such key of CometConfig")
+        check_backbone(decoder.config)
+        config = CometConfig(backbone_config=decoder.config, **comet)
+        if config.vocab_size > decoder.config.vocab_size:
+            decoder.resize_token_embeddings(config.vocab_size, mean_resizing=True)
+        implementation = decoder.config._attn_implementation
+        model = cls(config, decoder)
+        model.config._attn_implementation = implementation
+        if decoder.generation_config is not None:
+            model.generation_config = decoder.generation_config
+        return model.train(decoder.training)
+
+    # ---- forward
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        chunk_sizes: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        past_key_values: CometCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        strides: Sequence[int] | Tensor | None = None,
+        resets: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalLMOutputWithPast:
+        """Reads N more columns of B texts.
+
+        Args:
+            input_ids: (B, N) text tokens. attention_mask: (B, N) or, with a cache, (B, all columns so far); 0 = padding.
+            labels: (B, N) unshifted targets, -100 ignored. shift_labels: (B, N) targets of each column itself (not both).
+            chunk_sizes: text tokens of each chunk, one list or one a row; an open chunk is closed first, all listed chunks close. None: text
+                continues the open chunk, and chunks of config.chunk_size roll over.
+            past_key_values: what was read before. Without gradients it is updated in place; with gradients a new one is returned.
+            use_cache: return the cache (default: if one is given, or in eval mode).
+            logits_to_keep: n: logits of the last n columns; 0: of all; None: of all, or of none if there are labels.
+            num_items_in_batch: divides the summed loss (default: this call's targets).
+            strides: (B,) compression stride of each row, kept in the cache. resets: a bool for each listed chunk; True empties the row's
+                memory before it.
+
+        Returns:
+            .loss, .logits (B, n, V) (zeros' logits at padding: undefined), .past_key_values
+
+        Raises:
+            ValueError: arguments that contradict each other; the message names the argument, what was given and what is allowed.
+        """
+        if use_cache is None:
+            use_cache = past_key_values is not None or not self.training
+        call = Call.prepare(
+            self.config, input_ids, attention_mask, labels, shift_labels, chunk_sizes, strides, resets, logits_to_keep, past_key_values, use_cache
+        )
+        cache = past_key_values if past_key_values is not None else CometCache()
+        cache.begin(self.config, len(input_ids), self.fingerprint)
+        if cache.weights is not None and cache.weights != self.weight_digest():
+            raise ValueError("past_key_values: this cache was made by a model with other weights")
+        in_place = use_cache and not torch.is_grad_enabled()
+        if in_place:
+            cache.rows = call.clocks  # their strides decide the buffers' sizes
+            cache.reserve(self.config, self.dtype, input_ids.device)
+        else:
+            cache = cache.functional_copy()
+        cache.weights, cache.digest = None, self.weight_digest
+        for cell in self.model.layers:
+            if cell.global_memory is not None and cell.global_memory.gate_values is not None:
+                cell.global_memory.gate_values.clear()
+
+        outputs = list(self._walk(call, input_ids, cache.memories, in_place))
+        cache.rows, cache.columns = call.clocks_after, cache.columns + input_ids.shape[1]
+        loss, logits = self._head(call, outputs, input_ids, num_items_in_batch)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+
+    def _walk(self, call: Call, input_ids: Tensor, memories: list[LayerMemory], in_place: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Visits the cells; yields the wanted outputs (k, d) of each step with their flat places (k,) in (B, N)."""
+        new_ids = [self.config.compression_token_id or 0, *self.config.readout_token_ids]
+        ids = torch.cat([input_ids, input_ids.new_tensor(new_ids).expand(len(input_ids), -1)], 1)
+        cells, seam = self.model.layers, self.seam(memories)
+        hidden: dict[int, Tensor] = {}
+        steps: dict[int, Step] = {}
+        memory: dict[int, LayerMemory] = {}
+        for t, i in WALKS[self.walk](call.steps, len(cells)):
+            if t not in steps:
+                steps[t] = self._rope(call.step(t, in_place, input_ids.device))
+                hidden[t] = self.model.embed_tokens(ids.gather(1, steps[t].source))
+            before = seam.receive(i) if t == 0 else memory[i]
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden[t], memory[i] = checkpoint(cells[i], hidden[t], before, steps[t], use_reentrant=False)
+            else:
+                hidden[t], memory[i] = cells[i](hidden[t], before, steps[t])
+            if t == call.steps - 1:
+                seam.send(i, memory.pop(i))
+            if i == len(cells) - 1:
+                step, out = steps.pop(t), hidden.pop(t)
+                if step.selected is not None:
+                    yield out.flatten(0, 1)[step.selected], step.target
+
+    def _rope(self, step: Step) -> Step:
+        like = self.model.embed_tokens.weight
+        step.rope = self.model.rotary_emb(like, step.positions)
+        if step.slot_positions is not None:
+            step.slot_rope = self.model.rotary_emb(like, step.slot_positions)
+        return step
+
+    def _head(
+        self, call: Call, outputs: list[tuple[Tensor, Tensor]], input_ids: Tensor, num_items: int | Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Loss over labelled positions and logits of the kept columns, from the outputs that were kept of the walk."""
+        width = self.config.backbone_config.hidden_size
+        like = self.lm_head.weight
+        hidden = torch.cat([h for h, _ in outputs]) if outputs else like.new_zeros(0, width)
+        places = torch.cat([p for _, p in outputs]) if outputs else input_ids.new_zeros(0)
+        hidden = self.model.norm(hidden)
+        loss = logits = None
+        if call.targets is not None:
+            targets = call.targets.to(input_ids.device).flatten()[places]
+            labelled = targets != -100
+            count = call.labelled if num_items is None else num_items
+            loss = torch.zeros((), dtype=torch.float32, device=input_ids.device)
+            if call.labelled:
+                loss = summed_cross_entropy(hidden[labelled], targets[labelled], self.lm_head) / count
+        if call.keep:
+            rows, columns = input_ids.shape
+            kept = places % columns >= columns - call.keep
+            place = places[kept] // columns * call.keep + places[kept] % columns - (columns - call.keep)
+            dense = hidden.new_zeros(rows * call.keep, width).index_copy(0, place, hidden[kept])
+            logits = self.lm_head(dense.unflatten(0, (rows, call.keep)))
+        return loss, logits
+
+    # ---- identity, parameters, instruments
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the configuration: what a cache must have been made with."""
+        backbone = {k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(("_", "transformers", "dtype", "torch"))}
+        keys = ("global_size", "compression_stride", "temporary_capacity", "chunk_size", "adapter_rank", "shared_adapter", "gate")
+        facts = [backbone, [getattr(self.config, key) for key in keys]]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def weight_digest(self) -> str:
+        """Of the weights: a few values of every parameter."""
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            digest.update(name.encode())
+            digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, parameter) of the memory modules: gates, norms and adapters."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if is_memory(name))
+
+    def record_gates(self, on: bool = True) -> None:
+        """Whether each forward keeps its gate values for `gate_values()`."""
+        for cell in self.model.layers:
+            if cell.global_memory is not None:
+                cell.global_memory.gate_values = [] if on else None
+
+    def gate_values(self) -> list[list[Tensor]]:
+        """For each layer, g (B, m, 1 or d) of each chunk after the first of the last forward, detached."""
+        return [list(cell.global_memory.gate_values or []) for cell in self.model.layers if cell.global_memory is not None]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # generate() leaves it to forward, which makes a CometCache
+
+
+def is_memory(name: str) -> bool:
+    """Whether a parameter of this name belongs to the memory modules."""
+    parts = name.split(".")
+    return "global_memory" in parts or "temporary_memory" in parts or (len(parts) > 3 and parts[3] == "adapter")
+
+
+AutoConfig.register("comet", CometConfig)
+AutoModelForCausalLM.register(CometConfig, CometForCausalLM)

@@ -1,0 +1,128 @@
+"""CometConfig: a backbone's configuration plus the memory's."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+GATES = ("scalar", "elementwise", "none")
+WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")  # these shape the weights: they cannot be overridden on a loaded checkpoint
+
+
+class CometConfig(PretrainedConfig):
+    """What a CoMeT is (paper's notation in brackets).
+
+    Args:
+        backbone_config: configuration of the decoder (object or dict). Its `vocab_size` is the text vocabulary; the new rows (one
+            compression token, m readout tokens) are appended to it, unless their ids are given.
+        chunk_size: text tokens a chunk (C).
+        global_size: readout tokens = global memory slots (m); 0: no global memory.
+        compression_stride: a compression token after every s text tokens (s); None: no temporary memory.
+        temporary_capacity: temporary memory slots (K).
+        adapter_rank: rank of the residual adapters (r).
+        shared_adapter: one adapter a layer for both memories (the paper's text) instead of one each (the authors' code).
+        gate: "scalar" (one value a slot), "elementwise" (one a channel, low rank 2d -> r -> d) or "none" (S = candidate).
+        gate_bias: start value of a bias inside the gate's sigmoid; None: no bias (the authors). Positive: retain first.
+        rollover: False: a call that continues a cache never closes the open chunk.
+        compression_token_id, readout_token_ids: rows of the new tokens; None: appended to the vocabulary.
+        first_new_id: ids from here on are not text and are suppressed in generation.
+
+    Raises:
+        ValueError: a key with an impossible value.
+    """
+
+    model_type = "comet"
+    sub_configs = {"backbone_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        chunk_size: int = 2048,
+        global_size: int = 512,
+        compression_stride: int | None = 8,
+        temporary_capacity: int = 2048,
+        adapter_rank: int = 8,
+        shared_adapter: bool = False,
+        gate: str = "scalar",
+        gate_bias: float | None = None,
+        rollover: bool = True,
+        compression_token_id: int | None = None,
+        readout_token_ids: list[int] | None = None,
+        first_new_id: int | None = None,
+        **kwargs: Any,
+    ):
+        if backbone_config is None:
+            raise ValueError("backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)")
+        if isinstance(backbone_config, dict):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        backbone_config = copy.deepcopy(backbone_config)  # ours: the attention implementation and the vocabulary are set on it
+        self.chunk_size, self.global_size = chunk_size, global_size
+        self.compression_stride, self.temporary_capacity = compression_stride, temporary_capacity
+        self.adapter_rank, self.shared_adapter = adapter_rank, shared_adapter
+        self.gate, self.gate_bias, self.rollover = gate, gate_bias, rollover
+        self.check()
+        next_id = backbone_config.vocab_size
+        self.first_new_id = next_id if first_new_id is None else first_new_id
+        if compression_token_id is None and compression_stride is not None:
+            compression_token_id, next_id = next_id, next_id + 1
+        if readout_token_ids is None:
+            readout_token_ids = list(range(next_id, next_id + global_size))
+            next_id += global_size
+        if len(readout_token_ids) != global_size:
+            raise ValueError(f"readout_token_ids: {len(readout_token_ids)} ids given, but global_size is {global_size}")
+        backbone_config.vocab_size = next_id
+        self.compression_token_id, self.readout_token_ids = compression_token_id, list(readout_token_ids)
+        self.backbone_config = backbone_config
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+            kwargs.setdefault(name, getattr(backbone_config, name, None))
+        super().__init__(**kwargs)
+
+    def check(self) -> None:
+        """Raises ValueError for the first impossible value."""
+        for key, least in (("chunk_size", 1), ("global_size", 0), ("temporary_capacity", 1), ("adapter_rank", 1)):
+            value = getattr(self, key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{key}: {value!r} given, a whole number >= {least} is needed")
+        s = self.compression_stride
+        if s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1):
+            raise ValueError(f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary memory) is needed")
+        if self.gate not in GATES:
+            raise ValueError(f"gate: {self.gate!r} given, one of {', '.join(GATES)} is needed")
+        if self.gate_bias is not None and not isinstance(self.gate_bias, (int, float)):
+            raise ValueError(f"gate_bias: {self.gate_bias!r} given, a number or None (no bias) is needed")
+
+    def override(self, changes: dict[str, Any]) -> None:
+        """Changes memory keys of a loaded checkpoint's configuration in place.
+
+        Raises:
+            ValueError: an unknown key, a key that shapes the weights, or more readout tokens than the checkpoint has.
+        """
+        known = {"chunk_size", "global_size", "compression_stride", "temporary_capacity", "gate_bias", "rollover", *WEIGHT_KEYS}
+        for key, value in changes.items():
+            if key not in known:
+                raise ValueError(f"comet[{key!r}]: no such key; known: {', '.join(sorted(known))}")
+            if key in WEIGHT_KEYS and value != getattr(self, key):
+                raise ValueError(f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made with {getattr(self, key)!r}")
+            setattr(self, key, value)
+        self.check()
+        if self.global_size > len(self.readout_token_ids):
+            raise ValueError(f"comet['global_size']: {self.global_size} given, the checkpoint has {len(self.readout_token_ids)} readout tokens")
+        if self.compression_stride is not None and self.compression_token_id is None:
+            raise ValueError("comet['compression_stride']: this checkpoint was made without a compression token")
+        self.readout_token_ids = self.readout_token_ids[: self.global_size]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+        return self.backbone_config
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, new ones included."""
+        return self.backbone_config.vocab_size
+
+    @property
+    def new_token_ids(self) -> list[int]:
+        """Ids that mean nothing as text; generation suppresses them."""
+        return list(range(self.first_new_id, self.vocab_size))

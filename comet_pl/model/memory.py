@@ -1,0 +1,78 @@
+"""The two memories of a layer: what is written, not where it is kept (cache.py) nor when (backbone.py).
+
+Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
+    c = RMSNorm(R)            g = sigmoid(W_g [c ; S_prev] + bias)            S = g * S_prev + (1 - g) * c            G = S + W_up W_down S
+    new = RMSNorm(X) + W_up' W_down' RMSNorm(X)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from comet_pl.model.config import CometConfig
+
+
+class ResidualAdapter(nn.Module):
+    """x + W_up (W_down x), low rank, no biases."""
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.down_proj = nn.Linear(width, rank, bias=False)
+        self.up_proj = nn.Linear(rank, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up_proj(self.down_proj(x))
+
+
+class Gate(nn.Module):
+    """g in (0, 1): how much of the old state stays. (B, m, d), (B, m, d) -> (B, m, 1) scalar or (B, m, d) elementwise."""
+
+    def __init__(self, config: CometConfig):
+        super().__init__()
+        width, rank, bias = config.backbone_config.hidden_size, config.adapter_rank, config.gate_bias is not None
+        self.start_bias = config.gate_bias
+        if config.gate == "scalar":
+            self.proj = nn.Linear(2 * width, 1, bias=bias)
+        else:  # a full 2d -> d matrix would outweigh everything else that is new
+            self.down_proj = nn.Linear(2 * width, rank, bias=False)
+            self.proj = nn.Linear(rank, width, bias=bias)
+        self.scalar = config.gate == "scalar"
+
+    def forward(self, candidate: Tensor, previous: Tensor) -> Tensor:
+        both = torch.cat([candidate, previous], dim=-1)
+        return torch.sigmoid(self.proj(both if self.scalar else self.down_proj(both)))
+
+
+class GlobalMemory(nn.Module):
+    """m slots, each rewritten once a chunk from its readout token's output."""
+
+    def __init__(self, config: CometConfig):
+        super().__init__()
+        width = config.backbone_config.hidden_size
+        self.norm = nn.RMSNorm(width, eps=None)
+        self.gate = None if config.gate == "none" else Gate(config)
+        self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
+        self.gate_values: list[Tensor] | None = None  # a list: every g of the current forward is appended, detached
+
+    def write(self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None) -> Tensor:
+        """The new state S (B, m, d). `previous`: S after the chunk before, None in a first chunk; `first` (B,) marks the rows in their
+        first chunk where others are not."""
+        candidate = self.norm(readout)
+        if previous is None or self.gate is None:
+            return candidate
+        g = self.gate(candidate, previous)
+        if self.gate_values is not None:
+            self.gate_values.append(g.detach())
+        state = g * previous + (1 - g) * candidate
+        return state if first is None else torch.where(first[:, None, None], candidate, state)
+
+
+class TemporaryMemory(nn.Module):
+    """A first-in first-out list of at most K entries, one a compression token."""
+
+    def __init__(self, config: CometConfig):
+        super().__init__()
+        width = config.backbone_config.hidden_size
+        self.norm = nn.RMSNorm(width, eps=1e-12)
+        self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)

@@ -30,7 +30,7 @@ AUTHORS_NAMES = {
 
 
 def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
-    """"comet" (our folder), "authors" (theirs), or "decoder" (anything else that Hugging Face can load)."""
+    """ "comet" (our folder), "authors" (theirs), or "decoder" (anything else that Hugging Face can load)."""
     if kwargs.get("gguf_file"):
         return "decoder"
     if isinstance(kwargs.get("config"), CometConfig):
@@ -69,9 +69,7 @@ def authors_name(name: str) -> str:
     return name
 
 
-def load_authors(
-    cls: type[CometForCausalLM], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any
-) -> CometForCausalLM:
+def load_authors(cls: type[CometForCausalLM], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any) -> CometForCausalLM:
     """Loads a checkpoint as the authors' code saves it (config.json, *.safetensors)."""
     folder = Path(path)
     config = authors_config(folder, comet)

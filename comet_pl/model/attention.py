@@ -1,6 +1,7 @@
 """Attention of own tokens over [memory | own tokens], lower-right causal: a token sees all of the past and its own tokens up to itself.
 
-Legend: B rows, H query heads, H' key/value heads, W own tokens, L key columns (the last W are the own tokens, if rows are uniform), h head width.
+Legend: B rows, H query heads, H' key/value heads, h head width, W own tokens, L key columns (if rows are uniform, the last W are the own
+tokens).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 class _SplitAttention(torch.autograd.Function):
     """CPU: the past without a mask and the own tokens causally, merged by their log-sum-exps; no mask exists and nothing is masked away.
 
-    The kernel's log-sum-exp carries no gradient of its own, but its backward is exact for each part when it is given the *merged* output and
-    log-sum-exp: dS = P * (dO V^T - rowsum(dO * O)) holds column by column.
+    The kernel's log-sum-exp carries no gradient of its own, but the kernel's backward is exact for each part if it is given the *merged*
+    output and log-sum-exp: dS = P * (dO V^T - rowsum(dO * O)) holds column by column.
     """
 
     @staticmethod
@@ -40,9 +41,7 @@ class _SplitAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         past, scale = ctx.past, ctx.scale
         parts = ((k[:, :, :past], v[:, :, :past], False), (k[:, :, past:], v[:, :, past:], True))
-        (q1, k1, v1), (q2, k2, v2) = (
-            _flash_backward(grad, q, pk, pv, o, lse, 0.0, causal, scale=scale) for pk, pv, causal in parts
-        )
+        (q1, k1, v1), (q2, k2, v2) = (_flash_backward(grad, q, pk, pv, o, lse, 0.0, causal, scale=scale) for pk, pv, causal in parts)
         return q1 + q2, torch.cat([k1, k2], 2), torch.cat([v1, v2], 2), None, None
 
 

@@ -22,11 +22,21 @@ def check_backbone(config: PretrainedConfig) -> None:
     """Raises ValueError for a decoder that the cell cannot run exactly."""
     if config.model_type not in SUPPORTED:
         raise ValueError(
-            f"backbone model_type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}. To add one, describe its layer in "
-            "comet_pl/model/backbone.py (Cell.project and Cell.forward)"
+            f"backbone model_type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}. "
+            "To add one, describe its layer in comet_pl/model/backbone.py (Cell.project and Cell.forward)"
         )
     if getattr(config, "use_sliding_window", False) or "sliding_attention" in (getattr(config, "layer_types", None) or []):
         raise ValueError("backbone: a sliding window would cut the memory slots off; set use_sliding_window=False")
+
+
+class Decoder(nn.Module):
+    """The Hugging Face model's modules under their own names (embed_tokens, layers, norm, rotary_emb), each layer a cell."""
+
+    def __init__(self, model: nn.Module, config: CometConfig):
+        super().__init__()
+        for name, module in model.named_children():
+            self.add_module(name, module)
+        self.layers = nn.ModuleList(Cell(layer, config) for layer in self.layers)
 
 
 class Cell(nn.Module):
@@ -37,6 +47,7 @@ class Cell(nn.Module):
         for name, module in layer.named_children():
             self.add_module(name, module)
         self.config = config.backbone_config
+        self.scaling = float(layer.self_attn.scaling)  # type: ignore[arg-type]
         has_global, has_temporary = config.global_size > 0, config.compression_stride is not None
         self.global_memory = GlobalMemory(config) if has_global else None
         self.temporary_memory = TemporaryMemory(config) if has_temporary else None
@@ -51,7 +62,7 @@ class Cell(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # RoPE in the residual's dtype, attention in the projections'
         slots = self.slot_keys_values(memory, step)
         keys, values, memory = extend(memory, slots, keys, values, step)
-        out = attend(self.config._attn_implementation, queries, keys, values, step, self.self_attn.scaling)
+        out = attend(self.config._attn_implementation, queries, keys, values, step, self.scaling)
         hidden = hidden + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
         return hidden, self.remember(hidden, memory, step)
@@ -67,11 +78,12 @@ class Cell(nn.Module):
         if not step.opens:
             return None
         slots = []
-        if step.global_slots and memory.state is not None:
-            slots.append(self._adapt(self.global_memory, memory.state))
+        if step.global_slots and self.global_memory is not None and memory.state is not None:
+            slots.append(self.adapt(self.global_memory, memory.state))
         if step.temporary_slots and memory.temporary is not None:
             slots.append(memory.temporary[:, : step.temporary_slots])
         normed = self.input_layernorm(torch.cat(slots, 1))
+        assert step.slot_rope is not None
         keys, values = rotate(self.project("k", normed), step.slot_rope), self.project("v", normed)
         return keys.to(values.dtype), values
 
@@ -84,10 +96,11 @@ class Cell(nn.Module):
                 outputs = append_pending(pending, take(hidden, step.compression), step)
             if step.closes and outputs is not None and step.pending_after:
                 outputs_now = outputs[:, : step.pending_after]
-                new = self._adapt(self.temporary_memory, self.temporary_memory.norm(outputs_now))
+                new = self.adapt(self.temporary_memory, self.temporary_memory.norm(outputs_now))
                 temporary = push(temporary, new, step)
             pending = outputs if step.stores else pending if step.in_place else None
         if self.global_memory is not None and step.closes:
+            assert step.readout is not None
             previous = state if step.has_state else None
             new_state = self.global_memory.write(take(hidden, step.readout), previous, step.first)
             if step.closing is not None:
@@ -96,8 +109,10 @@ class Cell(nn.Module):
             state = put(state, new_state, step.in_place)
         return memory._replace(state=state, temporary=temporary, pending=pending)
 
-    def _adapt(self, owner: GlobalMemory | TemporaryMemory, x: Tensor) -> Tensor:
+    def adapt(self, owner: GlobalMemory | TemporaryMemory, x: Tensor) -> Tensor:
+        """Through the owner's residual adapter, or the layer's shared one."""
         adapter = self.adapter if owner.adapter is None else owner.adapter
+        assert adapter is not None
         return adapter(x)
 
 

@@ -77,7 +77,8 @@ class CometCache(Cache):
         """Allocates every buffer at its full size and copies what is there."""
         if self.preallocated:
             return
-        self.memories = [_fill(sizes, m, dtype, device) for sizes, m in zip(_shapes(config, self.rows), self.memories, strict=True)]
+        shapes = full_shapes(config, self.rows)
+        self.memories = [_fill(shapes, memory, dtype, device) for memory in self.memories]
         self.preallocated = True
 
     # ---- what users and Hugging Face's generate call
@@ -96,10 +97,11 @@ class CometCache(Cache):
         """Columns fed so far, padding included."""
         return self.columns
 
-    def get_max_length(self) -> int:
-        return -1
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1  # no limit
 
-    get_max_cache_shape = get_max_length
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        return -1
 
     def __len__(self) -> int:
         return len(self.memories)
@@ -162,7 +164,7 @@ class CometCache(Cache):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})["comet_cache"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
+                tensors = {name: file.get_tensor(name) for name in file}
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: not a readable CometCache file ({error})") from None
         cache = cls()
@@ -194,31 +196,28 @@ def key_columns(config: CometConfig, rows: list[RowClock]) -> int:
     return memory + own + config.global_size + 1
 
 
-def _shapes(config: CometConfig, rows: list[RowClock]) -> list[LayerMemory]:
-    """Full sizes of every layer's tensors, as LayerMemory of shapes."""
+def full_shapes(config: CometConfig, rows: list[RowClock]) -> dict[str, tuple[int, ...]]:
+    """The full size of each of a layer's tensors that exists."""
     backbone, B, m = config.backbone_config, len(rows), config.global_size
     d = backbone.hidden_size
     head = getattr(backbone, "head_dim", None) or d // backbone.num_attention_heads
     keys = (B, backbone.num_key_value_heads, key_columns(config, rows), head)
-    state = (B, m, d) if m else None
-    temporary = pending = None
+    shapes: dict[str, tuple[int, ...]] = {"keys": keys, "values": keys}
+    if m:
+        shapes["state"] = (B, m, d)
     if config.compression_stride:
-        temporary = (B, config.temporary_capacity, d)
-        pending = (B, compression_tokens(config.chunk_size, min(r.stride for r in rows)) + 1, d)
-    return [LayerMemory(state, temporary, keys, keys, pending)] * backbone.num_hidden_layers  # type: ignore[arg-type]
+        shapes["temporary"] = (B, config.temporary_capacity, d)
+        shapes["pending"] = (B, compression_tokens(config.chunk_size, min(r.stride for r in rows)) + 1, d)
+    return shapes
 
 
-def _fill(sizes: LayerMemory, memory: LayerMemory, dtype: torch.dtype, device: torch.device) -> LayerMemory:
-    buffers = []
-    for name, size, old in zip(LayerMemory._fields, sizes, memory, strict=True):
-        axis = 2 if name in ("keys", "values") else 1
-        if size is None:
-            buffers.append(None)
-            continue
-        if old is not None and old.shape[axis] > size[axis]:  # an open chunk that had outgrown C (rollover=false)
-            size = old.shape
-        buffer = torch.zeros(size, dtype=dtype, device=device)
+def _fill(shapes: dict[str, tuple[int, ...]], memory: LayerMemory, dtype: torch.dtype, device: torch.device) -> LayerMemory:
+    buffers = {}
+    for name, shape in shapes.items():
+        axis, old = 2 if name in ("keys", "values") else 1, getattr(memory, name)
+        if old is not None and old.shape[axis] > shape[axis]:  # an open chunk that had outgrown C (rollover=false)
+            shape = tuple(old.shape)
+        buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
         if old is not None:
-            buffer.narrow(axis, 0, old.shape[axis]).copy_(old)
-        buffers.append(buffer)
-    return LayerMemory(*buffers)
+            buffers[name].narrow(axis, 0, old.shape[axis]).copy_(old)
+    return LayerMemory(**buffers)

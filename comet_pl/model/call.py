@@ -29,7 +29,7 @@ class Call:
     segments: list[list[Segment]]  # of each row
     targets: Tensor | None  # (B, N) of each column, -100: none
     labelled: int
-    keep: int  # last columns whose logits are returned
+    keep: int | None  # last columns whose logits are returned; None: no logits
     wanted: np.ndarray | None  # (B, N) columns whose outputs are needed
     use_cache: bool
 
@@ -99,13 +99,14 @@ class Call:
         if not use_cache:  # nobody reads the last memories
             segments = [[*row[:-1], replace(row[-1], closes=False)] if row else row for row in segments]
         targets = shifted(labels, shift_labels, real)
-        keep = min(logits_to_keep or width, width) if targets is None or logits_to_keep is not None else 0
+        keep = min(logits_to_keep or width, width) if targets is None or logits_to_keep is not None else None
         wanted = np.zeros((rows, width), dtype=bool)
         labelled = 0
         if targets is not None:
             wanted |= (targets != -100).numpy()
             labelled = int(wanted.sum())
-        wanted[:, width - keep :] = True
+        if keep is not None:
+            wanted[:, width - keep :] = True
         return cls(config, width, clocks, [c for _, c in plans], columns, segments, targets, labelled, keep, wanted, use_cache)
 
 
@@ -169,7 +170,7 @@ def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list
 
 
 def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray) -> Tensor | None:
-    """(B, N) on CPU: the target of each column's token, -100 where there is none. A target counts if it and the token before it are real."""
+    """(B, N) on CPU: the target of each column's token, -100: none. A target counts if it and the token before it are real."""
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels: give one of the two")
     given = labels if labels is not None else shift_labels

@@ -138,5 +138,3 @@ def fixed_chunks(tokens: int, chunk_size: int) -> list[int]:
     """C, C, ..., rest."""
     full, rest = divmod(tokens, chunk_size)
     return [chunk_size] * full + [rest] * (rest > 0)
-
-

@@ -11,7 +11,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,11 +20,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from comet_pl import checkpoint as formats
 from comet_pl.loss import summed_cross_entropy
-from comet_pl.model.backbone import Cell, check_backbone
+from comet_pl.model.backbone import Decoder, check_backbone
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.call import Call
 from comet_pl.model.config import CometConfig
-from comet_pl.model.memory import Gate
+from comet_pl.model.memory import GateProjection
 from comet_pl.model.step import Step
 from comet_pl.model.walk import WALKS, LocalSeam
 
@@ -33,6 +32,7 @@ from comet_pl.model.walk import WALKS, LocalSeam
 class CometForCausalLM(PreTrainedModel, GenerationMixin):
     """A decoder with collaborative memory: reads text of any length at constant memory and linear time."""
 
+    config: CometConfig
     config_class = CometConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -46,9 +46,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         check_backbone(config.backbone_config)
         super().__init__(config)
         backbone = config.backbone_config
-        self.model = AutoModel.from_config(backbone) if decoder is None else decoder.model
+        self.model = Decoder(AutoModel.from_config(backbone) if decoder is None else decoder.model, config)
         self.lm_head = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False) if decoder is None else decoder.lm_head
-        self.model.layers = nn.ModuleList(Cell(layer, config) for layer in self.model.layers)
         self.walk = "chunk_major"
         self.seam = LocalSeam  # a Strategy swaps it
         self.gradient_checkpointing = False  # recompute each cell's activations in the backward pass
@@ -62,8 +61,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Gate) and module.start_bias is not None:
-            init.constant_(module.proj.bias, module.start_bias)
+        if isinstance(module, GateProjection) and module.start_bias is not None:
+            init.constant_(module.bias, module.start_bias)
 
     def _suppress_new_ids(self) -> None:
         if self.generation_config is not None:
@@ -133,8 +132,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, N) text tokens. attention_mask: (B, N) or, with a cache, (B, all columns so far); 0 = padding.
             labels: (B, N) unshifted targets, -100 ignored. shift_labels: (B, N) targets of each column itself (not both).
-            chunk_sizes: text tokens of each chunk, one list or one a row; an open chunk is closed first, all listed chunks close. None: text
-                continues the open chunk, and chunks of config.chunk_size roll over.
+            chunk_sizes: text tokens of each chunk, one list or one a row; an open chunk is closed first, all listed chunks close.
+                None: text continues the open chunk, and chunks of config.chunk_size roll over.
             past_key_values: what was read before. Without gradients it is updated in place; with gradients a new one is returned.
             use_cache: return the cache (default: if one is given, or in eval mode).
             logits_to_keep: n: logits of the last n columns; 0: of all; None: of all, or of none if there are labels.
@@ -151,7 +150,17 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         if use_cache is None:
             use_cache = past_key_values is not None or not self.training
         call = Call.prepare(
-            self.config, input_ids, attention_mask, labels, shift_labels, chunk_sizes, strides, resets, logits_to_keep, past_key_values, use_cache
+            self.config,
+            input_ids,
+            attention_mask,
+            labels,
+            shift_labels,
+            chunk_sizes,
+            strides,
+            resets,
+            logits_to_keep,
+            past_key_values,
+            use_cache,
         )
         cache = past_key_values if past_key_values is not None else CometCache()
         cache.begin(self.config, len(input_ids), self.fingerprint)
@@ -194,7 +203,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 seam.send(i, memory.pop(i))
             if i == len(cells) - 1:
                 step, out = steps.pop(t), hidden.pop(t)
-                if step.selected is not None:
+                if step.selected is not None and step.target is not None:
                     yield out.flatten(0, 1)[step.selected], step.target
 
     def _rope(self, step: Step) -> Step:
@@ -221,7 +230,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             loss = torch.zeros((), dtype=torch.float32, device=input_ids.device)
             if call.labelled:
                 loss = summed_cross_entropy(hidden[labelled], targets[labelled], self.lm_head) / count
-        if call.keep:
+        if call.keep is not None:
             rows, columns = input_ids.shape
             kept = places % columns >= columns - call.keep
             place = places[kept] // columns * call.keep + places[kept] % columns - (columns - call.keep)
@@ -234,7 +243,9 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def fingerprint(self) -> str:
         """Of the configuration: what a cache must have been made with."""
-        backbone = {k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(("_", "transformers", "dtype", "torch"))}
+        backbone = {
+            k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(("_", "transformers", "dtype", "torch"))
+        }
         keys = ("global_size", "compression_stride", "temporary_capacity", "chunk_size", "adapter_rank", "shared_adapter", "gate")
         facts = [backbone, [getattr(self.config, key) for key in keys]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]

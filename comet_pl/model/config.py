@@ -109,7 +109,8 @@ class CometConfig(PretrainedConfig):
             setattr(self, key, value)
         self.check()
         if self.global_size > len(self.readout_token_ids):
-            raise ValueError(f"comet['global_size']: {self.global_size} given, the checkpoint has {len(self.readout_token_ids)} readout tokens")
+            has = len(self.readout_token_ids)
+            raise ValueError(f"comet['global_size']: {self.global_size} given, the checkpoint has {has} readout tokens")
         if self.compression_stride is not None and self.compression_token_id is None:
             raise ValueError("comet['compression_stride']: this checkpoint was made without a compression token")
         self.readout_token_ids = self.readout_token_ids[: self.global_size]

@@ -25,18 +25,25 @@ class ResidualAdapter(nn.Module):
         return x + self.up_proj(self.down_proj(x))
 
 
+class GateProjection(nn.Linear):
+    """The gate's last linear map; its bias, if there is one, starts at `start_bias` (see CometForCausalLM._init_weights)."""
+
+    def __init__(self, inputs: int, outputs: int, start_bias: float | None):
+        super().__init__(inputs, outputs, bias=start_bias is not None)
+        self.start_bias = start_bias
+
+
 class Gate(nn.Module):
     """g in (0, 1): how much of the old state stays. (B, m, d), (B, m, d) -> (B, m, 1) scalar or (B, m, d) elementwise."""
 
     def __init__(self, config: CometConfig):
         super().__init__()
-        width, rank, bias = config.backbone_config.hidden_size, config.adapter_rank, config.gate_bias is not None
-        self.start_bias = config.gate_bias
+        width, rank = config.backbone_config.hidden_size, config.adapter_rank
         if config.gate == "scalar":
-            self.proj = nn.Linear(2 * width, 1, bias=bias)
+            self.proj = GateProjection(2 * width, 1, config.gate_bias)
         else:  # a full 2d -> d matrix would outweigh everything else that is new
             self.down_proj = nn.Linear(2 * width, rank, bias=False)
-            self.proj = nn.Linear(rank, width, bias=bias)
+            self.proj = GateProjection(rank, width, config.gate_bias)
         self.scalar = config.gate == "scalar"
 
     def forward(self, candidate: Tensor, previous: Tensor) -> Tensor:

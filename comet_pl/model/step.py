@@ -93,7 +93,9 @@ def build_step(
         if s and t
     )
     rows, W = len(segments), max(last - first for first, last in spans)
-    columns = max(c.memory + (last if s else open_tokens(c.fill, c.stride)) for c, s, (_, last) in zip(before, segments, spans, strict=True))
+    columns = max(
+        c.memory + (last if s else open_tokens(c.fill, c.stride)) for c, s, (_, last) in zip(before, segments, spans, strict=True)
+    )
 
     # Own tokens: where they come from, where they stand, which of them are wanted.
     source, positions = np.full((rows, W), width), np.full((rows, W), columns)
@@ -188,14 +190,14 @@ def build_step(
         step.compression, step.pending_slot = tensor(place), tensor(slot)
     if closing and global_size:
         step.readout = tensor(np.stack([_first(kinds[b] == 2) + np.arange(global_size) for b in range(rows)]) % max(W, 1))
-    after = [min(capacity, c.temporary_slots + h + int(e)) if b in closing else c.temporary_slots
-             for b, (c, h, e) in enumerate(zip(before, held, entering, strict=True))]  # fmt: skip
-    if closing and max(after):
-        index = np.zeros((rows, max(after)), dtype=np.int64)
-        for b in range(rows):
-            t, n = before[b].temporary_slots, (held[b] + int(entering[b])) if b in closing else 0
-            entry = np.arange(after[b]) + max(0, t + n - capacity)
-            index[b, : after[b]] = np.where(entry < t, entry, step.temporary_before + entry - t)
+    old = [c.temporary_slots for c in before]
+    new = [held[b] + int(entering[b]) if b in closing else 0 for b in range(rows)]
+    longest = max(min(capacity, t + n) for t, n in zip(old, new, strict=True))
+    if closing and longest:
+        index = np.zeros((rows, longest), dtype=np.int64)
+        for b, (t, n) in enumerate(zip(old, new, strict=True)):
+            entry = np.arange(max(0, t + n - capacity), t + n)  # the last K of [T ; new]
+            index[b, : len(entry)] = np.where(entry < t, entry, step.temporary_before + entry - t)
         step.temporary_index = tensor(index)
     return step
 

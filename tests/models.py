@@ -1,0 +1,90 @@
+"""Tiny random models and texts for the laws."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import strategies as st
+from transformers import LlamaConfig, Qwen3Config
+
+from comet_pl import CometConfig, CometForCausalLM
+
+VOCABULARY = 40
+FAMILIES = {"qwen3": Qwen3Config, "llama": LlamaConfig}
+
+
+def backbone(family="qwen3", layers=2, **more):
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+    }
+    rest = {"intermediate_size": 24, "initializer_range": 0.2, "tie_word_embeddings": False, "max_position_embeddings": 512}
+    return FAMILIES[family](**sizes, **rest, **more)
+
+
+def tiny(family="qwen3", layers=2, seed=0, dtype=torch.float64, attention="sdpa", **comet):
+    """Double precision: what differs then is wrong, not rounded."""
+    torch.manual_seed(seed)
+    options = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4, "adapter_rank": 2} | comet
+    model = CometForCausalLM(CometConfig(backbone_config=backbone(family, layers), **options))
+    model.set_attn_implementation(attention)
+    return model.to(dtype).eval()
+
+
+def text(rows, columns, seed=0):
+    return torch.randint(0, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def memories(draw):
+    """Any memory configuration: odd strides, either memory off, both gates, both adapters."""
+    return {
+        "chunk_size": draw(st.integers(1, 9)),
+        "global_size": draw(st.integers(0, 3)),
+        "compression_stride": draw(st.sampled_from([None, 1, 2, 3, 4, 7])),
+        "temporary_capacity": draw(st.integers(1, 6)),
+        "shared_adapter": draw(st.booleans()),
+        "gate": draw(st.sampled_from(["scalar", "elementwise", "none"])),
+        "gate_bias": draw(st.sampled_from([None, 1.5])),
+    }
+
+
+def chunk_plans(tokens):
+    """Chunks of any size that sum to `tokens`."""
+    cuts = st.lists(st.integers(1, max(1, tokens - 1)), unique=True, max_size=5).map(sorted)
+    return cuts.map(
+        lambda c: [b - a for a, b in zip([0, *[x for x in c if x < tokens]], [*[x for x in c if x < tokens], tokens], strict=True)]
+    )
+
+
+def valid(cache):
+    """The valid entries of a cache, row by row: what two equal caches must share."""
+    from comet_pl.model.chunking import open_tokens
+
+    rows = []
+    for b, clock in enumerate(cache.rows):
+        entries = []
+        for memory in cache.memories:
+            if clock.global_slots:
+                entries.append(memory.state[b])
+            if clock.temporary_slots:
+                entries.append(memory.temporary[b, : clock.temporary_slots])
+            if clock.fill:
+                own = open_tokens(clock.fill, clock.stride)
+                entries += [memory.keys[b, :, : clock.memory + own], memory.values[b, :, : clock.memory + own]]
+                if own > clock.fill:
+                    entries.append(memory.pending[b, : own - clock.fill])
+        rows.append((clock, entries))
+    return rows
+
+
+def same_cache(one, other, tolerance=1e-10):
+    assert (one.num_tokens == other.num_tokens).all()
+    for (clock, entries), (clock2, entries2) in zip(valid(one), valid(other), strict=True):
+        assert clock == clock2
+        assert len(entries) == len(entries2)
+        for x, y in zip(entries, entries2, strict=True):
+            torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)

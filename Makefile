@@ -1,0 +1,38 @@
+# make train: everything from a fresh clone to a trained, evaluated model. PYTHON=python3.12 chooses the interpreter,
+# ARGS='run.name=x train.lr=1e-3' goes to train.py (bench: to the benchmark), WORKERS=4 sets the test processes.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TYPED := comet_pl/model $(wildcard comet_pl/parallel)
+
+.PHONY: setup train test test-full lint bench
+
+setup: $(STAMP)
+
+# The constraints hold from the first package on: whichever build of torch pip picks, it is the pinned version.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer; choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup
+	$(BIN)/python train.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(ARGS)
+
+test-full: setup
+	HYPOTHESIS_PROFILE=wide $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(TYPED)
+
+bench: setup
+	$(BIN)/python benchmarks/prefill.py $(ARGS)

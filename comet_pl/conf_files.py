@@ -1,0 +1,141 @@
+"""Where the configuration's values come from: `key=value` arguments and conf files, each read into a Layer of unchecked values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from comet_pl.errors import UserError
+from comet_pl.schema import DATA_KINDS, Config
+from comet_pl.values import arms, nearest
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one source, unchecked. name: what to call the source in a message ('' = the command line)."""
+
+    name: str
+    values: dict[str, Any]
+    lines: dict[str, int] = field(default_factory=dict)
+
+    def place(self, key: str) -> str:
+        return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
+
+
+def conf_names(conf_dir: Path, section: str = "") -> list[str]:
+    """The confs that can be named: conf=NAME, or with section="backbone" backbone=NAME."""
+    return sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
+
+
+def read_arguments(argv: list[str]) -> dict[str, str]:
+    given = {}
+    for argument in argv:
+        key, equals, text = argument.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise UserError(f"{argument!r}: arguments are written key=value, without dashes, such as train.lr=1e-3 (--help lists the keys)")
+        if not text.strip():
+            raise UserError(f"{key}=: no value given; write {key}=null for none")
+        given[key] = text
+    return given
+
+
+def command_line_layer(given: dict[str, str]) -> Layer:
+    values: dict[str, Any] = {}
+    for key, text in given.items():
+        *path, leaf = key.split(".")
+        inner = values
+        for name in path:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise UserError(f"{key}: given together with a value for the whole of {'.'.join(path)}")
+        inner[leaf] = _parse(key, text)
+    return Layer("", values)
+
+
+def _parse(key: str, text: str) -> Any:
+    """Where only text is expected it is taken as it stands (run.name=007); all else is read as yaml."""
+    hints = [set(arms(hint)) for schema in _schemas(key) for name, hint in get_type_hints(schema).items() if name == key.split(".")[-1]]
+    if hints and all(hint <= {str, type(None)} for hint in hints) and text not in ("null", "~") and text[0] not in "'\"":
+        return text
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: {text!r} cannot be read: {getattr(error, 'problem', None) or in_a_line(error)}") from None
+
+
+def in_a_line(error: Exception) -> str:
+    """'key: what is wrong', from an error of OmegaConf."""
+    key = getattr(error, "full_key", None)
+    return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+
+
+def _schemas(key: str) -> list[type]:
+    """The dataclasses that may hold a dotted key."""
+    section, dot, _ = key.rpartition(".")
+    if not dot:
+        return [Config]
+    if section == "data":
+        return list(DATA_KINDS.values())
+    schema = get_type_hints(Config).get(section)
+    return [schema] if dataclasses.is_dataclass(schema) and isinstance(schema, type) else []
+
+
+def conf_layers(name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, ...] = ()) -> Iterator[Layer]:
+    """The layers of conf/<name>.yaml: those of its `defaults:` in order, then its own; 'backbone/small' holds that section's keys."""
+    section, _, stem = name.rpartition("/")
+    option = section or "conf"
+    if name in path:
+        raise UserError(f"{asked_by}: defaults go round in a circle: {' -> '.join([*path, name])}")
+    if stem not in conf_names(conf_dir, section):
+        where = f" ({asked_by})" if asked_by else ""
+        names = conf_names(conf_dir, section)
+        raise UserError(f"{option}={stem}: no such conf{where}{nearest(stem, names)}; there are: {', '.join(names) or 'none'}")
+    layer = read_file(conf_dir / f"{name}.yaml", f"{conf_dir.name}/{name}.yaml")
+    defaults = layer.values.pop("defaults", None) or []
+    if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
+        raise UserError(f"{layer.place('defaults')}: defaults: a list of confs is needed, such as [backbone/small]")
+    for item in defaults:
+        yield from conf_layers(item, conf_dir, layer.place("defaults"), (*path, name))
+    if section:
+        lines = {f"{section}.{key}": line for key, line in layer.lines.items()}
+        layer = Layer(layer.name, {section: layer.values}, lines)
+    if "conf" in layer.values:
+        raise UserError(f"{layer.place('conf')}: conf is chosen on the command line; use defaults: to build on another conf")
+    yield layer
+
+
+def read_file(file: Path, name: str) -> Layer:
+    """One conf file, called `name` in messages."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        node = yaml.compose(text)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{name}:{node.start_mark.line + 1}: lines of 'key: value' are needed")
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))  # OmegaConf's dialect: 1e-3 is a number, a key given twice an error
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(
+            f"{name}{f':{mark.line + 1}' if mark else ''}: malformed yaml: {getattr(error, 'problem', None) or error}"
+        ) from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{name}: {in_a_line(error)}") from None
+    return Layer(name, {str(key): value for key, value in values.items()}, dict(_lines(node, "")))
+
+
+def _lines(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    """(dotted key, line) of every key in a yaml document."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield f"{prefix}{name.value}", name.start_mark.line + 1
+            yield from _lines(value, f"{prefix}{name.value}.")

@@ -1,0 +1,201 @@
+"""The one schema of every command: what can be set, of which type, with which default, which values are possible, and what it means.
+
+Every key has one line of meaning (`--help` prints it) and its rules (see comet_pl/values.py). comet_pl/config.py fills these classes from
+the conf files and the command line. Neither imports torch or Lightning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
+
+
+def key(default: Any, meaning: str, **rules: Any) -> Any:
+    """A dataclass field with its one-line meaning and the rules of its values (comet_pl/values.py)."""
+    metadata = {"help": meaning, **rules}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _folder_name(name: str) -> bool:
+    return name.strip() == name and name not in (".", "..") and not set(name) & set("/\\\n")
+
+
+def _length_schedule(pairs: list[list[int]]) -> bool:
+    steps = [pair[0] for pair in pairs]
+    return all(len(pair) == 2 and pair[1] >= 1 for pair in pairs) and steps[0] == 0 and sorted(set(steps)) == steps
+
+
+def _interval(value: int | float) -> bool:
+    return 0 < value <= 1 if isinstance(value, float) else value >= 1
+
+
+def _interval_or_none(value: int | float) -> bool:
+    return value == 0 or _interval(value)
+
+
+def _pair(values: list[float]) -> bool:
+    return len(values) == 2
+
+
+def _devices(value: int | str | list[int]) -> bool:
+    if isinstance(value, int):
+        return value >= 1 or value == -1
+    if isinstance(value, str):
+        return value == "auto" or all(part.strip().isdigit() for part in value.split(","))
+    return all(index >= 0 for index in value)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    root: str = key("runs", "folder that holds all runs")
+    name: str | None = key(
+        None,
+        "this run's folder is <root>/<conf>/<name>; null: a time stamp",
+        check=_folder_name,
+        needs="folder name (no slashes) or null",
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Keys of CometConfig (comet_pl/model/config.py); notation of the paper in brackets."""
+
+    chunk_size: int = key(64, "text tokens a chunk (C)", min=1)
+    global_size: int = key(8, "readout tokens = global memory slots (m); 0: no global memory", min=0)
+    compression_stride: int | None = key(8, "a compression token after every s text tokens (s); null: no temporary memory", min=1)
+    temporary_capacity: int = key(64, "temporary memory slots, oldest leave first (K)", min=1)
+    adapter_rank: int = key(8, "rank of the residual adapters (r)", min=1)
+    shared_adapter: bool = key(False, "one adapter for both memories, as the paper says (false: one each, as the authors' code)")
+    gate: str = key(
+        "scalar", "scalar: one gate value a slot; elementwise: low-rank, one a channel; none", choices=("scalar", "elementwise", "none")
+    )
+    gate_bias: float | None = key(None, "start value of a gate bias, > 0 keeps the old state at first; null: no bias, as the authors")
+    rollover: bool = key(True, "a full chunk closes and a new one opens while generating; false: the last chunk grows")
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    path: str | None = key(None, "folder or hub id of a pre-trained decoder or a CoMeT; null: from scratch, with the keys below")
+    model_type: str = key("qwen3", "from scratch: decoder family", choices=("qwen3", "llama"))
+    hidden_size: int = key(128, "from scratch: width (d)", min=1)
+    num_hidden_layers: int = key(2, "from scratch: layers (L)", min=1)
+    num_attention_heads: int = key(4, "from scratch: query heads", min=1)
+    num_key_value_heads: int = key(4, "from scratch: key/value heads; they divide the query heads", min=1)
+    head_dim: int = key(32, "from scratch: width of a head; even, for the rotary embedding", min=2)
+    intermediate_size: int = key(384, "from scratch: width of the MLP", min=1)
+    rope_theta: float = key(10000.0, "from scratch: base of the rotary embedding", above=0)
+    initializer_range: float = key(0.02, "from scratch: standard deviation of new weights", above=0)
+    tie_word_embeddings: bool = key(True, "from scratch: the head shares the embedding's weights")
+    vocab_size: int = key(512, "from scratch: size of the tokenizer that is trained on the data (256 are bytes)", min=260)
+    attn_implementation: str = key("sdpa", "attention kernel", choices=("sdpa", "eager"))
+
+
+@dataclass(frozen=True)
+class PasskeyData:
+    kind: str = key("passkey", "which data: chooses the keys of this section")
+    train_length: int = key(1024, "tokens of a training example, question and answer included", min=1)
+    length_schedule: list[list[int]] | None = key(
+        None,
+        "lengths by step, clipped to trainer.max_steps; null: always train_length",
+        check=_length_schedule,
+        needs="[[0, length], [step, length], ...] with growing steps and lengths >= 1, or null",
+    )
+    haystack: str | None = key(None, "a text file to hide the keys in; null: sentences that the project makes itself")
+    batch_size: int = key(32, "examples a batch", min=1)
+    num_workers: int = key(0, "worker processes that make batches", min=0)
+    val_lengths: list[int] | None = key(None, "lengths of the validation heat-map; null: [train_length]", min=1)
+    val_depths: int = key(5, "depths of the validation heat-map, evenly spaced from 0 to 1", min=1)
+    val_examples: int = key(4, "examples a cell of the validation heat-map", min=1)
+
+
+@dataclass(frozen=True)
+class ScrollsData:
+    kind: str = key("scrolls", "which data: chooses the keys of this section")
+    root: str | None = key(None, "folder with <task>/<split>.jsonl[.xz|.gz|.zst]; null: the hub's tau/scrolls")
+    tasks: list[str] | None = key(None, "tasks to read; null: every task folder in root")
+    max_length: int = key(2048, "tokens of an example; a longer document loses its left part, never question or answer", min=1)
+    batch_size: int = key(4, "examples a batch", min=1)
+    num_workers: int = key(0, "worker processes that tokenise", min=0)
+    on_error: str = key(
+        "raise", "a malformed row: raise (one line, naming file and line) or skip (counted and shown)", choices=("raise", "skip")
+    )
+    val_examples: int | None = key(64, "validation questions a task; null: all", min=1)
+
+
+DATA_KINDS: dict[str, type] = {"passkey": PasskeyData, "scrolls": ScrollsData}
+"""data.kind -> the schema of the data section."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    lr: float = key(3e-4, "peak learning rate of the backbone", above=0)
+    memory_lr_factor: float = key(5.0, "the memory modules' learning rate, as a multiple of lr (paper: 5)", min=0)
+    betas: list[float] = key([0.9, 0.999], "AdamW's betas", min=0, below=1, check=_pair, needs="two numbers >= 0 and < 1")
+    weight_decay: float = key(0.0, "AdamW's weight decay; norms and biases are never decayed", min=0)
+    warmup_steps: int = key(10, "steps of linear warm-up", min=0)
+    final_lr: float = key(0.0, "end of the cosine, as a fraction of the peak", min=0, max=1)
+    clip: float | None = key(1.0, "largest global gradient norm; null: no clipping", above=0)
+    accumulate: int = key(1, "micro-batches of data.batch_size added up in one step (the loader reads them together)", min=1)
+    bptt_chunks: int | None = key(None, "chunks a window: gradients flow within it, memory flows on; null: through all chunks", min=1)
+    recompute: bool = key(False, "recompute each cell's activations in the backward pass: less memory, more time")
+    max_skipped: int = key(10, "stop after so many steps in a row with a non-finite gradient norm", min=1)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    after_fit: bool = key(True, "train.py evaluates when it has finished")
+    lengths: list[int] | None = key(None, "passkey: lengths in tokens; null: 1, 4, 16 and 32 times train_length", min=1)
+    depths: int = key(11, "passkey: depths, evenly spaced from 0 to 1", min=1)
+    examples: int | None = key(10, "passkey: examples a cell; scrolls: questions a task (null: all)", min=1)
+    max_new_tokens: int | None = key(None, "scrolls: longest answer in tokens; null: by task", min=1)
+    batch_size: int = key(8, "scrolls: prompts generated at once", min=1)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int | None = key(500, "write last.ckpt every so many steps; null: never by steps", min=1)
+    every_minutes: float | None = key(10.0, "write last.ckpt every so many minutes; null: never by time", above=0)
+    monitor: str = key("val/loss", "logged value that decides which checkpoint is best.ckpt")
+    mode: str = key("min", "whether the least or the greatest monitored value is best", choices=("min", "max"))
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Passed to lightning.Trainer under the same names."""
+
+    accelerator: str = key("auto", "kind of device", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu"))
+    devices: int | str | list[int] = key(
+        "auto", "how many, or which ([0,1])", check=_devices, needs="auto, integer >= 1, -1 (all) or indices as in [0,1]"
+    )
+    num_nodes: int = key(1, "machines", min=1)
+    strategy: str = key("auto", "Lightning's strategy")
+    precision: str = key(
+        "32-true", "numbers of weights and of arithmetic (fp32: 32-true)", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed")
+    )
+    max_steps: int = key(1000, "optimizer steps; the learning rate's cosine ends there", min=1)
+    max_epochs: int | None = key(None, "passes over the data; null: until max_steps", min=1)
+    limit_train_batches: int | float = key(1.0, "training batches an epoch, as number or as fraction", check=_interval, needs=AMOUNT)
+    limit_val_batches: int | float = key(1.0, "validation batches; 0: no validation", check=_interval_or_none, needs=f"{AMOUNT}, or 0")
+    val_check_interval: int | float = key(500, "batches between validations, or a fraction of an epoch", check=_interval, needs=AMOUNT)
+    log_every_n_steps: int = key(10, "steps between logged values", min=1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a command needs to know; plain Python values throughout."""
+
+    conf: str | None = key("passkey", "which conf/<name>.yaml; eval.py: the checkpoint's own", needs="name of a conf")
+    resume: bool = key(False, "go on from the run's last.ckpt, or start if there is none (needs run.name)")
+    seed: int = key(0, "seed of weights, data and order", min=0, max=2**32 - 1)
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: PasskeyData | ScrollsData = field(default_factory=PasskeyData)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -164,7 +164,7 @@ class CometCache(Cache):
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})["comet_cache"])
-                tensors = {name: file.get_tensor(name) for name in file}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path}: not a readable CometCache file ({error})") from None
         cache = cls()

@@ -266,7 +266,7 @@ def test_impossible_configurations_name_their_key(key, value):
 
 
 def test_foreign_decoders_and_sliding_windows_are_refused():
-    with pytest.raises(ValueError, match="gpt2.*supported: llama, qwen3"):
+    with pytest.raises(ValueError, match=r"gpt2.*supported: llama, qwen3"):
         CometForCausalLM(CometConfig(backbone_config=GPT2Config(vocab_size=30, n_embd=8, n_head=2, n_layer=1)))
     config = backbone(use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ValueError, match="sliding window"):

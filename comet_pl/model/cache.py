@@ -48,7 +48,7 @@ class CometCache(Cache):
         self.preallocated = False
         self.fingerprint: str | None = None  # of the configuration it was made with
         self.weights: str | None = None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
-        self.digest: Callable[[], str] | None = None  # the model's digest of its weights
+        self.model: Any = None  # the model that filled it; knows the digest of its weights
 
     # ---- what the model calls
 
@@ -67,7 +67,7 @@ class CometCache(Cache):
     def functional_copy(self) -> CometCache:
         """A cache for a call with gradients: shares nothing that a later call could write to."""
         new = copy.copy(self)
-        new.memories, new.rows = list(self.memories), list(self.rows)
+        new.memories, new.rows, new.model = list(self.memories), list(self.rows), self.model
         if self.preallocated:
             new._map(Tensor.clone)
             new.preallocated = False
@@ -144,7 +144,7 @@ class CometCache(Cache):
             for name, t in memory._asdict().items()
             if t is not None
         }
-        weights = self.digest() if self.digest else self.weights
+        weights = self.weights if self.model is None else self.model.weight_digest()
         facts = {"rows": [asdict(r) for r in self.rows], "columns": self.columns, "layers": len(self.memories),
                  "preallocated": self.preallocated, "fingerprint": self.fingerprint, "weights": weights}  # fmt: skip
         beside = Path(f"{path}.{os.getpid()}.part")
@@ -176,6 +176,9 @@ class CometCache(Cache):
 
     # ---- helpers
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}  # pickles and deep copies leave the model behind
+
     def _tensors(self) -> Iterable[Tensor]:
         return (t for memory in self.memories for t in memory if t is not None)
 
@@ -184,7 +187,7 @@ class CometCache(Cache):
 
     def _copy(self, change: Callable[[Tensor], Tensor]) -> CometCache:
         new = copy.copy(self)
-        new.rows = list(self.rows)
+        new.rows, new.model = list(self.rows), self.model
         new._map(change)
         return new
 

@@ -172,7 +172,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             cache.reserve(self.config, self.dtype, input_ids.device)
         else:
             cache = cache.functional_copy()
-        cache.weights, cache.digest = None, self.weight_digest
+        cache.weights, cache.model = None, self
         for cell in self.model.layers:
             if cell.global_memory is not None and cell.global_memory.gate_values is not None:
                 cell.global_memory.gate_values.clear()

@@ -1,0 +1,1 @@
+"""What evaluation measures; each a torchmetrics.Metric."""

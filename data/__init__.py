@@ -1,0 +1,1 @@
+"""LightningDataModules, one for each data.kind."""

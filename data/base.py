@@ -1,0 +1,166 @@
+"""What every kind of data shares: the tokenizer trained from scratch, right-padded batches, and a loader that resumes exactly."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from comet_pl.errors import UserError
+
+PAD, END, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+IGNORED = -100  # label of a token without loss
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
+
+    Every digit is a token of its own. Special tokens: <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the
+    chat template writes '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
+
+    Args:
+        texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts
+            give fewer.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of plain text: no special token is added, and none is read out of the text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends an answer.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("backbone.path: its tokenizer has no end-of-sequence token, which has to end an answer")
+    return tokenizer.eos_token_id
+
+
+def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills up rows; masked, so that any will do where the tokenizer has none."""
+    return stop_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Something that the user should know about the data, on the first rank only."""
+    print(line, flush=True)
+
+
+def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token: int, left: bool = False) -> dict[str, Tensor]:
+    """(ids, labels) pairs, each (n,) -> input_ids, attention_mask, labels, each (B, longest) int64, padded on the right (or left)."""
+    width = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), width), pad_token)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORED)
+    for row, (ids, targets) in enumerate(rows):
+        columns = slice(width - len(ids), None) if left else slice(len(ids))
+        input_ids[row, columns] = torch.as_tensor(ids)
+        attention_mask[row, columns] = 1
+        labels[row, columns] = torch.as_tensor(targets)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+class Rows(Protocol):
+    """A dataset with an index over its rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class ResumableLoader:
+    """Batches in an order that is a pure function of (seed, epoch); stopped anywhere and resumed, the rest comes as if never stopped.
+
+    Its state is (epoch, position): how many batches of the epoch have been delivered, whatever worker processes have prepared beyond;
+    after the last one it is (epoch + 1, 0). The state is the same on all ranks. Lightning saves and restores it with its checkpoints.
+    Torch's global random state is left alone, so that resuming within an epoch draws no number more.
+
+    Args:
+        dataset: rows by index. batch_size: rows a batch on each rank. collate: list of rows -> batch.
+        seed: of the order; None: the rows' own order, in every epoch.
+        fill: the last batch of an epoch is filled up with the epoch's first rows, so that all are full; otherwise it may be short.
+        rank, world: this data-parallel rank, of how many; each batch of rows is dealt to them in turn.
+    """
+
+    def __init__(
+        self,
+        dataset: Rows,
+        batch_size: int,
+        collate: Callable[[list[Any]], Any],
+        seed: int | None = None,
+        fill: bool = True,
+        num_workers: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.dataset, self.batch_size, self.collate, self.seed = dataset, batch_size, collate, seed
+        self.fill, self.num_workers, self.rank, self.world = fill, num_workers, rank, world
+        self.epoch = self.position = 0
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, on each rank."""
+        return -(-len(self.dataset) // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[Any]:
+        """The rest of the current epoch."""
+        batches: DataLoader[Any] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]
+            batch_sampler=self._batches(),  # type: ignore[arg-type]
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator().manual_seed(0),
+        )
+        for batch in batches:
+            self.position += 1
+            if self.position >= len(self):
+                self.epoch, self.position = self.epoch + 1, 0
+            yield batch
+
+    def _batches(self) -> Iterator[list[int]]:
+        """This rank's row numbers of each batch that is left of the epoch."""
+        count, step = len(self.dataset), self.batch_size * self.world
+        order = range(count) if self.seed is None else np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
+        for start in range(self.position * step, len(self) * step, step):
+            end = start + step if self.fill else min(start + step, count)
+            yield [order[place % count] for place in range(start + self.rank, end, self.world)]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+        if self.position >= len(self):  # the data have become shorter
+            self.epoch, self.position = self.epoch + 1, 0
+
+
+def _start_worker(worker: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers, forked, warns and switches it off itself

@@ -1,0 +1,147 @@
+"""Rows of jsonl files, plain or compressed, one at a time; a malformed row is named by file and line."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from comet_pl.errors import UserError
+
+
+class _Zstd(io.RawIOBase):
+    """Unpacks a .zst file of one or more frames; unlike zstandard.open it notices a file that was cut off."""
+
+    def __init__(self, path: Path):
+        self.file, self.ready = path.open("rb"), memoryview(b"")
+        self.frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            ended = self.frame is None or self.frame.eof
+            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 14)
+            if not data:
+                if ended:
+                    return 0
+                raise EOFError("Compressed file ended within a frame")
+            self.frame = zstandard.ZstdDecompressor().decompressobj() if ended else self.frame
+            self.ready = memoryview(self.frame.decompress(data))
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+Open = Callable[[Path], IO[bytes]]
+OPEN: dict[str, Open] = {
+    "": lambda path: path.open("rb"),
+    ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),
+    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),  # type: ignore[arg-type]
+    ".zst": lambda path: io.BufferedReader(_Zstd(path)),
+}
+HUB = "hf://datasets/tau/scrolls/{task}.zip"
+Row = dict[str, Any]
+
+
+class MalformedRow(UserError):
+    """A row that cannot be used."""
+
+
+class Complaints:
+    """What happens to malformed rows: the first one raises, or they are skipped, counted and shown.
+
+    Args:
+        on_error: raise | skip.
+    """
+
+    def __init__(self, on_error: str):
+        self.on_error, self.count, self.first = on_error, 0, ""
+
+    def add(self, place: str, reason: str) -> None:
+        """Raises:
+        MalformedRow: on_error is raise.
+        """
+        if self.on_error == "raise":
+            raise MalformedRow(f"{place}: malformed row: {reason} (data.on_error=skip leaves such rows out)")
+        self.first = self.first or f"{place}: {reason}"
+        self.count += 1
+
+    def summary(self) -> str | None:
+        """One line about what was skipped, or None."""
+        return f"{self.count} malformed row{'s' * (self.count > 1)} skipped; the first: {self.first}" if self.count else None
+
+
+def find(folder: Path, split: str) -> Path | None:
+    """<folder>/<split>.jsonl, plain or compressed; None if there is none."""
+    paths = (folder / f"{split}.jsonl{suffix}" for suffix in OPEN)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
+    """('path:line', row) of every line that is not blank.
+
+    Raises:
+        UserError: the file cannot be read or unpacked. MalformedRow: a line is no JSON object, and complaints raise.
+    """
+    number = 0
+    try:
+        with OPEN["" if path.suffix == ".jsonl" else path.suffix](path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row = _parse(line)
+                    if isinstance(row, dict):
+                        yield f"{path}:{number}", row
+                    else:
+                        complaints.add(f"{path}:{number}", row)
+    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read after line {number}: {reason}") from None
+
+
+def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, Row]]:
+    """('place:number', row) of a task of tau/scrolls, streamed out of its zip.
+
+    Args:
+        archive: address of the zip, {task} to be filled in.
+
+    Raises:
+        UserError: the hub, or the split, cannot be read.
+    """
+    import datasets
+
+    place = archive.format(task=task)
+    try:
+        files = {split: f"zip://**/{split}.jsonl::{place}"}
+        stream = datasets.load_dataset("json", data_files=files, split=split, streaming=True)
+        for number, row in enumerate(stream, 1):
+            yield f"{place}/{split}.jsonl:{number}", dict(row)
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"data.root: null given, but {split} rows of {place} cannot be read: {reason}") from None
+
+
+def _parse(line: bytes) -> Row | str:
+    """The object, or what is wrong."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except ValueError as error:
+        return f"not JSON: {error}"
+    except RecursionError:
+        return "not JSON: nested too deep"
+    return row if isinstance(row, dict) else f"a JSON object is needed, but this is a {type(row).__name__}"

@@ -1,0 +1,241 @@
+"""Passkey retrieval: a 5-digit key at some depth of a haystack, the question for it at the end.
+
+    ... filler ... The pass key is 48213 . Remember it . ... filler ... What is the pass key ? The pass key is 48213<|end|>
+
+An example is a pure function of (seed, split, index, length), and a training example's length one of the step, so that training resumes
+exactly. The loss is on the five digits and the stop token. Digits are single tokens, whatever the tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.config import PasskeyData
+from comet_pl.errors import UserError
+from data.base import IGNORED, ResumableLoader, encode, stop_token
+from data.filler import sentences
+
+KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
+QUESTION = " What is the pass key ? The pass key is "
+DIGITS = 5
+ANSWER = DIGITS + 1  # the digits and the stop token: every example's labelled tokens
+SPLITS = {"train": 0, "validation": 1, "evaluation": 2}
+KEY_TEXTS = 4096
+PIECE = 100_000  # characters of a haystack file tokenised at once
+
+
+def texts(data: PasskeyData) -> Iterator[str]:
+    """What a from-scratch tokenizer is trained on: the haystack, and enough keys and questions that their words become tokens."""
+    yield from sentences() if data.haystack is None else _pieces(Path(data.haystack))
+    for number in range(KEY_TEXTS):
+        yield f"{KEY_BEGIN}{number * 7919 % 10**DIGITS:0{DIGITS}}{KEY_END}{QUESTION}"
+
+
+def length_at(data: PasskeyData, step: int) -> int:
+    """Tokens of a training example at an optimizer step."""
+    return [length for start, length in data.length_schedule or [[0, data.train_length]] if start <= step][-1]
+
+
+def even_depths(count: int) -> list[float]:
+    """Evenly spaced from 0 (the haystack's begin) to 1 (its end); a single one lies in the middle."""
+    return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
+
+
+class PasskeyExamples:
+    """Builds examples of one split.
+
+    Args:
+        seed: 0 <= seed < 2**32. split: train, validation or evaluation; their random numbers are disjoint.
+
+    Raises:
+        UserError: the haystack cannot be read; the tokenizer lacks digits or an end.
+    """
+
+    def __init__(self, data: PasskeyData, tokenizer: PreTrainedTokenizerBase, seed: int, split: str):
+        self.data, self.stream = data, seed + (SPLITS[split] << 32)
+        self.stop = stop_token(tokenizer)
+        self.digits = np.array([_digit(tokenizer, digit) for digit in "0123456789"])
+        self.key_begin, self.key_end, self.question = (np.array(encode(tokenizer, text)) for text in (KEY_BEGIN, KEY_END, QUESTION))
+        pieces = [encode(tokenizer, text) for text in (sentences() if data.haystack is None else _pieces(Path(data.haystack)))]
+        self.filler = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32)
+        self.ends = np.cumsum([len(piece) for piece in pieces])  # of each sentence, in filler
+        self.key_length = len(self.key_begin) + DIGITS + len(self.key_end)
+        self.min_length = self.key_length + len(self.question) + ANSWER
+
+    def check(self, lengths: Sequence[int], key: str, wrap: bool = False) -> None:
+        """Refuses lengths that are too short for key and question, and unless `wrap`, longer than the haystack file can fill.
+
+        Args:
+            key: where the lengths come from, for the message.
+
+        Raises:
+            UserError
+        """
+        if min(lengths) < self.min_length:
+            raise UserError(f"{key}: {min(lengths)} given, allowed: >= {self.min_length} tokens (key, question and answer)")
+        needed = max(lengths) - self.min_length
+        if self.data.haystack is None or needed <= len(self.filler):
+            return
+        if not wrap or not len(self.filler):
+            raise UserError(
+                f"data.haystack: {self.data.haystack} has {len(self.filler)} tokens, "
+                f"but {key} = {max(lengths)} needs {needed} tokens of filler; give a longer file or a smaller length"
+            )
+
+    def repeats(self, length: int) -> bool:
+        """Whether an example is longer than the haystack file, which then starts over."""
+        return self.data.haystack is not None and length - self.min_length > len(self.filler)
+
+    def row(self, index: int, length: int, depth: float | None = None) -> np.ndarray:
+        """Example `index`: (length,) int64 ids.
+
+        Args:
+            depth: where the key stands, from 0 (begin) to 1 (just before the question); None: uniformly random. Generated filler moves it
+                to the nearest end of a sentence.
+        """
+        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length]))
+        key = self.digits[random.integers(0, 10, DIGITS)]
+        depth = random.random() if depth is None else depth
+        size = length - self.min_length
+        filler, place = self._text(random, size, depth) if self.data.haystack else self._sentences(random, size, depth)
+        parts = (filler[:place], self.key_begin, key, self.key_end, filler[place:], self.question, key, [self.stop])
+        return np.concatenate(parts, dtype=np.int64, casting="same_kind")
+
+    def batch(self, indices: Sequence[int], length: int, depths: Sequence[float]) -> dict[str, Any]:
+        """Examples of one length with given depths, as validation and evaluation read them."""
+        rows = [self.row(index, length, depth) for index, depth in zip(indices, depths, strict=True)]
+        return {**collate(rows), "length": length, "depth": list(depths), "logits_to_keep": ANSWER + 1}
+
+    def _sentences(self, random: np.random.Generator, size: int, depth: float) -> tuple[np.ndarray, int]:
+        """(size,) filler of random sentences, the last one cut, and the key's place: the end of a sentence."""
+        sizes = np.diff(self.ends, prepend=0)
+        chosen = random.integers(0, len(sizes), size // int(sizes.min()) + 1)
+        ends = np.cumsum(sizes[chosen])
+        count = int(np.searchsorted(ends, size)) + 1
+        chosen, ends = chosen[:count], ends[:count]
+        offsets = np.repeat(self.ends[chosen] - ends, sizes[chosen])
+        filler = self.filler[(np.arange(ends[-1]) + offsets)[:size]]
+        places = np.concatenate([[0], ends[:-1], [size]])
+        return filler, int(places[np.abs(places - depth * size).argmin()])
+
+    def _text(self, random: np.random.Generator, size: int, depth: float) -> tuple[np.ndarray, int]:
+        """(size,) filler from a random place of the file, which starts over at its end if it is shorter than that, and the key's place."""
+        start = int(random.integers(0, max(1, len(self.filler) - size + 1)))
+        return self.filler.take(np.arange(start, start + size), mode="wrap"), round(depth * size)
+
+
+class TrainingRows:
+    """Rows by index; row index // rows_a_step belongs to that optimizer step and has its length."""
+
+    def __init__(self, examples: PasskeyExamples, rows_a_step: int, max_steps: int):
+        self.examples, self.rows_a_step, self.count = examples, rows_a_step, rows_a_step * max_steps
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.examples.row(index, length_at(self.examples.data, index // self.rows_a_step))
+
+
+class ValidationBatches:
+    """Every (length, depth, example) once; a batch holds one length."""
+
+    def __init__(self, examples: PasskeyExamples):
+        data = examples.data
+        self.examples, depths = examples, even_depths(data.val_depths)
+        cells = [(example * len(depths) + number, depth) for example in range(data.val_examples) for number, depth in enumerate(depths)]
+        parts = [cells[start : start + data.batch_size] for start in range(0, len(cells), data.batch_size)]
+        self.batches = [(length, part) for length in validation_lengths(data) for part in parts]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        length, cells = self.batches[number]
+        indices, depths = zip(*cells, strict=True)
+        return self.examples.batch(indices, length, depths)
+
+
+def validation_lengths(data: PasskeyData) -> list[int]:
+    return data.val_lengths or [data.train_length]
+
+
+def collate(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Rows of one length -> input_ids, attention_mask, labels, each (B, length) int64."""
+    input_ids = torch.from_numpy(np.stack(rows))
+    labels = torch.full_like(input_ids, IGNORED)
+    labels[:, -ANSWER:] = input_ids[:, -ANSWER:]
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
+
+
+class PasskeyDataModule(lightning.LightningDataModule):
+    """Training batches of data.batch_size * accumulate rows, max_steps of them in one epoch; validation on a grid of lengths and depths.
+
+    Args:
+        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
+
+    Raises:
+        UserError: lengths that are too short; a haystack that cannot be read or is too short.
+    """
+
+    texts = staticmethod(texts)
+
+    def __init__(
+        self,
+        data: PasskeyData,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        max_steps: int,
+        accumulate: int = 1,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        super().__init__()
+        self.data, self.max_steps, self.rows = data, max_steps, data.batch_size * accumulate
+        self.rank, self.world = rank, world
+        self.training = PasskeyExamples(data, tokenizer, seed, "train")
+        self.validation = PasskeyExamples(data, tokenizer, seed, "validation")
+        lengths = [length for start, length in data.length_schedule or [] if start < max_steps]
+        self.training.check(lengths or [data.train_length], "data.length_schedule" if lengths else "data.train_length")
+        self.validation.check(validation_lengths(data), "data.val_lengths" if data.val_lengths else "data.train_length")
+
+    def train_dataloader(self) -> ResumableLoader:
+        rows = TrainingRows(self.training, self.rows * self.world, self.max_steps)
+        return ResumableLoader(rows, self.rows, collate, num_workers=self.data.num_workers, rank=self.rank, world=self.world)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(ValidationBatches(self.validation), 1, _only, fill=False, rank=self.rank, world=self.world)
+
+
+def _only(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    return batches[0]
+
+
+def _digit(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:
+    token = tokenizer.convert_tokens_to_ids(digit)
+    if not isinstance(token, int) or token == tokenizer.unk_token_id:
+        raise UserError(f"backbone.path: its tokenizer has no token for the digit {digit}, which passkeys are written with")
+    return token
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text of a file in pieces of some lines, so that no tokenizer has to hold all of it at once."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"data.haystack: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.haystack: {path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE) + 1 or len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,250 @@
+"""SCROLLS: questions over long documents, and summaries of them, as prompt and answer.
+
+Rows {"id", "pid", "input", "output"} from <root>/<task>/<split>.jsonl[.xz|.gz|.zst], or from the hub. The input is the question, a blank
+line and the document (gov_report and summ_screen_fd: the document alone). An example is
+
+    before | question, blank line | document | after | answer, stop token
+
+where before and after are the tokenizer's chat template. The loss is on the answer and its stop token. Over data.max_length the document
+loses its left part, never the question or the answer. Several rows of one id are further references of one question: each is a row in
+training, and all of them count as right in evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.config import ScrollsData
+from comet_pl.errors import UserError
+from comet_pl.metrics.scrolls import METRICS
+from comet_pl.values import nearest
+from data.base import IGNORED, ResumableLoader, encode, pad_rows, pad_token, say, stop_token
+from data.jsonl import Complaints, Row, find, hub_rows, read
+
+MAX_NEW_TOKENS = {
+    "gov_report": 1024,
+    "summ_screen_fd": 512,
+    "qmsum": 512,
+    "qasper": 128,
+    "narrative_qa": 64,
+    "quality": 128,
+    "contract_nli": 16,
+}
+TASKS = list(METRICS)
+WITHOUT_QUESTION = ("gov_report", "summ_screen_fd")
+TOKENIZER_CHARACTERS = 20_000_000  # a from-scratch tokenizer learns no more from more text, but takes longer
+
+
+def tasks(data: ScrollsData) -> list[str]:
+    """The tasks to read: data.tasks, or all that data.root (the hub: SCROLLS) has.
+
+    Raises:
+        UserError: root is no folder or holds no task; a task that SCROLLS or root lacks.
+    """
+    if data.root is None:
+        there = TASKS
+    else:
+        root = Path(data.root).expanduser()
+        if not root.is_dir():
+            raise UserError(f"data.root: {data.root} is no folder")
+        there = [task for task in TASKS if any(find(root / task, split) for split in ("train", "validation", "test"))]
+        if not there:
+            raise UserError(f"data.root: {data.root} holds no <task>/<split>.jsonl[.xz|.gz|.zst] with a task of {', '.join(TASKS)}")
+    for task in data.tasks or []:
+        if task not in there:
+            reason = "no task of SCROLLS" if task not in TASKS else f"{data.root} has no {task}/<split>.jsonl[.xz|.gz|.zst]"
+            raise UserError(f"data.tasks: {task!r} given, {reason}{nearest(task, there)}; there are: {', '.join(there)}")
+    return list(dict.fromkeys(data.tasks or there))
+
+
+def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> Iterator[tuple[str, Row]]:
+    """(place, row) of a task's split, with id, input and output checked; nothing if there is no such split."""
+    if data.root is None:
+        found = hub_rows(task, split)
+    else:
+        path = find(Path(data.root).expanduser() / task, split)
+        found = read(path, complaints) if path else iter(())
+    for place, row in found:
+        wrong = [key for key in ("id", "input", "output") if not isinstance(row.get(key), str) or not row[key].strip()]
+        if wrong:
+            given = "missing" if wrong[0] not in row else f"{row[wrong[0]]!r:.40} given"
+            complaints.add(place, f"{wrong[0]}: {given}, text is needed")
+        else:
+            yield place, row
+
+
+def split_input(task: str, text: str) -> tuple[str, str]:
+    """(question with the blank line after it, document) of a row's input; without a blank line all of it is question."""
+    if task in WITHOUT_QUESTION:
+        return "", text
+    options = max(0, text.find("(D)")) if task == "quality" else 0  # its options follow the question, blank lines between them
+    end = text.find("\n\n", options)
+    return (text[: end + 2], text[end + 2 :]) if end >= 0 else (text + "\n\n", "")
+
+
+def texts(data: ScrollsData) -> Iterator[str]:
+    """What a from-scratch tokenizer is trained on: questions, answers, and each document once, of all tasks' training rows."""
+    complaints = Complaints("skip")  # reading the rows reports them
+    for task in (names := tasks(data)):
+        seen: set[bytes] = set()
+        left = TOKENIZER_CHARACTERS // len(names)
+        for _, row in rows(data, task, "train", complaints):
+            question, document = split_input(task, row["input"])
+            new = _digest(document) not in seen
+            seen.add(_digest(document))
+            text = f"{question}{document if new else ''}\n{row['output']}"
+            yield text
+            left -= len(text)
+            if left < 0:
+                break
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in tokens; the document is one of Corpus.documents."""
+
+    task: str
+    id: str
+    document: int
+    question: np.ndarray
+    answer: np.ndarray  # with the stop token
+    references: list[str]
+
+
+@dataclass
+class Corpus:
+    """A split of one or more tasks in tokens. Each distinct document is kept once, and of it only what can ever be read.
+
+    Raises:
+        UserError: a file cannot be read; a malformed row, with on_error=raise.
+    """
+
+    data: ScrollsData
+    tokenizer: PreTrainedTokenizerBase
+    split: str
+    examples: list[Example] = field(default_factory=list)
+    documents: list[np.ndarray] = field(default_factory=list)
+    cut: int = 0  # examples whose document loses its left part
+
+    def __post_init__(self) -> None:
+        self.stop = stop_token(self.tokenizer)
+        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in _frame(self.tokenizer))
+        self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
+        data, complaints = self.data, Complaints(self.data.on_error)
+        for task in tasks(data):
+            count = len(self.examples)
+            for place, row in rows(data, task, self.split, complaints):
+                self._add(task, place, row, complaints)
+            if len(self.examples) == count:
+                say(f"{task}: no {self.split} rows")
+        if self.cut:
+            limit = f"data.max_length = {data.max_length} tokens"
+            say(f"{self.split}: {self.cut} of {len(self.examples)} documents cut on the left, over {limit}")
+        if line := complaints.summary():
+            say(f"{self.split}: {line}")
+
+    def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
+        question, document = split_input(task, row["input"])
+        ids = np.array(encode(self.tokenizer, question), dtype=np.int32)
+        answer = np.array([*encode(self.tokenizer, row["output"].strip()), self.stop], dtype=np.int32)
+        room = self._room(ids, answer)
+        if room < 0:
+            reason = f"question and answer alone have {self.data.max_length - room} tokens, data.max_length is {self.data.max_length}"
+            return complaints.add(place, reason)
+        digest = _digest(document)
+        if digest not in self._places:
+            tokens = np.array(encode(self.tokenizer, document), dtype=np.int32)
+            self._places[digest] = len(self.documents), len(tokens)
+            self.documents.append(tokens[-self.data.max_length :].copy())
+        number, size = self._places[digest]
+        self.cut += size > room
+        self.examples.append(Example(task, row["id"], number, ids, answer, [row["output"]]))
+
+    def _room(self, question: np.ndarray, answer: Sequence[int] | np.ndarray = ()) -> int:
+        """Tokens that a document may have."""
+        return self.data.max_length - len(self.before) - len(question) - len(self.after) - len(answer)
+
+    def prompt(self, example: Example, room: int | None = None) -> np.ndarray:
+        """(n,) ids up to the answer; the document has at most `room` tokens (None: as data.max_length allows without an answer)."""
+        document = self.documents[example.document]
+        room = self._room(example.question) if room is None else room
+        return np.concatenate([self.before, example.question, document[max(0, len(document) - room) :], self.after])
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels), each (n,) int64, n <= data.max_length."""
+        example = self.examples[index]
+        prompt = self.prompt(example, self._room(example.question, example.answer))
+        ids = np.concatenate([prompt, example.answer]).astype(np.int64)
+        labels = ids.copy()
+        labels[: len(prompt)] = IGNORED
+        return ids, labels
+
+    def questions(self, task: str, count: int | None = None) -> list[Example]:
+        """Each question once with all its references; at most `count`, evenly spaced over the task (None: all)."""
+        merged: dict[str, Example] = {}
+        for example in self.examples:
+            if example.task == task and merged.setdefault(example.id, example) is not example:
+                merged[example.id].references.extend(example.references)
+        found = list(merged.values())
+        count = len(found) if count is None else min(count, len(found))
+        return [found[place] for place in np.linspace(0, len(found) - 1, count).round().astype(int)]
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids before and after what a user says and the model answers."""
+    if tokenizer.chat_template is None:
+        return [], encode(tokenizer, "\n\nAnswer:\n")
+    mark = "\u2063CONTENT\u2063"
+    chat = [{"role": "user", "content": mark}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    before, _, after = str(text).partition(mark)
+    return tokenizer(before, add_special_tokens=False)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+
+
+class ScrollsDataModule(lightning.LightningDataModule):
+    """Training batches of data.batch_size * accumulate rows; validation with data.val_examples questions a task (their first reference).
+
+    Args:
+        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
+
+    Raises:
+        UserError: nothing to train on; a file cannot be read; a malformed row, with on_error=raise.
+    """
+
+    texts = staticmethod(texts)
+
+    def __init__(
+        self, data: ScrollsData, tokenizer: PreTrainedTokenizerBase, seed: int, accumulate: int = 1, rank: int = 0, world: int = 1
+    ):
+        super().__init__()
+        self.data, self.seed, self.rows = data, seed, data.batch_size * accumulate
+        self.rank, self.world = rank, world
+        self.collate = partial(pad_rows, pad_token=pad_token(tokenizer))
+        self.training = Corpus(data, tokenizer, "train")
+        if not len(self.training):
+            raise UserError(f"data.root: {data.root} has no training rows for {', '.join(tasks(data))}")
+        self.validation = Corpus(data, tokenizer, "validation")
+        self.validation.examples = [one for task in tasks(data) for one in self.validation.questions(task, data.val_examples)]
+
+    def train_dataloader(self) -> ResumableLoader:
+        shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
+        return ResumableLoader(self.training, self.rows, self.collate, self.seed, num_workers=self.data.num_workers, **shard)
+
+    def val_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(self.validation, self.data.batch_size, self.collate, fill=False, rank=self.rank, world=self.world)

@@ -1,0 +1,1 @@
+"""Lightning callbacks: checkpoints, random state, progress bar, throughput, gates, validation figures."""

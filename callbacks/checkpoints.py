@@ -1,0 +1,182 @@
+"""checkpoints/last.ckpt and best.ckpt, from which a killed run goes on as if it had never been killed.
+
+Why not Lightning's ModelCheckpoint: under manual optimization it never saves by time, it saves between a step and its validation (a
+resumed run then leaves that validation out), and on Ctrl-C it may save half a step.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from zipfile import BadZipFile
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from comet_pl.errors import UserError
+from comet_pl.schema import CheckpointConfig
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class TrainingStopped(Exception):
+    """Ctrl-C or SIGTERM ended the training between two steps; last.ckpt holds the state."""
+
+    def __init__(self, number: int, step: int):
+        self.number, self.step = number, step
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
+
+
+class RunCheckpoints(Checkpoint):
+    """Writes last.ckpt by steps and by minutes, at the end of fit and on Ctrl-C or SIGTERM; best.ckpt at the best validation so far.
+
+    Both are written between two steps, after the validation that belongs to the last one, and after the logged values.
+
+    Args:
+        folder: where they go. content: goes into each under the key "comet", next to Lightning's own keys; plain types.
+
+    Raises:
+        TrainingStopped: out of fit, after a signal. UserError: checkpoint.monitor is not among the logged values.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, content: dict[str, Any]):
+        self.folder, self.settings, self.content = folder, settings, content
+        self.best: float | None = None
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        self.signal: int | None = None
+        self.handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["comet"] = self.content
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        try:
+            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        except ValueError:  # not the main thread: signals stay with whoever runs us
+            self.handlers = {}
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if not validation_follows(trainer):
+            self._step_done(trainer)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._keep_best(trainer)
+            self._step_done(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.global_step > self.saved_step:  # the data ended before max_steps did
+            self._save(trainer, "last.ckpt")
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        """Nothing is saved: a step may be half done, or its batch read and lost."""
+        self._restore_handlers()
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def _step_done(self, trainer: lightning.Trainer) -> None:
+        """A step and its validation are over: the one moment at which the state is whole."""
+        step, settings = trainer.global_step, self.settings
+        due = (
+            step >= trainer.max_steps
+            or (settings.every_steps is not None and step % settings.every_steps == 0)
+            or (settings.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * settings.every_minutes)
+        )
+        number = self.signal
+        if trainer.world_size > 1:  # clocks and signals differ: one rank's wish is all ranks' deed
+            due = trainer.strategy.reduce_boolean_decision(due, all=False)
+            number = signal.SIGTERM if trainer.strategy.reduce_boolean_decision(number is not None, all=False) else None
+        if (due or number) and step > self.saved_step:
+            self._save(trainer, "last.ckpt")
+        if number:
+            raise TrainingStopped(number, step)
+
+    def _keep_best(self, trainer: lightning.Trainer) -> None:
+        monitor, metrics = self.settings.monitor, trainer.callback_metrics
+        if monitor not in metrics:
+            raise UserError(f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}")
+        value, sign = float(metrics[monitor]), 1 if self.settings.mode == "min" else -1
+        if value == value and (self.best is None or sign * value < sign * self.best):
+            self.best = value
+            self._save(trainer, "best.ckpt")
+
+    def _save(self, trainer: lightning.Trainer, name: str) -> None:
+        for logger in trainer.loggers:
+            logger.save()  # what was logged up to here must not be younger than the checkpoint
+        trainer.save_checkpoint(self.folder / name)
+        if name == "last.ckpt":
+            self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("\nstopping after this step, with a checkpoint (once more: at once, without)", flush=True)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self.handlers = {}
+
+
+def validation_follows(trainer: lightning.Trainer) -> bool:
+    """At the end of a training batch: whether a validation comes before the next one."""
+    loop = trainer.fit_loop
+    assert loop._data_fetcher is not None
+    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes beside the target, then renames: a checkpoint is there whole or not at all. Reads tensors and plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.part")
+        try:
+            with open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, target)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, tensors on the CPU.
+
+    Args:
+        mmap: read tensors from the file only when they are used.
+
+    Raises:
+        UserError: no file, or not a whole checkpoint of this project.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
+        raise UserError(f"{path}: not a readable checkpoint: truncated, or something else") from None
+    if not isinstance(checkpoint, dict) or "comet" not in checkpoint:
+        raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
+    return checkpoint

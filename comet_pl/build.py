@@ -1,0 +1,228 @@
+"""From a configuration to objects. Heavy modules are imported where they are needed, so that a user's mistake shows at once."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comet_pl.errors import UserError
+from comet_pl.run import Run
+from comet_pl.schema import Config, PasskeyData, ScrollsData
+
+if TYPE_CHECKING:
+    import lightning
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from comet_pl import CometForCausalLM
+    from comet_pl.lit_module import CometModule
+
+FROM_SCRATCH = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "initializer_range",
+    "tie_word_embeddings",
+)
+
+
+def check_device(config: Config) -> None:
+    """Refuses an accelerator that is not here.
+
+    Raises:
+        UserError
+    """
+    import torch
+
+    asked = config.trainer.accelerator
+    here = {"cpu": True, "auto": True, "mps": torch.backends.mps.is_available()}
+    here["cuda"] = torch.cuda.is_available() and torch.cuda.device_count() > 0
+    here["gpu"] = here["cuda"] or here["mps"]
+    if not here.get(asked, True):
+        allowed = ", ".join(name for name, present in here.items() if present)
+        raise UserError(f"trainer.accelerator: {asked} given, but there is no such device here, allowed: {allowed}")
+
+
+def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The pre-trained decoder's tokenizer; from scratch: one trained on the data's texts.
+
+    Raises:
+        UserError: backbone.path is no folder or hub id with a tokenizer; the data cannot be read.
+    """
+    path, data = config.backbone.path, config.data
+    if path is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {_first_line(error)}") from None
+    from data.base import train_tokenizer
+
+    texts = _data_module(data).texts(data)
+    return train_tokenizer(texts, config.backbone.vocab_size)
+
+
+def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
+    """A pre-trained decoder with memory plugged in, a CoMeT folder, or a decoder from scratch; weights drawn from the current random state.
+
+    Raises:
+        UserError: an impossible combination of keys; backbone.path cannot be loaded.
+    """
+    from dataclasses import asdict
+
+    from transformers import AutoConfig
+
+    from comet_pl import CometConfig, CometForCausalLM
+
+    backbone, comet = config.backbone, asdict(config.model)
+    if backbone.path is not None:
+        try:
+            return CometForCausalLM.from_pretrained(backbone.path, comet=comet, attn_implementation=backbone.attn_implementation)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"backbone.path: {backbone.path}: {_first_line(error)}") from None
+    try:
+        decoder = AutoConfig.for_model(
+            backbone.model_type,
+            **{key: getattr(backbone, key) for key in FROM_SCRATCH},
+            vocab_size=len(tokenizer),
+            max_position_embeddings=_positions(config),
+            rope_parameters={"rope_type": "default", "rope_theta": backbone.rope_theta},
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+        )
+        settings = CometConfig(backbone_config=decoder, **comet)
+        settings._attn_implementation = backbone.attn_implementation
+        return CometForCausalLM(settings)
+    except ValueError as error:
+        raise UserError(f"model or backbone: {_first_line(error)}") from None
+
+
+def _positions(config: Config) -> int:
+    """The most positions that a chunk can take: slots, text, compression and readout tokens."""
+    model = config.model
+    memory = 2 * model.global_size + (model.temporary_capacity if model.compression_stride else 0)
+    return memory + model.chunk_size + -(-model.chunk_size // (model.compression_stride or model.chunk_size))
+
+
+def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.LightningDataModule:
+    """The data module of data.kind.
+
+    Raises:
+        UserError: the data cannot be read or are impossible.
+    """
+    train, module = config.train, _data_module(config.data)
+    steps = {"max_steps": config.trainer.max_steps} if isinstance(config.data, PasskeyData) else {}
+    return module(config.data, tokenizer, seed=config.seed, accumulate=train.accumulate, **steps)
+
+
+def _data_module(data: PasskeyData | ScrollsData) -> Any:
+    if isinstance(data, PasskeyData):
+        from data.passkey import PasskeyDataModule
+
+        return PasskeyDataModule
+    from data.scrolls import ScrollsDataModule
+
+    return ScrollsDataModule
+
+
+def build_module(config: Config, model: CometForCausalLM) -> CometModule:
+    """The LightningModule that trains the model."""
+    from comet_pl.lit_module import CometModule
+
+    return CometModule(model, config.train, config.trainer.max_steps)
+
+
+def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightning.Trainer:
+    """Lightning's Trainer with the run's logger, checkpoints and callbacks. Nothing is written yet.
+
+    Args:
+        content: goes into each checkpoint under the key "comet" (see comet_pl/trained.py).
+
+    Raises:
+        UserError: Lightning refuses a trainer key.
+    """
+    import lightning
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
+    from callbacks.gates import GateMean
+    from callbacks.passkey_heatmap import PasskeyHeatmap
+    from callbacks.progress import StepProgress
+    from callbacks.random_state import RandomState
+    from callbacks.run_logger import LogConfig, RunLogger
+    from callbacks.throughput import Throughput
+
+    quiet_lightning()
+    t = config.trainer
+    callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
+    if isinstance(config.data, PasskeyData):
+        callbacks.append(PasskeyHeatmap(config.data.train_length))
+    callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
+    try:
+        return lightning.Trainer(
+            accelerator=t.accelerator,
+            devices=t.devices,
+            num_nodes=t.num_nodes,
+            strategy=t.strategy,
+            precision=t.precision,  # type: ignore[arg-type]
+            max_steps=t.max_steps,
+            max_epochs=t.max_epochs,
+            limit_train_batches=t.limit_train_batches,
+            limit_val_batches=t.limit_val_batches,
+            val_check_interval=t.val_check_interval,
+            check_val_every_n_epoch=None if isinstance(t.val_check_interval, int) else 1,  # None: counted across epochs
+            log_every_n_steps=t.log_every_n_steps,
+            logger=RunLogger(run.path, purge_step=run.step + 1 if run.checkpoint else 0),
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=run.path,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            enable_autolog_hparams=False,
+            use_distributed_sampler=False,  # the loaders deal the rows out themselves
+        )
+    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"trainer: {_first_line(error)}") from None
+
+
+def quiet_lightning() -> None:
+    """Silences what is no news to the user; warnings about real trouble stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*`lr_scheduler.step\\(\\)` before.*", ".*eval mode at the start.*"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def device_of(config: Config) -> torch.device:
+    """Where evaluation runs: the accelerator that the trainer section asks for.
+
+    Raises:
+        UserError: it is not here.
+    """
+    import torch
+
+    check_device(config)
+    asked = config.trainer.accelerator
+    if asked in ("cuda", "gpu", "auto") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if asked in ("mps", "gpu", "auto") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def load_checkpoint(path: Path | str, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+    """What eval.py and the notebook start from; see comet_pl/trained.py."""
+    from comet_pl.trained import load_trained
+
+    return load_trained(Path(path), argv)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

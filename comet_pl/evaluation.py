@@ -1,0 +1,198 @@
+"""A trained model's results: passkeys by length and depth, SCROLLS' official scores; as files, figures and a table.
+
+Files are written again after each length or task, so that an interrupted evaluation leaves what it has (see comet_pl/results.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.config import Config, PasskeyData, ScrollsData
+from comet_pl.errors import UserError
+from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
+from comet_pl.metrics.scrolls import METRICS, ScrollsScore, average, scores
+from comet_pl.model.comet import CometForCausalLM
+from comet_pl.results import Answer, Bar, Results
+from data.base import pad_rows, pad_token, stop_token
+from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
+from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
+
+TIMES = (1, 4, 16, 32)  # default lengths, in train_lengths
+READ_AT_ONCE = 16  # chunks a call
+WIDEST = 2**15  # rows * chunk_size of one batch: bounds the activations of a chunk
+MOST_TOKENS = 2**26  # rows * length of one batch: bounds its ids (8 bytes each)
+Count = Callable[[int], None]
+"""Is told how many tokens have been read."""
+
+
+def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, out: Path) -> dict[str, Any]:
+    """Evaluates on what config.data names, as config.eval says; writes the files into `out` and prints a table.
+
+    Returns:
+        What <out>/eval/<kind>.json holds.
+
+    Raises:
+        UserError: lengths that are too short for a passkey; data that cannot be read.
+    """
+    training = model.training
+    try:
+        with torch.no_grad():
+            kind = evaluate_passkey if isinstance(config.data, PasskeyData) else evaluate_scrolls
+            return kind(model.eval(), tokenizer, config, Results(out, config.data.kind))
+    finally:
+        model.train(training)
+
+
+# -- passkey ----------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """{"train_length", "cells": [{"length", "depth", "accuracy", "n"}], "mean": {"<length>": accuracy}}; exact match of all five digits."""
+    data = config.data
+    assert isinstance(data, PasskeyData)
+    lengths = sorted(set(config.eval.lengths or [times * data.train_length for times in TIMES]))
+    examples = PasskeyExamples(data, tokenizer, config.seed, "evaluation")
+    examples.check(lengths, "eval.lengths", wrap=True)
+    depths = even_depths(config.eval.depths) * (config.eval.examples or 1)
+    metric, answers, values = PasskeyAccuracy(), list[Answer](), dict[str, Any]()
+    with Bar(len(depths) * sum(lengths)) as bar:
+        if repeated := [short(length) for length in lengths if examples.repeats(length)]:
+            bar.note(f"{data.haystack} has {len(examples.filler):,} tokens: at {', '.join(repeated)} it is read more than once")
+        for length in lengths:
+            bar.name(f"passkey at {short(length)}")
+            rows = max(1, min(WIDEST // model.config.chunk_size, MOST_TOKENS // length))
+            for start in range(0, len(depths), rows):
+                indices = range(start, min(start + rows, len(depths)))
+                here = depths[start : start + rows]
+                ids = examples.batch(indices, length, here)["input_ids"].to(model.device)
+                given, wanted = answer_digits(model, tokenizer, ids[:, :-ANSWER], bar.add), ids[:, -ANSWER:-1]
+                correct = (given == wanted).all(1)
+                metric.update(length, here, correct)
+                for index, depth, digits, key, right in zip(indices, here, given, wanted, correct.tolist(), strict=True):
+                    texts = {"prediction": tokenizer.decode(digits), "references": [tokenizer.decode(key)]}
+                    answers.append({"id": f"{length}-{index}", **texts, "score": float(right), "length": length, "depth": depth})
+            cells = metric.compute()
+            values = {"train_length": data.train_length, "cells": cells, "mean": means(cells)}
+            results.draw(heatmap(cells, data.train_length))
+            results.write(values, {"passkey": answers})
+            bar.note(f"passkey at {short(length)}: {values['mean'][str(length)]:.1%} of {len(depths)} exact")
+    results.show(_passkey_table(values))
+    return values
+
+
+def _passkey_table(values: dict[str, Any]) -> Table:
+    means, cells = values["mean"], values["cells"]
+    table = Table("depth", title=f"passkeys found, by length; trained at {values['train_length']:,} tokens")
+    for length in means:
+        table.add_column(f"{int(length):,}", justify="right")
+    for depth in sorted({cell["depth"] for cell in cells}):
+        table.add_row(f"{depth:.0%}", *(f"{cell['accuracy']:.0%}" for cell in cells if cell["depth"] == depth))
+    table.add_section()
+    table.add_row("mean", *(f"{mean:.1%}" for mean in means.values()))
+    return table
+
+
+def answer_digits(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Tensor, count: Count = lambda n: None) -> Tensor:
+    """Greedy continuation of prompts, read at constant memory: whole chunks go into the cache, and their logits are never made.
+
+    Args:
+        prompt: (B, N) without padding, N >= 1.
+
+    Returns:
+        (B, DIGITS); a row that stops early ends in padding.
+    """
+    batch, total = prompt.shape
+    size = model.config.chunk_size
+    cache = None
+    whole = (total - 1) // size * size  # generate needs a token to go on from
+    for start in range(0, whole, READ_AT_ONCE * size):
+        piece = prompt[:, start : min(start + READ_AT_ONCE * size, whole)]
+        chunks = [size] * (piece.shape[1] // size)  # listed, they close even in a model that does not roll over
+        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1, chunk_sizes=chunks).past_key_values
+        count(piece.numel())
+    given = _generate(model, tokenizer, prompt, torch.ones_like(prompt), DIGITS, past_key_values=cache)
+    count(batch * (total - whole + ANSWER))
+    return torch.nn.functional.pad(given, (0, DIGITS - given.shape[1]), value=pad_token(tokenizer))
+
+
+# -- SCROLLS ----------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent, on the validation questions that config.eval.examples allows."""
+    data = config.data
+    assert isinstance(data, ScrollsData)
+    corpus = Corpus(data, tokenizer, "validation")
+    asked = {task: questions for task in tasks(data) if (questions := corpus.questions(task, config.eval.examples))}
+    if not asked:
+        raise UserError(f"data.root: {data.root} has no validation rows for {', '.join(tasks(data))}, so there is nothing to evaluate")
+    scored, predictions, values = dict[str, Any](), dict[str, list[Answer]](), dict[str, Any]()
+    with Bar(sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)) as bar:
+        for task, questions in asked.items():
+            bar.name(task)
+            longest = config.eval.max_new_tokens or MAX_NEW_TOKENS[task]
+            texts = answer_questions(model, tokenizer, corpus, questions, longest, config.eval.batch_size, bar.add)
+            metric = ScrollsScore(task)
+            metric.update(texts, [one.references for one in questions])
+            scored[task] = metric.compute()
+            values = {**scored, "average": average(scored)}
+            predictions[task] = []
+            for one, text in zip(questions, texts, strict=True):
+                score = scores(task, text, one.references)["scrolls_score"]
+                predictions[task].append({"id": one.id, "prediction": text, "references": one.references, "score": score})
+            results.write(values, predictions)
+            bar.note(f"{task}: {scored[task]['scrolls_score']:.2f} on {len(questions)} questions")
+    results.show(_scrolls_table(scored, values["average"]))
+    return values
+
+
+def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:
+    table = Table("task", "score", "of", "questions", title="SCROLLS, validation, in percent")
+    for task, found in scored.items():
+        parts = ", ".join(f"{name} {found[name]:.2f}" for name in METRICS[task])
+        table.add_row(task, f"{found['scrolls_score']:.2f}", parts, str(found["n"]))
+    table.add_section()
+    table.add_row("average", f"{mean:.2f}")
+    return table
+
+
+def answer_questions(
+    model: CometForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    corpus: Corpus,
+    questions: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    count: Count = lambda n: None,
+) -> list[str]:
+    """Greedy answers in the order of the questions, generated in left-padded batches of prompts of similar length."""
+    texts = [""] * len(questions)
+    prompts = [corpus.prompt(question) for question in questions]
+    order = sorted(range(len(questions)), key=lambda number: len(prompts[number]))
+    for start in range(0, len(order), batch_size):
+        numbers = order[start : start + batch_size]
+        batch = pad_rows([(prompts[number], prompts[number]) for number in numbers], pad_token(tokenizer), left=True)
+        ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        given = _generate(model, tokenizer, ids, mask, max_new_tokens)
+        for number, answer in zip(numbers, given, strict=True):
+            texts[number] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        count(int(mask.sum()))
+    return texts
+
+
+def _generate(
+    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, max_new_tokens: int, **more: Any
+) -> Tensor:
+    """(B, <= max_new_tokens) greedy continuation; whatever the model's folder says of sampling is set aside."""
+    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    ends: dict[str, Any] = {"eos_token_id": stop_token(tokenizer), "pad_token_id": pad_token(tokenizer)}
+    more |= {"attention_mask": mask, "max_new_tokens": max_new_tokens}
+    all_ids: Any = model.generate(ids, **greedy, **ends, **more)  # type: ignore[misc]
+    return all_ids[:, ids.shape[1] :]

@@ -1,0 +1,92 @@
+"""Where evaluation leaves its results and how it shows them: files, each written atomically, lines and bars.
+
+<out>/eval/<kind>.json, <out>/eval/<kind>.png, <out>/predictions/<task>.json ({id: text}) and .jsonl (one answer a line)
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+Answer = dict[str, Any]
+"""{"id", "prediction", "references", "score", ...} of one example"""
+
+
+class Results:
+    """Files of one evaluation, under the folder `out`; kind: passkey | scrolls."""
+
+    def __init__(self, out: Path, kind: str):
+        self.out, self.kind = out, kind
+
+    def write(self, values: dict[str, Any], predictions: dict[str, list[Answer]]) -> None:
+        """Replaces <kind>.json and the answers by task."""
+        for task, answers in predictions.items():
+            self._replace(f"predictions/{task}.json", _json({answer["id"]: answer["prediction"] for answer in answers}, indent=2))
+            self._replace(f"predictions/{task}.jsonl", b"".join(_json(answer) for answer in answers))
+        self._replace(f"eval/{self.kind}.json", _json(values, indent=2))
+
+    def draw(self, figure: Figure) -> None:
+        """Replaces <kind>.png."""
+        picture = io.BytesIO()
+        figure.savefig(picture, format="png")
+        self._replace(f"eval/{self.kind}.png", picture.getvalue())
+
+    def show(self, table: Table) -> None:
+        """Prints the table, and where the files are."""
+        console = Console()
+        console.print(table)
+        console.print(f"written: {self.out / 'eval' / self.kind}.json, {self.out / 'predictions'}", **PLAIN)
+
+    def _replace(self, name: str, content: bytes) -> None:
+        path = self.out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.part")
+        beside.write_bytes(content)
+        os.replace(beside, path)
+
+
+def _json(value: Any, indent: int | None = None) -> bytes:
+    return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+class Bar(Progress):
+    """Tokens read, tokens/s and time left, of one evaluation; where there is no terminal, only the lines that are noted.
+
+    Args:
+        total: tokens to read.
+    """
+
+    def __init__(self, total: int):
+        columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), _Speed()]
+        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        console = Console()
+        super().__init__(*columns, *times, console=console, disable=not console.is_terminal, speed_estimate_period=120)
+        self.only = self.add_task("", total=total)
+
+    def name(self, description: str) -> None:
+        self.update(self.only, description=description)
+
+    def add(self, tokens: int) -> None:
+        self.advance(self.only, tokens)
+
+    def note(self, line: str) -> None:
+        """Prints a line above the bar."""
+        self.console.print(line, **PLAIN)
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} tokens/s", style="progress.data.speed")

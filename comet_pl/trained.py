@@ -1,0 +1,107 @@
+"""What a checkpoint carries beside its weights, and a trained model back from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from comet_pl.config import load, to_dict
+from comet_pl.errors import UserError
+from comet_pl.schema import Config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from comet_pl import CometForCausalLM
+
+SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
+
+
+def checkpoint_content(config: Config, tokenizer: PreTrainedTokenizerBase, model: CometForCausalLM) -> dict[str, Any]:
+    """The checkpoint's key "comet": plain types from which everything but the weights can be built again.
+
+    config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder may be gone); tokenizer: tokenizer.json;
+    special_tokens: their texts by role, and the chat template.
+    """
+    special = {name: getattr(tokenizer, name) for name in SPECIAL if getattr(tokenizer, name, None) is not None}
+    return {
+        "config": to_dict(config),
+        "model": model.config.to_json_string(use_diff=False),
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+        "special_tokens": {**special, "chat_template": tokenizer.chat_template},
+    }
+
+
+def restore_tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint's key "comet"."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"])
+
+
+def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+    """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the command line's keys over it.
+
+    Args:
+        path: a .ckpt file; a run's folder (then its last.ckpt); or a folder that save_pretrained wrote.
+        argv: arguments of eval.py; model.* keys that don't shape the weights take effect.
+
+    Raises:
+        UserError: no such path; a truncated or foreign checkpoint; keys that the weights were not made with.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise UserError(f"ckpt: {path} does not exist")
+    if path.is_dir():
+        for inner in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
+            if inner.exists():
+                return _from_checkpoint(inner, argv)
+        return _from_folder(path, argv)
+    return _from_checkpoint(path, argv)
+
+
+def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+    import json
+
+    from callbacks.checkpoints import read_checkpoint
+    from comet_pl import CometConfig, CometForCausalLM
+
+    checkpoint = read_checkpoint(path, mmap=True)
+    content = checkpoint["comet"]
+    config = load(argv, "eval", base=content["config"])
+    settings = CometConfig.from_dict(json.loads(content["model"]))
+    trained, asked = content["config"]["model"], dataclasses.asdict(config.model)
+    try:
+        settings.override({key: value for key, value in asked.items() if value != trained.get(key, value)})
+    except ValueError as error:
+        raise UserError(f"model: {error}") from None
+    settings._attn_implementation = config.backbone.attn_implementation
+    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("model.")}
+    model = CometForCausalLM(settings)
+    model = model.to(next(iter(weights.values())).dtype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}") from None
+    return model.eval(), restore_tokenizer(content), config
+
+
+def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+    """A Hugging Face folder: the configuration is the conf's and the command line's."""
+    if not (path / "config.json").exists():
+        raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt nor a model's config.json")
+    from transformers import AutoTokenizer
+
+    from comet_pl import CometForCausalLM
+
+    config = load(argv, "eval")
+    given = {argument.partition("=")[0].removeprefix("model.") for argument in argv if argument.startswith("model.")}
+    comet = {key: value for key, value in dataclasses.asdict(config.model).items() if key in given}
+    try:
+        model = CometForCausalLM.from_pretrained(path, comet=comet, attn_implementation=config.backbone.attn_implementation)
+        return model.eval(), AutoTokenizer.from_pretrained(path), config
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"ckpt: {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None

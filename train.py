@@ -1,0 +1,60 @@
+"""Trains a CoMeT, then evaluates it: python train.py [conf=NAME] [key=value ...]; --help lists the confs and keys."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from comet_pl.config import load
+from comet_pl.errors import UserError, run_cli
+
+
+def main(argv: list[str]) -> None:
+    config = load(argv)
+
+    from lightning.pytorch import seed_everything
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from callbacks.checkpoints import TrainingStopped, read_checkpoint
+    from comet_pl import build
+    from comet_pl.run import plan_run
+    from comet_pl.trained import checkpoint_content, restore_tokenizer
+
+    build.check_device(config)
+    run = plan_run(config, rank_zero_only.rank)
+    config = run.config
+    seed_everything(config.seed, verbose=False)
+    resumed = run.checkpoint and read_checkpoint(run.checkpoint, mmap=True)["comet"]
+    tokenizer = restore_tokenizer(resumed) if resumed else build.build_tokenizer(config)
+    data = build.build_data(config, tokenizer)
+    model = build.build_model(config, tokenizer)
+    trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
+    if trainer.is_global_zero:
+        run.create()
+        memory = sum(parameter.numel() for _, parameter in model.memory_parameters())
+        start = f"goes on from step {run.step}" if run.checkpoint else "starts"
+        print(f"{run.path} {start}: {model.num_parameters():,} weights, {memory:,} of them in memory modules", flush=True)
+    try:
+        trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
+    except TrainingStopped as stopped:
+        again = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
+        again = shlex.join(["python", "train.py", *again, f"run.name={config.run.name}", "resume=true"])
+        print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
+        sys.exit(128 + stopped.number)
+    except UserError:
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            run.discard()
+        raise
+    if trainer.is_global_zero:
+        print(f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard --logdir {run.path}")
+        if config.eval.after_fit:
+            from comet_pl.evaluation import evaluate
+
+            evaluate(model.to(build.device_of(config)).eval(), tokenizer, config, run.path)
+
+
+if __name__ == "__main__":
+    try:
+        run_cli(main)
+    except KeyboardInterrupt:  # while building or evaluating; training stops between two steps
+        sys.exit(130)

@@ -1,0 +1,123 @@
+"""What the benchmark found: as JSON, as a picture, as a table."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+import transformers
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+NAMES = {"comet": "CoMeT", "slots_in_full": "slots in full", "full_attention": "full attention"}
+COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red"}
+FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the numbers depend on, without the machine's name."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = models[0] if models else processor
+    facts |= {"system": platform.system(), "processor": processor, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    facts |= {"cpu_kernels": torch.backends.cpu.get_cpu_capability()}
+    return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
+
+
+def flatness(lengths: list[dict[str, Any]]) -> dict[str, float] | None:
+    """How far CoMeT's peaks at FLAT_FROM tokens and more lie apart: (highest - lowest) / lowest; None with fewer than two of them."""
+    found = [one for one in lengths if one["what"] == "comet" and one["length"] >= FLAT_FROM]
+    if len({one["length"] for one in found}) < 2:
+        return None
+    spread = {}
+    for key in ("peak_mib", "reading_mib"):
+        values = [one[key] for one in found]
+        spread[key] = (max(values) - min(values)) / min(values)
+    return spread
+
+
+def write(path: Path, save: Callable[[Path], Any]) -> None:
+    """`save` writes beside, then the file appears at once, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    write(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_plot(path: Path, result: dict[str, Any]) -> None:
+    with matplotlib.rc_context({"font.size": 10}):
+        chart = plot(result)
+    write(path, lambda file: chart.savefig(file, format="png"))
+
+
+def plot(result: dict[str, Any]) -> Figure:
+    """ms/token and peak memory against length, both axes logarithmic."""
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
+    time = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    panels = ((time, f"ms a token ({result['clock']} time)"), ("peak_mib", "peak memory, MiB"))
+    for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for what, name in NAMES.items():
+            points = sorted((one["length"], one[key]) for one in result["lengths"] if one["what"] == what)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what])
+        ticks = sorted({one["length"] for one in result["lengths"]})
+        axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
+        axes.set_xticks(ticks, [short(n) for n in ticks])
+        axes.minorticks_off()
+        values = [one[key] for one in result["lengths"]]
+        steps = [s * 10.0**e for e in range(-4, 8) for s in (1, 2, 5)]
+        shown = [v for v in steps if min(values) / 2.5 <= v <= max(values) * 2.5]
+        axes.set_yticks(shown, [f"{v:g}" for v in shown])
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(frameon=False)
+    ratio = result["ratio"]
+    figure.suptitle(
+        f"Reading with full memory, {result['lengths_shape']} shape, {result['device']}, {result['threads']} thread(s).   "
+        f"CoMeT / slots in full at the {ratio['shape']} shape: {ratio['value']:.2f} (floor {ratio['floor']:.2f})",
+        fontsize=10,
+    )
+    return figure
+
+
+def short(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table and the two verdicts."""
+    console = Console()
+    table = Table(title=f"{result['lengths_shape']} shape, {result['device']}, {result['dtype']}, {result['threads']} thread(s)")
+    for head in ("", "tokens", "ms/token", "cpu ms/token", "peak MiB", "by reading"):
+        table.add_column(head, justify="left" if not head else "right")
+    for one in result["lengths"]:
+        numbers = (one["ms_per_token"], one["processor_ms_per_token"])
+        memory = (one["peak_mib"], one["reading_mib"])
+        table.add_row(NAMES[one["what"]], f"{one['length']:,}", *(f"{x:.4f}" for x in numbers), *(f"{x:.0f}" for x in memory))
+    console.print(table)
+    ratio, flat = result["ratio"], result["flatness"]
+    console.print(
+        f"CoMeT / slots in full, {ratio['shape']} shape: {ratio['value']:.3f} ({result['clock']} time; wall {ratio['wall_ratio']:.3f}); "
+        f"floor {ratio['floor']:.3f}, allowed {ratio['bound']:.3f}: {'met' if ratio['met'] else 'MISSED'}"
+    )
+    if ratio["shape"] != "paper":
+        console.print("  (at this size what does not grow with the shape, Python above all, counts for more than the operations)")
+    console.print(f"floor: {ratio['formula']}", style="dim")
+    if flat is not None:
+        met = "met" if flat["peak_mib"] <= FLAT_WITHIN else "MISSED"
+        console.print(f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}")

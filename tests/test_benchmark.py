@@ -1,0 +1,212 @@
+"""The benchmark: its reference computes what the model computes, its floor is counted right, its program writes what it says."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import chunk_plans, memories, text, tiny
+from slots_in_full import SlotsInFull
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measure
+import prefill
+import report
+import shapes
+from process_memory import resident
+
+from comet_pl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
+
+
+# ---- the reference
+
+
+@settings(max_examples=60)
+@given(comet=memories(), family=st.sampled_from(["qwen3", "llama"]), n=st.integers(1, 40), data=st.data())
+def test_slots_in_full_equals_the_model(comet, family, n, data):
+    """From no memory through growing memory to full memory, chunks of any size, gates pushed away from one half; in two calls."""
+    model, ids = tiny(family, layers=3, **comet), text(2, n)
+    with torch.no_grad():
+        for _, parameter in model.memory_parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    sizes = data.draw(chunk_plans(n))
+    k = data.draw(st.integers(0, len(sizes) - 1))
+    cut = sum(sizes[:k])
+    reference = SlotsInFull(model)
+    with torch.no_grad():
+        ours = model(ids, chunk_sizes=sizes).logits
+        before = [reference.read(ids[:, :cut], sizes[:k])] if k else []
+        after = reference.read(ids[:, cut:], sizes[k:])
+    torch.testing.assert_close(torch.cat([*before, after], 1), ours, **EXACT)
+
+
+def test_the_reference_depends_on_its_memory():
+    """A reference that forgot its slots would differ: the test above can fail."""
+    model, ids = tiny(), text(1, 15)
+    with torch.no_grad():
+        ours = model(ids, chunk_sizes=[5, 5, 5]).logits[:, 10:]
+        reference = SlotsInFull(model)
+        reference.read(ids[:, :10], [5, 5])
+        torch.testing.assert_close(reference.read(ids[:, 10:], [5], logits_to_keep=2), ours[:, -2:], **EXACT)
+        for name in ("states", "temporary"):
+            forgetful = SlotsInFull(model)
+            forgetful.read(ids[:, :10], [5, 5])
+            setattr(forgetful, name, [None] * 2)
+            assert not torch.allclose(forgetful.read(ids[:, 10:], [5]), ours, atol=1e-4)
+
+
+def test_readers_of_the_benchmark_compute_the_same():
+    """Full memory, copied to both; also after another chunk. A second set of readers has other weights and memory."""
+    shape = shapes.Shape("test", 16, 4, 2, 8, 24, chunk=16, global_size=3, capacity=6, stride=4)
+    torch.manual_seed(0)
+    both, others = (measure.readers(shape, "cpu", torch.float64) for _ in range(2))
+    with torch.no_grad():
+        for _ in range(3):
+            ids = measure.text(32, "cpu")
+            ours, reference, other = both["comet"](ids), both["slots_in_full"](ids), others["comet"](ids)
+            torch.testing.assert_close(ours, reference, **EXACT)
+            assert ours.shape == (1, 1, shape.comet().vocab_size)
+            assert not torch.allclose(ours, other, atol=1e-4)
+
+
+# ---- the floor
+
+
+def test_floor_by_hand():
+    """d=2, H=1, h=2, H'=1, f=3; C=4, s=2, m=1, K=2: W = 4 + 2 + 1 = 7, M = 3.
+
+    k, v of a slot 8; a token 8 + 8 + 18 = 34; a pair 4. Ours: 7 * 34 + 3 * 8 + (7 * 3 + 28) * 4 = 458. In full: 10 * 34 + 55 * 4 = 560.
+    """
+    shape = shapes.Shape("hand", 2, 1, 1, 2, 3, chunk=4, global_size=1, capacity=2, stride=2)
+    assert (shape.own, shape.slots) == (7, 3)
+    assert shapes.operations(shape) == (458, 560)
+    assert shapes.floor(shape) == pytest.approx(458 / 560)
+
+
+def test_floor_of_the_papers_shape():
+    """W = 2048 + 256 + 512 = 2816, M = 2560; a slot 2,097,152, a token 15,728,640, a pair 4,096 multiply-adds."""
+    ours = 2816 * 15_728_640 + 2560 * 2_097_152 + (2816 * 2560 + 2816 * 2817 // 2) * 4096
+    in_full = 5376 * 15_728_640 + 5376 * 5377 // 2 * 4096
+    assert shapes.operations(shapes.SHAPES["paper"]) == (ours, in_full)
+    assert round(ours / in_full, 2) == 0.66
+    for name in ("quarter", "sixteenth"):  # the same proportions
+        assert shapes.floor(shapes.SHAPES[name]) == pytest.approx(ours / in_full, rel=1e-3)
+
+
+def test_operations_count_what_the_kernels_get():
+    """torch's own counter of matrix products agrees on the projections and the MLP, which it sees whole."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = shapes.SHAPES["sixteenth"]
+    both = measure.readers(shape, "cpu", torch.float32)
+    ids = measure.text(shape.chunk, "cpu")
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    slot = 2 * shape.hidden * keys
+    token = 2 * shape.hidden * queries + slot + 3 * shape.hidden * shape.intermediate
+    for name, expected in (("comet", shape.own * token + shape.slots * slot), ("slots_in_full", (shape.own + shape.slots) * token)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            both[name](ids)
+        products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)) / 2 / shape.layers
+        assert products == pytest.approx(expected, rel=0.03)  # the counter also sees gates and adapters
+        assert products >= expected
+
+
+# ---- the program
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """One run of the program as a user starts it."""
+    out = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "benchmarks/prefill.py", "--small", "--threads", "1", "--rounds", "2", "--lengths", "256"]
+    subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return out
+
+
+def test_small_run_writes_valid_json(small):
+    assert sorted(file.name for file in small.iterdir()) == ["prefill-small.json", "prefill-small.png"]
+    assert (small / "prefill-small.png").read_bytes().startswith(b"\x89PNG")
+    result = json.loads((small / "prefill-small.json").read_text())
+    found = {(one["what"], one["length"]): one for one in result["lengths"]}
+    assert set(found) == {(what, 256) for what in report.NAMES}
+    for one in found.values():
+        assert one["ms_per_token"] > 0 and one["peak_mib"] > one["reading_mib"] > 0
+    ratio = result["ratio"]
+    assert ratio["floor"] == shapes.floor(shapes.SHAPES["sixteenth"])
+    assert ratio["met"] == (ratio["processor_ratio"] <= 1.15 * ratio["floor"])
+    assert ratio["logits_differ"] < 1e-5
+    assert all(len(times["wall"]) == 2 for times in ratio["seconds"].values())
+    assert result["clock"] == "processor"  # one thread on CPU
+    assert result["threads"] == 1 and result["machine"]["torch"] == torch.__version__
+    assert result["flatness"] is None  # the length lies below what it is judged on
+
+
+def test_peak_is_of_the_process_itself():
+    """Not of the parent that it was started by: 600 MiB of ours do not count."""
+    held = torch.ones(150_000_000)
+    code = "import sys; sys.path.insert(0, 'benchmarks'); import process_memory; print(process_memory.resident('VmHWM'))"
+    child = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    if child != child:
+        pytest.skip("no /proc on this system")
+    assert child < 572 < resident("VmHWM")
+    assert held[-1] == 1
+
+
+def test_flatness_compares_long_comet_readings_only():
+    peaks = [("comet", 1024, 10.0), ("comet", 16384, 100.0), ("comet", 65536, 104.0), ("full_attention", 32768, 900.0)]
+    lengths = [{"what": what, "length": n, "peak_mib": peak, "reading_mib": peak / 10} for what, n, peak in peaks]
+    assert report.flatness(lengths)["peak_mib"] == pytest.approx(0.04)
+    assert report.flatness(lengths[:2]) is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "x.json"
+    report.write_json(target, {"a": 1})
+
+    def fail(file):
+        file.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        report.write(target, fail)
+    assert json.loads(target.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lengths", "0"], "--lengths: 0 given, a whole number >= 1"),
+        (["--rounds", "-1"], "--rounds: -1 given"),
+        (["--threads", "x"], "--threads: invalid int value: 'x'"),
+        (["--device", "tpu"], "--device: invalid choice: 'tpu' (choose from"),
+        (["--small", "--full"], "not allowed with"),
+        (["--lenghts", "5"], "unrecognized arguments: --lenghts"),
+    ],
+)
+def test_mistakes_are_one_line(options, message):
+    with pytest.raises(UserError) as caught:
+        prefill.parse(options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_where_there_is_none():
+    with pytest.raises(UserError, match="--device: cuda given"):
+        prefill.parse(["--device", "cuda"])
+
+
+@pytest.mark.gpu
+def test_small_run_on_a_gpu(tmp_path):
+    prefill.main(["--small", "--device", "cuda", "--rounds", "2", "--lengths", "256", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "prefill-small-cuda.json").read_text())
+    assert result["dtype"] == "bfloat16" and result["clock"] == "wall" and result["machine"]["gpu"]

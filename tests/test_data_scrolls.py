@@ -1,0 +1,222 @@
+"""SCROLLS rows: what is kept, cut, labelled, merged, skipped and refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+from comet_pl.config import ScrollsData
+from comet_pl.errors import UserError
+from comet_pl.metrics.scrolls import METRICS
+from data import jsonl
+from data.base import encode, train_tokenizer
+from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, split_input, tasks, texts
+
+PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
+STORY = "The dog ran home . It rained all day , and nobody saw the dog . " * 20
+ROWS = [
+    {"id": "a", "pid": "a_0", "input": f"Who ran home?\n\n{STORY}", "output": "the dog"},
+    {"id": "b", "pid": "b_0", "input": f"What was the weather?\n\n{STORY}", "output": "rain"},
+    {"id": "a", "pid": "a_1", "input": f"Who ran home?\n\n{STORY}", "output": "a dog"},
+    {"id": "c", "pid": "c_0", "input": "How long?\n\nA very short story .", "output": "very short"},
+]
+TOKENIZER = train_tokenizer([STORY + json.dumps(ROWS)], 400)
+
+
+def write(root: Path, task: str = "narrative_qa", split: str = "train", rows: list | None = None, suffix: str = "") -> Path:
+    path = root / task / f"{split}.jsonl{suffix}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in (ROWS if rows is None else rows)]
+    path.write_bytes(PACK[suffix]("\n".join(lines).encode() + b"\n"))
+    return path
+
+
+def corpus(root: Path, split: str = "train", **options) -> Corpus:
+    return Corpus(ScrollsData(root=str(root), **options), TOKENIZER, split)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_an_example_is_question_document_answer(tmp_path: Path, suffix: str):
+    write(tmp_path, suffix=suffix)
+    found = corpus(tmp_path)
+    assert len(found) == 4, "each reference is a row in training"
+    assert len(found.documents) == 2, "a document is kept once"
+    for row, (ids, labels) in zip(ROWS, found, strict=True):
+        assert TOKENIZER.decode(ids) == f"<|user|>{row['input']}<|assistant|>{row['output']}<|end|>"
+        answered = labels != -100
+        assert TOKENIZER.decode(labels[answered]) == f"{row['output']}<|end|>"
+        assert np.array_equal(ids[answered], labels[answered])
+        assert answered[np.argmax(answered) :].all(), "all at the end"
+
+
+def test_a_long_document_loses_its_left_part_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write(tmp_path)
+    found = corpus(tmp_path, max_length=60)
+    for row, (ids, _) in zip(ROWS[:3], list(found)[:3], strict=True):
+        question, document = row["input"].split("\n\n")
+        assert len(ids) == 60
+        before, after = TOKENIZER.decode(ids).split("\n\n")
+        assert before == f"<|user|>{question}"
+        kept, answer = after.split("<|assistant|>")
+        assert document.endswith(kept)
+        assert len(kept) > 30
+        assert answer == f"{row['output']}<|end|>"
+    assert len(found[3][0]) < 60
+    prompt = found.prompt(found.examples[0])
+    assert len(prompt) == 60, "a prompt leaves no room for an answer that it does not know"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["train: 3 of 4 documents cut on the left, over data.max_length = 60 tokens"]
+
+
+def test_special_tokens_in_the_text_are_text(tmp_path: Path):
+    write(tmp_path, rows=[{"id": "a", "input": "What?\n\nA <|end|> of <|assistant|> things", "output": "<|end|>"}])
+    ids, _ = corpus(tmp_path)[0]
+    assert (ids == TOKENIZER.eos_token_id).sum() == 1
+    assert ids[-1] == TOKENIZER.eos_token_id
+    assert encode(TOKENIZER, "<|end|>") != [TOKENIZER.eos_token_id]
+
+
+def test_repeated_ids_are_references_of_one_question(tmp_path: Path):
+    write(tmp_path, split="validation")
+    found = corpus(tmp_path, "validation")
+    assert [(one.id, one.references) for one in found.questions("narrative_qa")] == [
+        ("a", ["the dog", "a dog"]),
+        ("b", ["rain"]),
+        ("c", ["very short"]),
+    ]
+    found = corpus(tmp_path, "validation")
+    assert [one.id for one in found.questions("narrative_qa", 2)] == ["a", "c"], "evenly spaced"
+    assert [one.id for one in found.questions("narrative_qa", 9)] == ["a", "b", "c"]
+
+
+def test_where_the_question_ends():
+    assert split_input("qmsum", "Why?\n\nOne.\n\nTwo.") == ("Why?\n\n", "One.\n\nTwo.")
+    assert split_input("gov_report", "One.\n\nTwo.") == ("", "One.\n\nTwo.")
+    quality = "Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\nThe story.\n\nIts end."
+    assert split_input("quality", quality) == ("Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\n", "The story.\n\nIts end.")
+    assert split_input("qasper", "Only a question") == ("Only a question\n\n", "")
+
+
+BAD = {
+    '{"id": "a", "input": "Q\\n\\nD", ': "not JSON: ",
+    "[1, 2]": "a JSON object is needed, but this is a list",
+    '{"id": "a", "input": "Q"}': "output: missing, text is needed",
+    '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
+    '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
+    json.dumps(
+        {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
+    ): r"question and answer alone have \d+ tokens, data.max_length is 90",
+}
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str):
+    path = write(tmp_path, rows=[ROWS[3], "", line, ROWS[3], line])
+    with pytest.raises(UserError, match=rf"^{path}:3: malformed row: {BAD[line]}[^\n]*$"):
+        corpus(tmp_path, max_length=90)
+    assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 2
+    line = capsys.readouterr().out
+    assert line.startswith(f"train: 2 malformed rows skipped; the first: {path}:3: ")
+
+
+@pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
+def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str):
+    path = write(tmp_path, rows=[{**ROWS[3], "id": str(number)} for number in range(300)], suffix=suffix)
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=rf"^{path}: cannot be read after line \d+: [^\n]+$"):
+        corpus(tmp_path, on_error="skip")
+
+
+def test_latin_1_is_no_utf_8(tmp_path: Path):
+    path = write(tmp_path)
+    path.write_bytes(path.read_bytes() + '{"id": "é"}\n'.encode("latin-1"))
+    with pytest.raises(UserError, match=rf"^{path}:5: malformed row: not UTF-8"):
+        corpus(tmp_path)
+
+
+def test_which_tasks(tmp_path: Path):
+    for task in ("qmsum", "narrative_qa"):
+        write(tmp_path, task)
+    (tmp_path / "notes").mkdir()
+    assert tasks(ScrollsData(root=str(tmp_path))) == ["qmsum", "narrative_qa"]
+    assert tasks(ScrollsData(root=str(tmp_path), tasks=["narrative_qa"])) == ["narrative_qa"]
+    assert tasks(ScrollsData(root=None)) == list(METRICS) == list(MAX_NEW_TOKENS)
+    refused = {
+        ("qmsun",): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
+        ("qasper",): rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
+    }
+    for names, message in refused.items():
+        with pytest.raises(UserError, match=f"^data.tasks: {message}"):
+            tasks(ScrollsData(root=str(tmp_path), tasks=list(names)))
+    for root, message in ((tmp_path / "none", "is no folder"), (tmp_path / "notes", "holds no <task>/<split>.jsonl")):
+        with pytest.raises(UserError, match=f"^data.root: {root} {message}"):
+            tasks(ScrollsData(root=str(root)))
+
+
+def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write(tmp_path)
+    write(tmp_path, split="validation")
+    write(tmp_path, "contract_nli", rows=ROWS[3:])
+    module = ScrollsDataModule(ScrollsData(root=str(tmp_path), batch_size=1, val_examples=2), TOKENIZER, seed=3, accumulate=2)
+    assert capsys.readouterr().out == "contract_nli: no validation rows\n"
+    loader = module.train_dataloader()
+    first, second = list(loader), list(loader)
+    assert len(first) == len(loader) == 3
+    assert [len(batch["input_ids"]) for batch in first] == [2, 2, 2]
+    assert any(not np.array_equal(one["input_ids"], other["input_ids"]) for one, other in zip(first, second, strict=True))
+    for batch in first:
+        assert (batch["attention_mask"].sum(1) > 0).all()
+        assert ((batch["input_ids"] == TOKENIZER.pad_token_id) == (batch["attention_mask"] == 0)).all()
+        assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+        assert "logits_to_keep" not in batch
+    assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, "each question once"
+
+
+def test_nothing_to_train_on(tmp_path: Path):
+    write(tmp_path, split="validation")
+    with pytest.raises(UserError, match=r"^data.root: .* has no training rows for narrative_qa$"):
+        ScrollsDataModule(ScrollsData(root=str(tmp_path)), TOKENIZER, seed=0)
+
+
+def test_texts_have_every_document_once(tmp_path: Path):
+    write(tmp_path)
+    found = list(texts(ScrollsData(root=str(tmp_path))))
+    assert "".join(found).count(STORY) == 1
+    assert all(row["output"] in text and row["input"].split("\n\n")[0] in text for row, text in zip(ROWS, found, strict=True))
+
+
+def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with zipfile.ZipFile(tmp_path / "qmsum.zip", "w") as archive:
+        archive.writestr("qmsum/train.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    found = list(jsonl.hub_rows("qmsum", "train", str(tmp_path / "{task}.zip")))
+    assert [row for _, row in found] == ROWS
+    assert found[2][0] == f"{tmp_path}/qmsum.zip/train.jsonl:3"
+    with pytest.raises(UserError, match=r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$"):
+        list(jsonl.hub_rows("qmsum", "validation", str(tmp_path / "{task}.zip")))
+
+
+def test_a_tokenizer_without_chat_template(tmp_path: Path):
+    write(tmp_path)
+    plain = train_tokenizer([STORY + json.dumps(ROWS)], 400)
+    plain.chat_template = None
+    ids, _ = Corpus(ScrollsData(root=str(tmp_path)), plain, "train")[0]
+    assert plain.decode(ids) == f"{ROWS[0]['input']}\n\nAnswer:\n{ROWS[0]['output']}<|end|>"
+
+
+@pytest.mark.parametrize("folder", ["scrolls", "scrolls_small"])
+def test_real_rows(shared_data: Path, folder: str):
+    data = ScrollsData(root=str(shared_data / folder), tasks=["narrative_qa", "contract_nli"], max_length=1024)
+    if not (shared_data / folder).is_dir():
+        pytest.skip(f"no {folder} in {shared_data}")
+    found = Corpus(data, TOKENIZER, "validation")
+    assert {one.task for one in found.examples} == set(data.tasks)
+    assert all(len(ids) <= 1024 and labels[-1] == TOKENIZER.eos_token_id for ids, labels in found)
+    assert {len(one.references) for one in found.questions("narrative_qa")} <= {1, 2}

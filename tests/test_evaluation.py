@@ -1,0 +1,289 @@
+"""Evaluation: what the model answers, what is counted, what is written; and eval.py's arguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, text, tiny
+
+from comet_pl import build, evaluation
+from comet_pl.config import Config, load
+from comet_pl.errors import UserError
+from comet_pl.metrics.scrolls import scores
+from comet_pl.trained import checkpoint_content
+from data.base import pad_rows
+from data.passkey import DIGITS
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "trainer.accelerator=cpu",
+    "backbone.hidden_size=16",
+    "backbone.num_attention_heads=2",
+    "backbone.num_key_value_heads=1",
+    "backbone.head_dim=8",
+    "backbone.intermediate_size=24",
+    "model.chunk_size=16",
+    "model.global_size=2",
+    "model.compression_stride=4",
+    "model.temporary_capacity=6",
+]
+PASSKEY = [*TINY, "conf=passkey", "backbone.vocab_size=400", "data.train_length=64", "data.length_schedule=null"]
+PASSKEY += ["eval.lengths=[200,64]", "eval.depths=3", "eval.examples=2"]
+
+
+class Ids:
+    """A tokenizer of which only the special ids are asked."""
+
+    eos_token_id, pad_token_id = 0, 1
+
+
+def made(argv: list[str]) -> tuple[Any, Any, Config]:
+    config = load(argv)
+    tokenizer = build.build_tokenizer(config)
+    torch.manual_seed(0)
+    return build.build_model(config, tokenizer), tokenizer, config
+
+
+def greedy(model, prompt: torch.Tensor, count: int, ends: int) -> list[int]:
+    """One row, by a whole forward pass for each token."""
+    found: list[int] = []
+    ids = prompt[None]
+    while len(found) < count and ends not in found:
+        logits = model(ids).logits[0, -1].clone()
+        logits[model.config.new_token_ids] = -torch.inf
+        found.append(int(logits.argmax()))
+        ids = torch.cat([ids, torch.tensor([[found[-1]]])], 1)
+    return found
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 6, 31, 79, 80, 81, 163])
+def test_digits_equal_whole_forward_passes(columns: int):
+    """Shorter than a chunk, at its end, over it, and over one call of 16 chunks."""
+    model = tiny()
+    prompts = text(3, columns, seed=columns)
+    read = []
+    with torch.no_grad():
+        given = evaluation.answer_digits(model, Ids(), prompts, read.append)
+        for row, prompt in zip(given.tolist(), prompts, strict=True):
+            wanted = greedy(model, prompt, DIGITS, Ids.eos_token_id)
+            assert row == wanted + [Ids.pad_token_id] * (DIGITS - len(wanted))
+    assert sum(read) == 3 * (columns + 6)
+
+
+def test_digits_without_rollover():
+    """The document's chunks close all the same; only the chunk of the question grows."""
+    closed, grown = tiny(), tiny(rollover=False)
+    prompts = text(2, 41, seed=1)
+    with torch.no_grad():
+        cache = closed(prompts[:, :40], chunk_sizes=[5] * 8, use_cache=True).past_key_values
+        wanted = closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1)
+        assert torch.equal(evaluation.answer_digits(grown, Ids(), prompts)[:, 0], wanted)
+
+
+def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+    model = tiny()
+    monkeypatch.setattr(evaluation, "_generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id))
+    with torch.no_grad():
+        assert evaluation.answer_digits(model, Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
+
+
+def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
+    """A model's stand-in that finds the key in those prompts of which `answers` is true."""
+
+    def answer_digits(model, tokenizer, prompt: torch.Tensor, count=None) -> torch.Tensor:
+        rows = []
+        for ids in prompt:
+            shown = tokenizer.decode(ids)
+            key = shown.split("The pass key is ")[1][:DIGITS] if answers(shown) else "00000"
+            rows.append(tokenizer.convert_tokens_to_ids(list(key)))
+        return torch.tensor(rows)
+
+    return answer_digits
+
+
+def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    model, tokenizer, config = made(PASSKEY)
+    monkeypatch.setattr(evaluation, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key")))
+    model.train()
+    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    assert model.training, "as it was"
+    assert results == json.loads((tmp_path / "eval" / "passkey.json").read_text())
+    cell = {"accuracy": 1.0, "n": 2}
+    expected = [
+        {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)} for length in (64, 200) for depth in (0.0, 0.5, 1.0)
+    ]
+    assert results == {"train_length": 64, "cells": expected, "mean": {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}}
+    assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
+    predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
+    lines = [json.loads(line) for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and predictions == {line["id"]: line["prediction"] for line in lines}
+    assert all(line["score"] == float(line["prediction"] == line["references"][0]) == float(line["depth"] > 0) for line in lines)
+    assert all(line["references"][0].isdigit() and len(line["references"][0]) == DIGITS for line in lines)
+    shown = capsys.readouterr().out
+    assert "200" in shown and "66.7%" in shown and str(tmp_path) in shown.replace("\n", "")
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_passkey_in_several_batches_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer, config = made(PASSKEY)
+    whole = evaluation.evaluate(model, tokenizer, config, tmp_path / "one")
+    monkeypatch.setattr(evaluation, "WIDEST", 4 * config.model.chunk_size)
+    monkeypatch.setattr(evaluation, "MOST_TOKENS", 400)
+    assert evaluation.evaluate(model, tokenizer, config, tmp_path / "two") == whole
+    for name in ("passkey.json", "passkey.jsonl"):
+        assert (tmp_path / "one" / "predictions" / name).read_text() == (tmp_path / "two" / "predictions" / name).read_text()
+
+
+def test_default_lengths_and_a_haystack_that_starts_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a long day on the sea.\n" * 60)
+    model, tokenizer, config = made([*PASSKEY, f"data.haystack={book}", "eval.lengths=null", "eval.depths=1", "eval.examples=1"])
+    monkeypatch.setattr(evaluation, "answer_digits", knows(lambda shown: True))
+    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    assert results["mean"] == {"64": 1.0, "256": 1.0, "1024": 1.0, "2048": 1.0}
+    assert " has 600 tokens: at 1k, 2k it is read more than once" in capsys.readouterr().out
+
+
+def test_too_short_a_length_is_refused(tmp_path: Path):
+    model, tokenizer, config = made([*PASSKEY, "eval.lengths=[64,10]"])
+    with pytest.raises(UserError, match=r"^eval.lengths: 10 given, allowed: >= \d+ tokens"):
+        evaluation.evaluate(model, tokenizer, config, tmp_path)
+    assert not (tmp_path / "eval").exists()
+
+
+# -- SCROLLS ----------------------------------------------------------------------------------------------------------------------------
+
+
+def scrolls_root(folder: Path) -> Path:
+    story = "The dog ran home and slept all day . " * 6
+    answers = {"narrative_qa": ["the dog", "a cat", "home"], "contract_nli": ["Entailment", "Contradiction", "Not mentioned"]}
+    for task, outputs in answers.items():
+        rows = [
+            {"id": str(n), "pid": f"{n}_0", "input": f"Who ran {'far ' * n}?\n\n{story * n}", "output": one}
+            for n, one in enumerate(outputs)
+        ]
+        rows.append({**rows[0], "pid": "0_1", "output": "dog"})
+        for split in ("train", "validation"):
+            path = folder / task / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def scrolls(root: Path, *more: str) -> list[str]:
+    return [*TINY, "conf=scrolls", f"data.root={root}", "backbone.vocab_size=300", "eval.max_new_tokens=6", "eval.examples=null", *more]
+
+
+def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
+    model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.batch_size=2"))
+    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    assert results == json.loads((tmp_path / "eval" / "scrolls.json").read_text())
+    for task in ("narrative_qa", "contract_nli"):
+        texts = json.loads((tmp_path / "predictions" / f"{task}.json").read_text())
+        lines = [json.loads(line) for line in (tmp_path / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        assert texts == {line["id"]: line["prediction"] for line in lines}
+        assert {line["id"]: len(line["references"]) for line in lines} == {"0": 2, "1": 1, "2": 1}
+        assert all(line["score"] == scores(task, line["prediction"], line["references"])["scrolls_score"] for line in lines)
+        assert results[task]["scrolls_score"] == pytest.approx(sum(line["score"] for line in lines) / 3)
+        assert results[task]["n"] == 3
+    assert results["average"] == pytest.approx((results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]) / 2)
+
+
+def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.examples=2"))
+    monkeypatch.setattr(evaluation, "answer_questions", lambda *args: [one.references[-1] for one in args[3]])
+    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    assert results["average"] == results["narrative_qa"]["f1"] == results["contract_nli"]["exact_match"] == 100
+    assert results["narrative_qa"]["n"] == 2
+
+
+def test_batches_of_unequal_prompts_answer_as_alone():
+    model = tiny()
+    rows = [text(1, columns, seed=columns)[0].numpy() for columns in (3, 17, 9)]
+    batch = pad_rows([(row, row) for row in rows], Ids.pad_token_id, left=True)
+    with torch.no_grad():
+        given = evaluation._generate(model, Ids(), batch["input_ids"], batch["attention_mask"], 8)
+        for row, prompt in zip(given.tolist(), rows, strict=True):
+            wanted = greedy(model, torch.from_numpy(prompt), 8, Ids.eos_token_id)
+            assert row[: len(wanted)] == wanted
+
+
+def test_nothing_to_evaluate(tmp_path: Path):
+    root = scrolls_root(tmp_path / "data")
+    model, tokenizer, config = made(scrolls(root))
+    for path in root.rglob("validation.jsonl"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"^data.root: .* has no validation rows for narrative_qa, contract_nli, so there is nothing"):
+        evaluation.evaluate(model, tokenizer, config, tmp_path)
+
+
+# -- eval.py ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with both checkpoints; the weights in them differ."""
+    model, tokenizer, config = made(PASSKEY)
+    folder = tmp_path / "runs" / "x"
+    (folder / "checkpoints").mkdir(parents=True)
+    for name in ("best", "last"):
+        weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+        torch.save({"comet": checkpoint_content(config, tokenizer, model), "state_dict": weights}, folder / "checkpoints" / f"{name}.ckpt")
+    return folder
+
+
+def test_which_checkpoint(script: ModuleType, run: Path):
+    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
+    assert script.find_checkpoint(run) == (best, run)
+    assert script.find_checkpoint(run / "checkpoints") == (best, run)
+    assert script.find_checkpoint(last) == (last, run)
+    best.unlink()
+    assert script.find_checkpoint(run) == (last, run)
+    last.unlink()
+    with pytest.raises(UserError, match=r"^ckpt: .*/x holds neither checkpoints/best.ckpt, checkpoints/last.ckpt nor"):
+        script.find_checkpoint(run)
+    (run / "config.json").write_text("{}")
+    assert script.find_checkpoint(run) == (run, run)
+    with pytest.raises(UserError, match=r"^ckpt: .*/none does not exist$"):
+        script.find_checkpoint(run / "none")
+
+
+def test_eval_writes_into_the_run_or_out(script: ModuleType, run: Path, tmp_path: Path):
+    script.main([f"ckpt={run}", "eval.lengths=[64]", "eval.examples=1"])
+    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
+    script.main([f"ckpt={run / 'checkpoints' / 'last.ckpt'}", f"out={tmp_path / 'else'}", "eval.lengths=[80]"])
+    assert json.loads((tmp_path / "else" / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}
+    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
+
+
+def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path: Path):
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    with pytest.raises(UserError, match=r"^ckpt: missing"):
+        script.main([])
+    with pytest.raises(UserError, match=r"^eval.length: no such key.*did you mean eval.lengths"):
+        script.main([f"ckpt={run}", "eval.length=[64]"])
+    checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"best.ckpt: not a readable checkpoint"):
+        script.main([f"ckpt={run}"])
+    torch.save({"state_dict": {}}, checkpoint)
+    with pytest.raises(UserError, match=r"best.ckpt: a checkpoint, but not one that train.py wrote"):
+        script.main([f"ckpt={run}"])
+    assert not (run / "eval").exists()

@@ -1,0 +1,355 @@
+"""Law 7: a run that is killed anywhere and resumed ends as if it had never been killed, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from callbacks.checkpoints import TrainingStopped
+from comet_pl import build
+from comet_pl.config import load
+from comet_pl.run import plan_run
+from comet_pl.trained import checkpoint_content
+from data.base import ResumableLoader, pad_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = [
+    "trainer.accelerator=cpu",
+    "trainer.log_every_n_steps=1",
+    "eval.after_fit=false",
+    "backbone.hidden_size=16",
+    "backbone.num_attention_heads=2",
+    "backbone.num_key_value_heads=1",
+    "backbone.head_dim=8",
+    "backbone.intermediate_size=24",
+    "backbone.vocab_size=300",
+    "model.chunk_size=16",
+    "model.global_size=2",
+    "model.compression_stride=4",
+    "model.temporary_capacity=6",
+    "train.warmup_steps=3",
+]
+TIMES = ("train/tokens_per_s", "memory/peak_gb")
+
+
+def scalars(folder):
+    """{tag: [(step, value)]} as TensorBoard shows them, and what it shows pictures of."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag not in TIMES}
+    pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    return curves, pictures
+
+
+def differences(one, two, where=""):
+    """The places at which two nested structures of tensors and plain values differ."""
+    if isinstance(one, Tensor):
+        return [] if torch.equal(one, two) else [where]
+    if isinstance(one, dict):
+        return [d for key in sorted({*one, *two}, key=str) for d in differences(one.get(key), two.get(key), f"{where}.{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(two):
+            return [where]
+        return [d for number, pair in enumerate(zip(one, two, strict=True)) for d in differences(*pair, f"{where}.{number}")]
+    return [] if one == two else [where]
+
+
+def same_run(straight, other, best=True):
+    """Weights, optimizer, random states, data position and logged values of two run folders are equal."""
+    for name in ("last", "best") if best else ("last",):
+        a, b = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (straight, other))
+        for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "callbacks", "global_step", "skipped"):
+            assert differences(a[key], b[key]) == [], (name, key)
+        loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (a, b)]
+        assert loaders[0] == loaders[1]
+    assert scalars(straight) == scalars(other)
+    assert not list((other / "checkpoints").glob(".*"))
+
+
+# ---- every step of a run with several epochs, in this process
+
+
+class Sentences(lightning.LightningDataModule):
+    """7 ragged rows, 2 a batch: 4 batches an epoch."""
+
+    def train_dataloader(self):
+        return ResumableLoader(range(7), 2, self.batch, seed=5)
+
+    def val_dataloader(self):
+        return ResumableLoader(range(7, 10), 2, self.batch, fill=False)
+
+    def batch(self, numbers):
+        rows = [torch.arange(number, number * 9 % 41 + 20) % 250 + 4 for number in numbers]
+        return pad_rows([(row.tolist(), row.tolist()) for row in rows], 0)
+
+
+class Kill(lightning.Callback):
+    """Ends the training as SIGKILL would: whatever was in flight is lost."""
+
+    def __init__(self, step, hook):
+        self.step, self.hook = step, hook
+        setattr(self, hook, self.fall)
+
+    def fall(self, trainer, *_):
+        if trainer.global_step == self.step:
+            raise SystemExit
+
+
+class Noise(lightning.Callback):
+    """Disturbs the weights by all random numbers there are, as dropout would."""
+
+    def on_train_batch_start(self, trainer, module, *_):
+        weight = module.model.lm_head.weight
+        with torch.no_grad():
+            weight.add_(1e-3 * (torch.rand(weight.shape) + random.random() + np.random.random()))
+
+
+def fit(root, name, *keys, kill=None, resume=False, signals=None):
+    config = load([f"run.root={root}", f"run.name={name}", f"resume={str(resume).lower()}", *TINY, "trainer.max_steps=10", *keys])
+    run = plan_run(config)
+    for events in run.path.glob("events.*") if resume else ():  # TensorBoard reads files by the second in their names
+        time.sleep(max(0, int(events.name.split(".")[3]) + 1.01 - time.time()))
+    lightning.seed_everything(config.seed, verbose=False)
+    tokenizer = build.build_tokenizer(load(["data.kind=passkey", "backbone.vocab_size=300"]))
+    model = build.build_model(config, tokenizer)
+    trainer = build.build_trainer(config, run, checkpoint_content(run.config, tokenizer, model))
+    trainer.callbacks.append(Noise())
+    if kill:
+        trainer.callbacks.insert(0, Kill(*kill))
+    if signals:
+        trainer.callbacks.insert(0, signals)
+    run.create()
+    try:
+        trainer.fit(build.build_module(config, model), datamodule=Sentences(), ckpt_path=run.checkpoint)
+    except SystemExit:
+        for logger in trainer.loggers:
+            logger.experiment.close()  # a thread; the events so far are on disk anyway
+    return run.path
+
+
+COMMON = ["checkpoint.every_steps=1", "data.train_length=64", "data.length_schedule=null"]
+BY_STEPS = [*COMMON, "trainer.val_check_interval=3"]
+BY_EPOCHS = [*COMMON, "trainer.val_check_interval=1.0"]  # after steps 4 and 8
+
+
+@pytest.fixture(scope="module")
+def by_steps(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("straight"), "run", *BY_STEPS)
+
+
+@pytest.fixture(scope="module")
+def by_epochs(tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("straight"), "run", *BY_EPOCHS)
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_killed_after_any_step(by_steps, tmp_path, step):
+    fit(tmp_path, "run", *BY_STEPS, kill=(step, "on_train_batch_start"))
+    same_run(by_steps, fit(tmp_path, "run", *BY_STEPS, resume=True))
+
+
+@pytest.mark.parametrize(("step", "hook"), [(3, "on_validation_start"), (6, "on_validation_end"), (8, "on_train_batch_end")])
+def test_killed_before_the_step_is_saved(by_steps, tmp_path, step, hook):
+    fit(tmp_path, "run", *BY_STEPS, kill=(step, hook))
+    same_run(by_steps, fit(tmp_path, "run", *BY_STEPS, resume=True))
+
+
+@pytest.mark.parametrize(("step", "hook"), [(4, "on_train_batch_start"), (4, "on_validation_start"), (5, "on_train_batch_start")])
+def test_killed_where_epoch_and_validation_meet(by_epochs, tmp_path, step, hook):
+    fit(tmp_path, "run", *BY_EPOCHS, kill=(step, hook))
+    same_run(by_epochs, fit(tmp_path, "run", *BY_EPOCHS, resume=True))
+
+
+def test_killed_between_checkpoints_and_twice(by_steps, tmp_path):
+    keys = [*BY_STEPS, "checkpoint.every_steps=4"]
+    fit(tmp_path, "run", *keys, kill=(7, "on_train_batch_start"))
+    fit(tmp_path, "run", *keys, kill=(6, "on_train_batch_start"), resume=True)
+    same_run(by_steps, fit(tmp_path, "run", *keys, resume=True))
+
+
+def test_the_best_so_far_is_remembered(tmp_path):
+    keys = [*BY_STEPS, "checkpoint.mode=max"]  # the loss falls: the first validation stays the best
+    straight = fit(tmp_path, "straight", *keys)
+    assert torch.load(straight / "checkpoints" / "best.ckpt", weights_only=True)["global_step"] == 3
+    fit(tmp_path, "run", *keys, kill=(5, "on_train_batch_start"))
+    same_run(straight, fit(tmp_path, "run", *keys, resume=True))
+
+
+def test_killed_before_the_first_checkpoint(by_steps, tmp_path):
+    keys = [*BY_STEPS, "checkpoint.every_steps=null"]
+    fit(tmp_path, "run", *keys, kill=(2, "on_train_batch_start"))
+    same_run(by_steps, fit(tmp_path, "run", *keys, resume=True))
+
+
+def test_resuming_a_finished_run_changes_nothing(by_steps, tmp_path):
+    path = fit(tmp_path, "run", *BY_STEPS)
+    before = (path / "checkpoints" / "last.ckpt").read_bytes()
+    fit(tmp_path, "run", *BY_STEPS, resume=True)
+    assert (path / "checkpoints" / "last.ckpt").read_bytes() == before
+    same_run(by_steps, path)
+
+
+# ---- signals
+
+
+class Press(lightning.Callback):
+    """Sends this process a signal in the middle of a step or of a validation."""
+
+    def __init__(self, number, step, hook):
+        self.number, self.step = number, step
+        setattr(self, hook, self.send)
+
+    def send(self, trainer, *_):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "step", "hook", "saved"),
+    [
+        (signal.SIGINT, 4, "on_before_optimizer_step", 5),
+        (signal.SIGTERM, 6, "on_validation_start", 6),
+        (signal.SIGTERM, 7, "on_train_batch_start", 8),  # the last batch of an epoch
+    ],
+)
+def test_signals_stop_between_two_steps_with_a_checkpoint(by_steps, tmp_path, capsys, number, step, hook, saved):
+    keys = [*BY_STEPS, "checkpoint.every_steps=null"]
+    handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(TrainingStopped) as stopped:
+        fit(tmp_path, "run", *keys, signals=Press(number, step, hook))
+    assert (stopped.value.number, stopped.value.step) == (number, saved)
+    assert torch.load(tmp_path / "passkey" / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
+    assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
+    same_run(by_steps, fit(tmp_path, "run", *keys, resume=True))
+
+
+# ---- SIGKILL, in processes of their own
+
+
+def command(root, name, *keys):
+    return [sys.executable, "train.py", f"run.root={root}", f"run.name={name}", *TINY, *keys]
+
+
+def train(root, name, *keys):
+    done = subprocess.run(command(root, name, *keys), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def train_and_kill(root, name, step, delay, *keys):
+    """Starts train.py and kills it `delay` seconds after it has shown a step; returns whether it was still running."""
+    process = subprocess.Popen(command(root, name, *keys), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    watchdog = threading.Timer(120, process.kill)
+    watchdog.start()
+    try:
+        for line in process.stdout:
+            shown = re.match(r"step (\d+)/", line)
+            if shown and int(shown[1]) >= step:
+                time.sleep(delay)
+                break
+        killed = process.poll() is None
+        process.kill()
+    finally:
+        watchdog.cancel()
+        process.wait()
+        process.stdout.close()
+    return killed
+
+
+PASSKEY = [
+    "data.train_length=96",
+    "data.length_schedule=[[0,48],[8,96]]",
+    "data.batch_size=2",
+    "data.val_depths=2",
+    "data.val_examples=1",
+    "train.accumulate=2",
+    "train.bptt_chunks=2",
+    "trainer.max_steps=24",
+    "trainer.val_check_interval=5",
+    "checkpoint.every_steps=2",
+]
+SCROLLS = [
+    "conf=scrolls",
+    "data.max_length=120",
+    "data.batch_size=2",
+    "data.val_examples=3",
+    "trainer.max_steps=24",
+    "trainer.val_check_interval=5",
+    "checkpoint.every_steps=2",
+]
+
+
+def write_scrolls(root):
+    """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a second author."""
+    draw = random.Random(3)
+    words = ["rain", "sun", "wind", "cloud", "north", "south", "sea", "town", "evening", "morning", "cold", "warm"]
+    for task, count in (("qmsum", 9), ("contract_nli", 5)):
+        (root / task).mkdir(parents=True)
+        for split in ("train", "validation"):
+            rows = []
+            for number in range(count):
+                document = " ".join(draw.choices(words, k=60))
+                answer = document.split()[7] if task == "qmsum" else draw.choice(["Entailment", "Contradiction"])
+                rows.append({"id": f"{split}{number}", "pid": f"{split}{number}_0", "input": f"Which?\n\n{document}", "output": answer})
+            rows.append(rows[0] | {"pid": f"{split}0_1", "output": "calm"})
+            (root / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def killed_equals_straight(tmp_path, straight, conf, *keys, kills=1):
+    """Kills a run at random moments, resumes it after each, and compares it with one that was left alone."""
+    draw = random.Random()
+    while kills:
+        kills -= train_and_kill(tmp_path, "killed", draw.randint(1, 21), draw.uniform(0, 0.05), "resume=true", *keys)
+        if not kills or not (tmp_path / conf / "killed" / "checkpoints" / "last.ckpt").exists():
+            continue
+        if draw.random() < 0.5:  # begin anew now and then: a resumed run has fewer moments left
+            os.rename(tmp_path / conf / "killed", tmp_path / conf / f"old{kills}")
+    train(tmp_path, "killed", "resume=true", *keys)
+    same_run(straight, tmp_path / conf / "killed")
+
+
+def test_sigkill_passkey(tmp_path):
+    train(tmp_path, "straight", *PASSKEY)
+    killed_equals_straight(tmp_path, tmp_path / "passkey" / "straight", "passkey", *PASSKEY)
+
+
+def test_sigkill_scrolls(tmp_path):
+    keys = [*SCROLLS, f"data.root={write_scrolls(tmp_path / 'rows')}"]
+    train(tmp_path, "straight", *keys)
+    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_passkey_five_times(tmp_path, workers):
+    keys = [*PASSKEY, f"data.num_workers={workers}"]
+    train(tmp_path, "straight", *PASSKEY)
+    killed_equals_straight(tmp_path, tmp_path / "passkey" / "straight", "passkey", *keys, kills=5)
+
+
+@pytest.mark.slow
+def test_sigkill_scrolls_five_times(tmp_path):
+    keys = [*SCROLLS, f"data.root={write_scrolls(tmp_path / 'rows')}"]
+    train(tmp_path, "straight", *keys)
+    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys, kills=5)
+
+
+@pytest.mark.slow
+def test_sigkill_scrolls_on_real_rows(tmp_path, shared_data):
+    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=400"]
+    train(tmp_path, "straight", *keys)
+    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)

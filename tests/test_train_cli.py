@@ -1,0 +1,325 @@
+"""train.py and its run folder: what it writes, what it refuses, and a trained model back from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from callbacks.checkpoints import AtomicCheckpointIO
+from comet_pl import CometForCausalLM
+from comet_pl.build import load_checkpoint
+from comet_pl.config import load
+from comet_pl.errors import UserError
+from comet_pl.run import plan_run
+
+ROOT = Path(__file__).resolve().parents[1]
+main = runpy.run_path(str(ROOT / "train.py"))["main"]
+TINY = [
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=4",
+    "trainer.val_check_interval=2",
+    "trainer.log_every_n_steps=2",
+    "checkpoint.every_steps=2",
+    "data.train_length=64",
+    "data.length_schedule=null",
+    "data.batch_size=2",
+    "data.val_depths=2",
+    "data.val_examples=1",
+    "eval.lengths=[64,128]",
+    "eval.depths=2",
+    "eval.examples=1",
+    "backbone.hidden_size=16",
+    "backbone.num_attention_heads=2",
+    "backbone.num_key_value_heads=1",
+    "backbone.head_dim=8",
+    "backbone.intermediate_size=24",
+    "backbone.vocab_size=300",
+    "model.chunk_size=16",
+    "model.global_size=2",
+    "model.compression_stride=4",
+    "model.temporary_capacity=6",
+    "train.lr=1e-3",
+    "train.memory_lr_factor=3",
+]
+
+
+def run(root, name, *keys):
+    """In this process; returns the run's folder."""
+    main([f"run.root={root}", f"run.name={name}", *TINY, *keys])
+    return Path(root) / "passkey" / name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs"), "trained")
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# ---- what a run writes
+
+
+def test_a_run_folder_holds_everything(trained):
+    assert {path.name for path in (trained / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    results = json.loads((trained / "eval" / "passkey.json").read_text())
+    assert set(results["mean"]) == {"64", "128"}
+    written = yaml.safe_load((trained / "config.yaml").read_text())
+    assert written["run"]["name"] == "trained"
+    assert written["model"]["chunk_size"] == 16
+    assert written["train"]["memory_lr_factor"] == 3.0
+    assert written["train"]["final_lr"] == 0.0  # resolved: defaults too
+    assert not list(trained.rglob("hparams.yaml"))
+    assert not list(trained.rglob("*.part"))
+
+
+def test_tensorboard_holds_the_pinned_tags(trained):
+    events = EventAccumulator(str(trained), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    train = ("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/skipped", "memory/peak_gb", "gate/mean")
+    assert steps == {**{tag: [1, 2, 4] for tag in train}, "val/loss": [2, 4], "val/accuracy": [2, 4]}
+    assert [event.step for event in events.Images("val/heatmap")] == [2, 4]
+    values = {tag: events.Scalars(tag)[-1].value for tag in steps}
+    assert 0 < values["gate/mean"] < 1
+    assert values["train/tokens_per_s"] > 10
+    assert 0.05 < values["memory/peak_gb"] < 50
+    (config,) = events.Tensors("config/text_summary")
+    assert "chunk_size: 16" in config.tensor_proto.string_val[0].decode()
+    hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    assert b"model.chunk_size" in hparams
+
+
+def test_without_a_name_a_run_has_a_time_stamp(tmp_path):
+    config = load([f"run.root={tmp_path}"])
+    first = plan_run(config)
+    first.create()
+    second = plan_run(config)
+    second.create()
+    assert first.path != second.path
+    assert yaml.safe_load((second.path / "config.yaml").read_text())["run"]["name"] == second.path.name
+    assert plan_run(config, rank=1).path == second.path  # another process of the same run
+
+
+def test_processes_started_from_outside_need_a_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("COMET_RUN_NAME", raising=False)
+    with pytest.raises(UserError, match=r"run\.name: missing"):
+        plan_run(load([f"run.root={tmp_path}"]), rank=1)
+
+
+# ---- what is refused, with nothing changed
+
+
+def refused(match, *argv):
+    with pytest.raises(UserError, match=match) as error:
+        main([*argv])
+    assert "\n" not in str(error.value)
+
+
+def test_an_existing_folder_is_not_overwritten(trained):
+    before = tree(trained)
+    refused(
+        r"^run\.name: .*trained exists; give another run\.name, or resume=true", f"run.root={trained.parents[1]}", "run.name=trained", *TINY
+    )
+    assert tree(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "match"),
+    [
+        ("model.chunk_size=32", r"^model\.chunk_size: 32 given, but .*trained was started with 16"),
+        ("backbone.hidden_size=32", r"^backbone\.hidden_size: 32 given"),
+        ("data.batch_size=3", r"^data\.batch_size: 3 given"),
+        ("data.kind=scrolls", r"^data\.kind: scrolls given, but .* was started with passkey"),
+        ("train.lr=0.5", r"^train\.lr: 0\.5 given, but .* was started with 0\.001"),
+        ("seed=1", r"^seed: 1 given, but .* was started with 0"),
+    ],
+)
+def test_a_resumed_run_keeps_its_configuration(trained, key, match):
+    before = tree(trained)
+    keys = [one for one in TINY if not (one.startswith("data.") and "scrolls" in key)]
+    refused(match, f"run.root={trained.parents[1]}", "run.name=trained", "resume=true", *keys, key)
+    assert tree(trained) == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here(tmp_path):
+    match = r"^trainer\.accelerator: cuda given, but there is no such device here, allowed: cpu, auto$"
+    refused(match, f"run.root={tmp_path}", *TINY, "trainer.accelerator=cuda")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["data.haystack=/nowhere.txt"], r"^data\.haystack: .*nowhere\.txt cannot be read"),
+        (["backbone.path=/nowhere"], r"^backbone\.path: /nowhere"),
+        (["trainer.strategy=nonsense"], r"^trainer: .*nonsense"),
+        (["checkpoint.monitor=val/los"], r"^checkpoint\.monitor: 'val/los' given, allowed: a logged value, .*val/loss"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, keys, match):
+    refused(match, f"run.root={tmp_path}", "run.name=x", *TINY, *keys)
+    left = list((tmp_path / "passkey" / "x").rglob("*")) if (tmp_path / "passkey" / "x").exists() else []
+    assert not [path for path in left if "ckpt" in path.name]
+    assert bool(left) == ("checkpoint.monitor=val/los" in keys)  # steps were taken: their curves stay; otherwise there is no folder
+
+
+def test_one_line_on_stderr_and_exit_code_2(tmp_path):
+    argv = [sys.executable, "train.py", f"run.root={tmp_path}", *TINY, "model.gate=scalr"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [done.stderr.rstrip("\n")]
+    assert done.stderr.startswith("error: model.gate: 'scalr' given")
+    assert not list(tmp_path.iterdir())
+
+
+# ---- going on
+
+
+def test_resume_without_a_checkpoint_starts(tmp_path):
+    path = run(tmp_path, "new", "resume=true", "eval.after_fit=false")
+    assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_max_steps_may_grow(tmp_path):
+    run(tmp_path, "grows", "eval.after_fit=false")
+    path = run(tmp_path, "grows", "eval.after_fit=false", "resume=true", "trainer.max_steps=6", "data.num_workers=1")
+    assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+    assert yaml.safe_load((path / "config.yaml").read_text())["trainer"]["max_steps"] == 6
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = run(tmp_path, "damaged", "eval.after_fit=false")
+    last = path / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-2000])
+    refused(r"last\.ckpt: not a readable checkpoint: truncated", f"run.root={tmp_path}", "run.name=damaged", "resume=true", *TINY)
+
+
+def test_by_minutes_only(tmp_path):
+    """So few minutes that every step is due."""
+    code = "import train, callbacks.checkpoints as c; save = c.RunCheckpoints._save\n"
+    code += "c.RunCheckpoints._save = lambda self, t, name: (print('saved', name, t.global_step), save(self, t, name))\n"
+    code += "import sys; train.main(sys.argv[1:])"
+    keys = ["checkpoint.every_steps=null", "checkpoint.every_minutes=0.00001", "eval.after_fit=false"]
+    argv = [sys.executable, "-c", code, f"run.root={tmp_path}", "run.name=x", *TINY, *keys]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert [line for line in done.stdout.splitlines() if line.startswith("saved last")] == [f"saved last.ckpt {n}" for n in (1, 2, 3, 4)], (
+        done
+    )
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
+    argv = [
+        sys.executable,
+        "train.py",
+        f"run.root={tmp_path}",
+        "run.name=x",
+        *TINY,
+        "trainer.max_steps=100000",
+        "checkpoint.every_steps=null",
+    ]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    watchdog = threading.Timer(60, process.kill)
+    watchdog.start()
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, errors = process.communicate()
+    watchdog.cancel()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    last = out.splitlines()[-1]
+    step = torch.load(tmp_path / "passkey" / "x" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert last.startswith(f"stopped after step {step}, saved in ")
+    assert last.endswith("run.name=x resume=true")
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"comet": 1}, path)
+
+    def half(checkpoint, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        AtomicCheckpointIO().save_checkpoint({"comet": 2}, path)
+    assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(path, weights_only=True) == {"comet": 1}
+
+
+# ---- a trained model back
+
+
+def test_a_trained_model_comes_back_whole(trained):
+    last = trained / "checkpoints" / "last.ckpt"
+    model, tokenizer, config = load_checkpoint(trained, [f"ckpt={trained}"])
+    assert isinstance(model, CometForCausalLM)
+    assert not model.training
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(weights[f"model.{name}"], value) for name, value in model.state_dict().items())
+    assert (config.model.chunk_size, config.data.train_length) == (16, 64)
+    ids = tokenizer(" The pass key is 12345", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == " The pass key is 12345"
+    assert tokenizer.convert_ids_to_tokens(ids)[-5:] == list("12345")
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|pad|>")
+    assert tokenizer.chat_template
+
+
+def test_keys_over_a_trained_model(trained):
+    model, _, config = load_checkpoint(trained / "checkpoints" / "best.ckpt", ["ckpt=x", "model.chunk_size=8", "eval.depths=3"])
+    assert (model.config.chunk_size, config.eval.depths) == (8, 3)
+    with pytest.raises(UserError, match=r"adapter_rank.*: 2 given, but this checkpoint's weights were made with 8"):
+        load_checkpoint(trained, ["ckpt=x", "model.adapter_rank=2"])
+
+
+def test_a_saved_model_folder_loads_too(trained, tmp_path):
+    model, tokenizer, _ = load_checkpoint(trained, ["ckpt=x"])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, same, _ = load_checkpoint(tmp_path, [f"ckpt={tmp_path}", "model.chunk_size=8"])
+    assert again.config.chunk_size == 8
+    assert same("key 7")["input_ids"] == tokenizer("key 7")["input_ids"]
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "other"])
+def test_other_files_are_refused_in_one_line(trained, tmp_path, content):
+    file = tmp_path / "x.ckpt"
+    if content == "foreign":
+        torch.save({"state_dict": {}}, file)
+    elif content == "other":
+        checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+        checkpoint["state_dict"].popitem()
+        torch.save(checkpoint, file)
+    else:
+        whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
+        file.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+    match = {"foreign": "not one that train.py wrote", "other": "do not fit"}.get(content, "not a readable checkpoint")
+    with pytest.raises(UserError, match=match):
+        load_checkpoint(file, ["ckpt=x"])
+    with pytest.raises(UserError, match="does not exist"):
+        load_checkpoint(tmp_path / "y.ckpt", ["ckpt=y"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_checkpoint_that_may_not_be_read(tmp_path):
+    file = tmp_path / "x.ckpt"
+    file.write_bytes(b"")
+    file.chmod(0)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(file, ["ckpt=x"])

@@ -1,6 +1,6 @@
 """Evaluates a trained CoMeT: python eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]; --help lists the confs and keys.
 
-ckpt is a run's folder (its best.ckpt, else its last.ckpt), a .ckpt file, or a model folder with config.json. A checkpoint knows its own
+ckpt is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt file, or a model folder with config.json. A checkpoint knows its own
 configuration; conf and keys go over it. Results go into the run's folder, or into out.
 """
 
@@ -24,12 +24,12 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if path.is_file():
         return path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
     for folder in (path / "checkpoints", path):
-        for name in ("best.ckpt", "last.ckpt"):
+        for name in ("last.ckpt", "best.ckpt"):
             if (folder / name).is_file():
                 return folder / name, path.parent if folder == path and path.name == "checkpoints" else path
     if (path / "config.json").is_file():
         return path, path
-    raise UserError(f"ckpt: {path} holds neither checkpoints/best.ckpt, checkpoints/last.ckpt nor a model's config.json")
+    raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json")
 
 
 def main(argv: list[str]) -> None:

@@ -54,14 +54,19 @@ def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config
 
 
 def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
-    """{"train_length", "cells": [{"length", "depth", "accuracy", "n"}], "mean": {"<length>": accuracy}}; exact match of all five digits."""
+    """{"train_length", "cells": [{"length", "depth", "accuracy", "n"}], "mean": {"<length>": accuracy}, "weights"}; exact match of all five
+    digits. Other lengths that the same weights were evaluated at before stay in the files."""
     data = config.data
     assert isinstance(data, PasskeyData)
     lengths = sorted(set(config.eval.lengths or [times * data.train_length for times in TIMES]))
     examples = PasskeyExamples(data, tokenizer, config.seed, "evaluation")
     examples.check(lengths, "eval.lengths", wrap=True)
     depths = even_depths(config.eval.depths) * (config.eval.examples or 1)
-    metric, answers, values = PasskeyAccuracy(), list[Answer](), dict[str, Any]()
+    metric, values = PasskeyAccuracy(), dict[str, Any]()
+    weights = model.weight_digest()
+    before = results.read() if results.read().get("weights") == weights else {}
+    kept = [cell for cell in before.get("cells", []) if cell["length"] not in lengths]
+    answers = [answer for answer in results.answers("passkey") if answer["length"] in {cell["length"] for cell in kept}]
     with Bar(len(depths) * sum(lengths)) as bar:
         if repeated := [short(length) for length in lengths if examples.repeats(length)]:
             bar.note(f"{data.haystack} has {len(examples.filler):,} tokens: at {', '.join(repeated)} it is read more than once")
@@ -78,18 +83,18 @@ def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 for index, depth, digits, key, right in zip(indices, here, given, wanted, correct.tolist(), strict=True):
                     texts = {"prediction": tokenizer.decode(digits), "references": [tokenizer.decode(key)]}
                     answers.append({"id": f"{length}-{index}", **texts, "score": float(right), "length": length, "depth": depth})
-            cells = metric.compute()
-            values = {"train_length": data.train_length, "cells": cells, "mean": means(cells)}
+            cells = sorted(kept + metric.compute(), key=lambda cell: (cell["length"], cell["depth"]))
+            values = {"train_length": data.train_length, "cells": cells, "mean": means(cells), "weights": weights}
             results.draw(heatmap(cells, data.train_length))
             results.write(values, {"passkey": answers})
             bar.note(f"passkey at {short(length)}: {values['mean'][str(length)]:.1%} of {len(depths)} exact")
-    results.show(_passkey_table(values))
+    results.show(f"passkeys found, by length in tokens and depth; trained at {data.train_length:,} tokens", _passkey_table(values))
     return values
 
 
 def _passkey_table(values: dict[str, Any]) -> Table:
     means, cells = values["mean"], values["cells"]
-    table = Table("depth", title=f"passkeys found, by length; trained at {values['train_length']:,} tokens")
+    table = Table("depth")
     for length in means:
         table.add_column(f"{int(length):,}", justify="right")
     for depth in sorted({cell["depth"] for cell in cells}):
@@ -149,12 +154,12 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 predictions[task].append({"id": one.id, "prediction": text, "references": one.references, "score": score})
             results.write(values, predictions)
             bar.note(f"{task}: {scored[task]['scrolls_score']:.2f} on {len(questions)} questions")
-    results.show(_scrolls_table(scored, values["average"]))
+    results.show("SCROLLS, validation, in percent", _scrolls_table(scored, values["average"]))
     return values
 
 
 def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:
-    table = Table("task", "score", "of", "questions", title="SCROLLS, validation, in percent")
+    table = Table("task", "score", "of", "questions")
     for task, found in scored.items():
         parts = ", ".join(f"{name} {found[name]:.2f}" for name in METRICS[task])
         table.add_row(task, f"{found['scrolls_score']:.2f}", parts, str(found["n"]))

@@ -34,15 +34,30 @@ class Results:
             self._replace(f"predictions/{task}.jsonl", b"".join(_json(answer) for answer in answers))
         self._replace(f"eval/{self.kind}.json", _json(values, indent=2))
 
+    def read(self) -> dict[str, Any]:
+        """What <kind>.json holds; {} if there is none, or not a whole one."""
+        try:
+            return dict(json.loads((self.out / f"eval/{self.kind}.json").read_text("utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def answers(self, task: str) -> list[Answer]:
+        """What <task>.jsonl holds; [] if there is none, or not a whole one."""
+        try:
+            return [json.loads(line) for line in (self.out / f"predictions/{task}.jsonl").read_text("utf-8").splitlines()]
+        except (OSError, ValueError):
+            return []
+
     def draw(self, figure: Figure) -> None:
         """Replaces <kind>.png."""
         picture = io.BytesIO()
         figure.savefig(picture, format="png")
         self._replace(f"eval/{self.kind}.png", picture.getvalue())
 
-    def show(self, table: Table) -> None:
-        """Prints the table, and where the files are."""
+    def show(self, title: str, table: Table) -> None:
+        """Prints the table under its title, and where the files are."""
         console = Console()
+        console.print(f"\n{title}", **PLAIN)
         console.print(table)
         console.print(f"written: {self.out / 'eval' / self.kind}.json, {self.out / 'predictions'}", **PLAIN)
 

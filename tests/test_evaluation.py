@@ -119,7 +119,8 @@ def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     expected = [
         {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)} for length in (64, 200) for depth in (0.0, 0.5, 1.0)
     ]
-    assert results == {"train_length": 64, "cells": expected, "mean": {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}}
+    mean = {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}
+    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": model.weight_digest()}
     assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()]
@@ -252,13 +253,13 @@ def run(tmp_path: Path) -> Path:
 
 def test_which_checkpoint(script: ModuleType, run: Path):
     best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
-    assert script.find_checkpoint(run) == (best, run)
-    assert script.find_checkpoint(run / "checkpoints") == (best, run)
-    assert script.find_checkpoint(last) == (last, run)
-    best.unlink()
     assert script.find_checkpoint(run) == (last, run)
+    assert script.find_checkpoint(run / "checkpoints") == (last, run)
+    assert script.find_checkpoint(best) == (best, run)
     last.unlink()
-    with pytest.raises(UserError, match=r"^ckpt: .*/x holds neither checkpoints/best.ckpt, checkpoints/last.ckpt nor"):
+    assert script.find_checkpoint(run) == (best, run)
+    best.unlink()
+    with pytest.raises(UserError, match=r"^ckpt: .*/x holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor"):
         script.find_checkpoint(run)
     (run / "config.json").write_text("{}")
     assert script.find_checkpoint(run) == (run, run)
@@ -274,16 +275,29 @@ def test_eval_writes_into_the_run_or_out(script: ModuleType, run: Path, tmp_path
     assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
 
 
+def test_another_length_joins_what_the_same_weights_have_shown(script: ModuleType, run: Path):
+    for length in (64, 80, 64):
+        script.main([f"ckpt={run}", f"eval.lengths=[{length}]", "eval.examples=1"])
+    results = json.loads((run / "eval" / "passkey.json").read_text())
+    lines = [json.loads(line) for line in (run / "predictions" / "passkey.jsonl").read_text().splitlines()]
+    assert results["mean"].keys() == {"64", "80"} and len(results["cells"]) == len(lines) == 6
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["model.model.norm.weight"] += 1
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+    script.main([f"ckpt={run}", "eval.lengths=[80]", "eval.examples=1"])
+    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}, "other weights start afresh"
+
+
 def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path: Path):
-    checkpoint = run / "checkpoints" / "best.ckpt"
+    checkpoint = run / "checkpoints" / "last.ckpt"
     with pytest.raises(UserError, match=r"^ckpt: missing"):
         script.main([])
     with pytest.raises(UserError, match=r"^eval.length: no such key.*did you mean eval.lengths"):
         script.main([f"ckpt={run}", "eval.length=[64]"])
     checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"best.ckpt: not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"last.ckpt: not a readable checkpoint"):
         script.main([f"ckpt={run}"])
     torch.save({"state_dict": {}}, checkpoint)
-    with pytest.raises(UserError, match=r"best.ckpt: a checkpoint, but not one that train.py wrote"):
+    with pytest.raises(UserError, match=r"last.ckpt: a checkpoint, but not one that train.py wrote"):
         script.main([f"ckpt={run}"])
     assert not (run / "eval").exists()

@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
     from comet_pl.trained import checkpoint_content, restore_tokenizer
 
     build.check_device(config)
-    run = plan_run(config, rank_zero_only.rank)
+    run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
     config = run.config
     seed_everything(config.seed, verbose=False)
     resumed = run.checkpoint and read_checkpoint(run.checkpoint, mmap=True)["comet"]
@@ -37,8 +37,8 @@ def main(argv: list[str]) -> None:
     try:
         trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except TrainingStopped as stopped:
-        again = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
-        again = shlex.join(["python", "train.py", *again, f"run.name={config.run.name}", "resume=true"])
+        keys = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
+        again = shlex.join(["python", "train.py", *keys, f"run.name={config.run.name}", "resume=true"])
         print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
         sys.exit(128 + stopped.number)
     except UserError:
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
         if config.eval.after_fit:
             from comet_pl.evaluation import evaluate
 
-            evaluate(model.to(build.device_of(config)).eval(), tokenizer, config, run.path)
+            model.to(build.device_of(config))  # type: ignore[arg-type]
+            evaluate(model, tokenizer, config, run.path)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from comet_pl import CometCache, CometForCausalLM
 from comet_pl.model.chunking import RowClock, fixed_chunks
 
 Read = Callable[[Tensor], Tensor]
+PIECE = 4  # chunks
 
 
 def full_cache(model: CometForCausalLM, shape: Shape) -> CometCache:
@@ -65,12 +67,12 @@ def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Read:
     return lambda ids: model(ids, use_cache=True, logits_to_keep=1).logits
 
 
-def timed(read: Read, ids: Tensor) -> tuple[float, float]:
+def timed(read: Callable[[], Any], device: str) -> tuple[float, float]:
     """(wall, processor time of this process) in seconds. The second leaves out what other programs took; it adds up over threads."""
-    synchronize = torch.cuda.synchronize if ids.is_cuda else lambda: None
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
     wall, processor = time.perf_counter(), time.process_time()
-    read(ids)
+    read()
     synchronize()
     return time.perf_counter() - wall, time.process_time() - processor
 
@@ -84,11 +86,17 @@ def memory_peak(device: str) -> float:
 
 
 def measure_length(what: str, shape: Shape, length: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Time and peak memory of reading `length` tokens in one call."""
+    """Time and peak memory of reading `length` tokens: full attention in one call, the others PIECE chunks a call, as from a stream."""
     read = full_attention(shape, device, dtype) if what == "full_attention" else readers(shape, device, dtype)[what]
+    piece = length if what == "full_attention" else PIECE * shape.chunk
+
+    def read_all() -> None:
+        for start in range(0, length, piece):
+            read(text(min(piece, length - start), device))
+
     before = memory_now(device)
     read(text(shape.chunk, device))
-    wall, processor = timed(read, text(length, device))
+    wall, processor = timed(read_all, device)
     peak = memory_peak(device)
     return {
         "what": what,
@@ -110,7 +118,7 @@ def measure_ratio(shape: Shape, rounds: int, device: str, dtype: torch.dtype) ->
     for k in range(rounds):
         ids = text(shape.chunk, device)
         for name in list(both)[:: -1 if k % 2 else 1]:
-            found[name].append(timed(both[name], ids))
+            found[name].append(timed(partial(both[name], ids), device))
     pairs = list(zip(found["comet"], found["slots_in_full"], strict=True))
     return {
         "rounds": rounds,

@@ -23,7 +23,7 @@ FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on 
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on, without the machine's name."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -121,3 +121,4 @@ def show(result: dict[str, Any]) -> None:
     if flat is not None:
         met = "met" if flat["peak_mib"] <= FLAT_WITHIN else "MISSED"
         console.print(f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}")
+        console.print(f"  (what reading adds to the process differs by {flat['reading_mib']:.1%})")

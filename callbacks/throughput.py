@@ -14,7 +14,7 @@ from comet_pl.lit_module import CometModule
 
 
 class Throughput(lightning.Callback):
-    """Real tokens (no padding) read a second since the last logged step, of all ranks; validations and checkpoints do not count as time.
+    """Real tokens (no padding) read a second since the last logged step, of all ranks; validations do not count as time.
 
     memory/peak_gb: 10^9 bytes, at most so far: of GPU memory that torch has handed out, or else of the process.
     """

@@ -195,7 +195,13 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
 def quiet_lightning() -> None:
     """Silences what is no news to the user; warnings about real trouble stay."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*does not have many workers.*", ".*LeafSpec.*", ".*`lr_scheduler.step\\(\\)` before.*", ".*eval mode at the start.*"):
+    for message in (
+        ".*does not have many workers.*",
+        ".*LeafSpec.*",
+        ".*`lr_scheduler.step\\(\\)` before.*",  # a first step that the loss scaler skips
+        ".*eval mode at the start.*",
+        ".*sync_dist=True.*",  # the metrics have summed over ranks already
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 

@@ -45,6 +45,12 @@ class CometModule(lightning.LightningModule):
         if train.recompute:
             model.gradient_checkpointing_enable()
 
+    def setup(self, stage: str) -> None:
+        """Tells the data which rows are this rank's, before loaders are made."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "world"):
+            data.rank, data.world = self.trainer.global_rank, self.trainer.world_size
+
     # ---- training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -163,7 +169,7 @@ class CometModule(lightning.LightningModule):
 
     def logs_at(self, step: int) -> bool:
         """Whether the values of a step, counted from 1, are logged."""
-        return step == 1 or step % self.trainer.log_every_n_steps == 0
+        return step == 1 or step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
 
     def record(self, values: dict[str, float]) -> None:
         """Writes values to the logger at the number of steps done, skipped ones included.

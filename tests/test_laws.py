@@ -157,12 +157,14 @@ def test_a_ragged_batch_equals_its_rows(comet, lengths, left, listed, data):
     more = text(len(lengths), 6, seed=1)  # then the rows go on together, in place
     with torch.no_grad():
         batch = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=True)
+        uncached = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=False).logits
         after = [model(more[:, k : k + 2], past_key_values=batch.past_key_values).logits for k in (0, 2, 4)]
         for b, span in enumerate(spans):
             cache = None
             if lengths[b]:
                 alone = model(ids[b : b + 1, span], chunk_sizes=[sizes[b]] if sizes else None, use_cache=True)
                 torch.testing.assert_close(batch.logits[b, span], alone.logits[0], **EXACT)
+                torch.testing.assert_close(uncached[b, span], alone.logits[0], **EXACT)
                 cache = alone.past_key_values
             follow = model(more[b : b + 1], past_key_values=cache, use_cache=True)
             torch.testing.assert_close(torch.cat(after, 1)[b], follow.logits[0], **EXACT)

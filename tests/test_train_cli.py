@@ -262,6 +262,19 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"comet": 1}
 
 
+@pytest.mark.slow
+def test_two_processes_are_one_with_all_rows(tmp_path):
+    keys = [f"run.root={tmp_path}", *TINY, "eval.after_fit=false", "data.val_examples=2"]
+    argv = [sys.executable, "train.py", *keys, "run.name=two", "data.batch_size=2", "trainer.strategy=ddp", "trainer.devices=2"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    main([*keys, "run.name=one", "data.batch_size=4"])
+    two, one = (torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("two", "one"))
+    assert len(two["random_states"]) == 2
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
 # ---- a trained model back
 
 

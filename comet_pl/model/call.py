@@ -40,7 +40,9 @@ class Call:
     def step(self, t: int, in_place: bool, device: torch.device) -> Step:
         """The t-th step of all rows."""
         now = [row[t] if t < len(row) else None for row in self.segments]
-        resting = [row[t].before if t < len(row) else after for row, after in zip(self.segments, self.clocks_after, strict=True)]
+        # A row that rests keeps its place in the cache; without a cache there is nothing of it to keep.
+        rest = self.clocks_after if self.use_cache else [RowClock()] * len(self.segments)
+        resting = [row[t].before if t < len(row) else after for row, after in zip(self.segments, rest, strict=True)]
         return build_step(
             now,
             resting,

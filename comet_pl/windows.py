@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comet_pl.model.chunking import fixed_chunks
+
 IGNORED = -100
 
 
@@ -29,11 +31,6 @@ class Window:
         """Keyword arguments of the model."""
         names = ("input_ids", "attention_mask", "shift_labels", "chunk_sizes")
         return {name: getattr(self, name) for name in names}
-
-
-def fixed_plan(tokens: int, chunk_size: int) -> list[int]:
-    """Chunks of chunk_size tokens and the rest."""
-    return [min(chunk_size, tokens - start) for start in range(0, tokens, chunk_size)]
 
 
 def cut_windows(
@@ -55,7 +52,7 @@ def cut_windows(
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = batch["labels"].gather(1, columns)[:, 1:]
     targets.masked_fill_(torch.arange(ids.shape[1], device=ids.device) + 1 >= _column(lengths, ids), IGNORED)
-    plans = [fixed_plan(n, chunk_size) for n in lengths] if chunk_sizes is None else [list(plan) for plan in chunk_sizes]
+    plans = [fixed_chunks(n, chunk_size) for n in lengths] if chunk_sizes is None else [list(plan) for plan in chunk_sizes]
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
         if sum(plan) != n:
             raise ValueError(f"chunk_sizes: row {row} sums to {sum(plan)}, but it has {n} real tokens")

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from callbacks.passkey_heatmap import exact_match
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
+from comet_pl.model.chunking import fixed_chunks
 from comet_pl.optimization import learning_rate_factor, parameter_groups
 from comet_pl.schema import TrainConfig
-from comet_pl.windows import count_targets, cut_windows, fixed_plan, split_rows
+from comet_pl.windows import count_targets, cut_windows, split_rows
 
 TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}
 
@@ -62,7 +63,7 @@ def test_windows_are_the_rows_cut_at_chunks(cut):
     for row in range(len(batch["input_ids"])):
         real = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][real].tolist(), batch["labels"][row][real].tolist()
-        plan = fixed_plan(len(ids), chunk_size) if plans is None else plans[row]
+        plan = fixed_chunks(len(ids), chunk_size) if plans is None else plans[row]
         read, targets, sizes = [], [], []
         for window in windows:
             here = window.attention_mask[row].bool()
@@ -134,7 +135,7 @@ def fit(model, batches, callbacks=(), trainer=None, **train):
 def direct(model, batch):
     """Loss and gradients of one call, by the model itself."""
     model = copy.deepcopy(model).train()
-    sizes = [fixed_plan(n, model.config.chunk_size) for n in batch["attention_mask"].sum(1).tolist()]
+    sizes = [fixed_chunks(n, model.config.chunk_size) for n in batch["attention_mask"].sum(1).tolist()]
     loss = model(**batch, chunk_sizes=sizes, use_cache=False).loss
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
@@ -171,7 +172,7 @@ def test_windows_detach_the_memory_only(chunks, labelled):
         targets = torch.cat([labels[:, 1:], torch.tensor([[-100]])], 1)
         for start in range(0, size, 4 * chunks):
             part = slice(start, start + 4 * chunks)
-            plan = fixed_plan(ids[:, part].shape[1], 4)
+            plan = fixed_chunks(ids[:, part].shape[1], 4)
             output = reference(
                 ids[:, part],
                 shift_labels=targets[:, part],

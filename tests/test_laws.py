@@ -1,4 +1,4 @@
-"""Laws 2, 3 (one process), 4, 5, 6 and 8: split, walk, batch, neutral, constant, causal.
+"""Laws 2, 3 (one process), 4, 5, 6 and 8: split, walk, batch, neutral, constant, causal."""
 
 import gc
 

@@ -181,7 +181,7 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
         ("resume=maybe", ["resume", "'maybe'", "true or false"]),
         ("resume=true", ["resume", "run.name"]),
         ("run.name=a/b", ["run.name", "'a/b'", "folder name (no slashes)"]),
-        ("backbone.num_key_value_heads=3", ["backbone.num_key_value_heads", "3", "num_attention_heads=4"]),
+        ("backbone.num_key_value_heads=5", ["backbone.num_key_value_heads", "5", "num_attention_heads=6"]),
         ("backbone.head_dim=33", ["backbone.head_dim", "33", "even"]),
         ("eval.examples=null", ["eval.examples", "null"]),
         ("train=3", ["train", "3", "section"]),
@@ -345,8 +345,11 @@ def test_the_result_is_frozen_and_plain():
 
 
 def test_defaults_are_never_shared_between_configs():
+    before = list(load([]).train.betas)
     load([]).train.betas.append(3.0)
-    assert load([]).train.betas == [0.9, 0.999]
+    assert load([]).train.betas == before
+    from_dict({}).train.betas.append(3.0)
+    assert from_dict({}).train.betas == [0.9, 0.999]
 
 
 @pytest.mark.parametrize("name", conf_names(CONF_DIR))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from models import text, tiny
 from torch.nn.attention.bias import causal_lower_right
 
+from comet_pl.model import attention
 from comet_pl.model.attention import _SplitAttention, attend
 
 SCALE = 0.3
@@ -24,6 +25,11 @@ def formula(q, k, v, past):
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(past)
     return (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1) @ v
+
+
+@pytest.fixture(params=[0, attention.FEW_SCORES], ids=["kernels", "few scores"], autouse=True)
+def few_scores(request, monkeypatch):
+    monkeypatch.setattr(attention, "FEW_SCORES", request.param)
 
 
 @pytest.mark.parametrize("grad", [True, False])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from comet_pl import CometForCausalLM
 from comet_pl.checkpoint import authors_name
+from comet_pl.model import attention
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -30,7 +31,14 @@ def close(ours, reference, tolerance=1e-5):  # float32, another order of additio
     assert worst < tolerance, f"relative difference {worst:.2e}"
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.fixture(params=["sdpa", "kernels", "eager"])
+def implementation(request, monkeypatch):
+    """sdpa as it comes; with its kernels also for few scores; the plain formula always."""
+    if request.param == "kernels":
+        monkeypatch.setattr(attention, "FEW_SCORES", 0)
+    return "eager" if request.param == "eager" else "sdpa"
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits(case, implementation):
     model, expected, stride = load(case)
@@ -45,9 +53,10 @@ def test_logits(case, implementation):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("case", [c for c in CASES if c != "decode"])
-def test_loss_and_gradients(case, recompute):
+def test_loss_and_gradients(case, recompute, implementation):
     """All sequences as one right-padded batch, full backpropagation through all chunks."""
     model, expected, stride = load(case)
+    model.set_attn_implementation(implementation)
     model.train().gradient_checkpointing = recompute
     if "loss" not in expected:
         pytest.fail(f"{case} has no loss")
@@ -76,9 +85,10 @@ def test_loss_and_gradients(case, recompute):
     assert checked > 10
 
 
-def test_greedy_continuation():
+def test_greedy_continuation(implementation):
     """Crosses compression tokens and chunk boundaries; through Hugging Face's generate, with a cache."""
     model, expected, _ = load("decode")
+    model.set_attn_implementation(implementation)
     prompt = expected["input_ids.0"][None]
     wanted = expected["generated"].flatten()
     out = model.generate(

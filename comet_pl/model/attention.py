@@ -19,6 +19,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+FEW_SCORES = 2**18  # so few are computed by the plain formula on a CPU: less overhead than a kernel, and it rounds least
+
+
 class _SplitAttention(torch.autograd.Function):
     """CPU: the past without a mask and the own tokens causally, merged by their log-sum-exps; no mask exists and nothing is masked away.
 
@@ -48,7 +51,9 @@ class _SplitAttention(torch.autograd.Function):
 def attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
     """(B, H, W, h), (B, H', L, h) twice -> (B, H, W, h)."""
     k, v = k.to(q.dtype), v.to(q.dtype)  # a cache in float32 under autocast
-    if implementation == "eager":
+    wide = q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu"
+    few = wide and q.shape[2] > 1 and q.shape[:3].numel() * k.shape[2] <= FEW_SCORES
+    if implementation == "eager" or few:
         return _eager(q, k, v, step.mask, scale)
     grouped = q.shape[1] != k.shape[1]
     if not step.uniform:

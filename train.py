@@ -14,6 +14,7 @@ def main(argv: list[str]) -> None:
 
     from lightning.pytorch import seed_everything
     from lightning.pytorch.utilities import rank_zero_only
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from callbacks.checkpoints import TrainingStopped, read_checkpoint
     from comet_pl import build
@@ -41,10 +42,11 @@ def main(argv: list[str]) -> None:
         again = shlex.join(["python", "train.py", *keys, f"run.name={config.run.name}", "resume=true"])
         print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
         sys.exit(128 + stopped.number)
-    except UserError:
+    except (UserError, MisconfigurationException) as error:
         if trainer.global_step == 0 and trainer.is_global_zero:
             run.discard()
-        raise
+        # Lightning's: limits of which no batch is left
+        raise error if isinstance(error, UserError) else UserError(f"trainer: {str(error).splitlines()[0]}") from None
     if trainer.is_global_zero:
         print(f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard --logdir {run.path}")
         if config.eval.after_fit:

@@ -33,7 +33,8 @@ class PasskeyHeatmap(lightning.Callback):
     ) -> None:
         if "length" in batch:
             text = outputs["logits"][..., : pl_module.model.config.first_new_id]  # generation suppresses the new tokens
-            self.metric.update(batch["length"], batch["depth"], exact_match(text, batch["labels"]))
+            correct = exact_match(text, batch["labels"])[: len(batch["depth"])]  # a rank that has no more to read has a row without a depth
+            self.metric.update(batch["length"], batch["depth"], correct)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         if not self.metric.update_called:

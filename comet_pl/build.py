@@ -161,6 +161,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
 
     quiet_lightning()
     t = config.trainer
+    # A run that is shorter than the interval is validated at its end.
+    val_interval = min(t.val_check_interval, t.max_steps) if isinstance(t.val_check_interval, int) else t.val_check_interval
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
     if isinstance(config.data, PasskeyData):
         callbacks.append(PasskeyHeatmap(config.data.train_length))
@@ -176,8 +178,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             max_epochs=t.max_epochs,
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
-            val_check_interval=t.val_check_interval,
-            check_val_every_n_epoch=None if isinstance(t.val_check_interval, int) else 1,  # None: counted across epochs
+            val_check_interval=val_interval,
+            check_val_every_n_epoch=None if isinstance(val_interval, int) else 1,  # None: counted over all epochs
             log_every_n_steps=t.log_every_n_steps,
             logger=RunLogger(run.path, purge_step=run.step + 1 if run.checkpoint else 0),
             callbacks=callbacks,
@@ -200,6 +202,7 @@ def quiet_lightning() -> None:
         ".*LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before.*",  # a first step that the loss scaler skips
         ".*eval mode at the start.*",
+        ".*smaller than the logging interval.*",  # the module itself logs the first step, and steps across epochs
         ".*sync_dist=True.*",  # the metrics have summed over ranks already
     ):
         warnings.filterwarnings("ignore", message=message)

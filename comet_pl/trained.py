@@ -77,7 +77,7 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     try:
         settings.override({key: value for key, value in asked.items() if value != trained.get(key, value)})
     except ValueError as error:
-        raise UserError(f"model: {error}") from None
+        raise UserError(_misfit(config, content["config"], error)) from None
     settings._attn_implementation = config.backbone.attn_implementation
     weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("model.")}
     model = CometForCausalLM(settings)
@@ -87,6 +87,15 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     except RuntimeError as error:
         raise UserError(f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}") from None
     return model.eval(), restore_tokenizer(content), config
+
+
+def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> str:
+    """Why the model section that was asked for is not this checkpoint's; a whole conf of another model is the likeliest mistake."""
+    if config.conf == trained["conf"]:
+        return f"model: {error}"
+    keys = f"data.kind={config.data.kind} and its keys" if config.data.kind != trained["data"]["kind"] else "the keys that shall change"
+    other = f"is for another model than this checkpoint's, which was trained with conf={trained['conf']}"
+    return f"conf={config.conf}: {other} ({error}); leave conf out and give {keys}"
 
 
 def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:

@@ -55,12 +55,12 @@ HUB = "hf://datasets/tau/scrolls/{task}.zip"
 Row = dict[str, Any]
 
 
-class MalformedRow(UserError):
-    """A row that cannot be used."""
+class UnusableRow(UserError):
+    """A row that is malformed or too long."""
 
 
 class Complaints:
-    """What happens to malformed rows: the first one raises, or they are skipped, counted and shown.
+    """What happens to rows that cannot be used: the first one raises, or they are skipped, counted and shown.
 
     Args:
         on_error: raise | skip.
@@ -69,18 +69,24 @@ class Complaints:
     def __init__(self, on_error: str):
         self.on_error, self.count, self.first = on_error, 0, ""
 
-    def add(self, place: str, reason: str) -> None:
-        """Raises:
-        MalformedRow: on_error is raise.
+    def add(self, place: str, reason: str, remedy: str = "") -> None:
+        """A row is left out.
+
+        Args:
+            remedy: what else would help, for a row that is not malformed.
+
+        Raises:
+            UnusableRow: on_error is raise.
         """
         if self.on_error == "raise":
-            raise MalformedRow(f"{place}: malformed row: {reason} (data.on_error=skip leaves such rows out)")
+            fault, ways = ("", f"{remedy}; ") if remedy else ("malformed row: ", "")
+            raise UnusableRow(f"{place}: {fault}{reason} ({ways}data.on_error=skip leaves such rows out)")
         self.first = self.first or f"{place}: {reason}"
         self.count += 1
 
     def summary(self) -> str | None:
         """One line about what was skipped, or None."""
-        return f"{self.count} malformed row{'s' * (self.count > 1)} skipped; the first: {self.first}" if self.count else None
+        return f"{self.count} unusable row{'s' * (self.count > 1)} skipped; the first: {self.first}" if self.count else None
 
 
 def find(folder: Path, split: str) -> Path | None:
@@ -93,7 +99,7 @@ def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
     """('path:line', row) of every line that is not blank.
 
     Raises:
-        UserError: the file cannot be read or unpacked. MalformedRow: a line is no JSON object, and complaints raise.
+        UserError: the file cannot be read or unpacked. UnusableRow: a line is no JSON object, and complaints raise.
     """
     number = 0
     try:

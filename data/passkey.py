@@ -16,11 +16,12 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import PasskeyData
 from comet_pl.errors import UserError
-from data.base import IGNORED, ResumableLoader, encode, stop_token
+from data.base import IGNORED, ResumableLoader, encode, nothing, stop_token, validation_loader
 from data.filler import sentences
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
@@ -163,6 +164,10 @@ class ValidationBatches:
         indices, depths = zip(*cells, strict=True)
         return self.examples.batch(indices, length, depths)
 
+    def only(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
+        """The one batch, or one with no depth, for a rank that has no more to read."""
+        return batches[0] if batches else {**nothing(), "length": self.examples.data.train_length, "depth": [], "logits_to_keep": 1}
+
 
 def validation_lengths(data: PasskeyData) -> list[int]:
     return data.val_lengths or [data.train_length]
@@ -211,12 +216,9 @@ class PasskeyDataModule(lightning.LightningDataModule):
         rows = TrainingRows(self.training, self.rows * self.world, self.max_steps)
         return ResumableLoader(rows, self.rows, collate, num_workers=self.data.num_workers, rank=self.rank, world=self.world)
 
-    def val_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(ValidationBatches(self.validation), 1, _only, fill=False, rank=self.rank, world=self.world)
-
-
-def _only(batches: list[dict[str, Any]]) -> dict[str, Any]:
-    return batches[0]
+    def val_dataloader(self) -> DataLoader[Any]:
+        batches = ValidationBatches(self.validation)
+        return validation_loader(batches, 1, batches.only, self.rank, self.world)
 
 
 def _digit(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:

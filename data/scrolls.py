@@ -21,13 +21,14 @@ from typing import Any
 
 import lightning
 import numpy as np
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
 from comet_pl.values import nearest
-from data.base import IGNORED, ResumableLoader, encode, pad_rows, pad_token, say, stop_token
+from data.base import IGNORED, ResumableLoader, encode, pad_rows, pad_token, say, stop_token, validation_loader
 from data.jsonl import Complaints, Row, find, hub_rows, read
 
 MAX_NEW_TOKENS = {
@@ -158,8 +159,9 @@ class Corpus:
         answer = np.array([*encode(self.tokenizer, row["output"].strip()), self.stop], dtype=np.int32)
         room = self._room(ids, answer)
         if room < 0:
-            reason = f"question and answer alone have {self.data.max_length - room} tokens, data.max_length is {self.data.max_length}"
-            return complaints.add(place, reason)
+            limit, needed = self.data.max_length, self.data.max_length - room
+            reason = f"question and answer alone have {needed} tokens, data.max_length is {limit}"
+            return complaints.add(place, reason, f"data.max_length={needed} makes room for them")
         digest = _digest(document)
         if digest not in self._places:
             tokens = np.array(encode(self.tokenizer, document), dtype=np.int32)
@@ -246,5 +248,5 @@ class ScrollsDataModule(lightning.LightningDataModule):
         shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
         return ResumableLoader(self.training, self.rows, self.collate, self.seed, num_workers=self.data.num_workers, **shard)
 
-    def val_dataloader(self) -> ResumableLoader:
-        return ResumableLoader(self.validation, self.data.batch_size, self.collate, fill=False, rank=self.rank, world=self.world)
+    def val_dataloader(self) -> DataLoader[Any]:
+        return validation_loader(self.validation, self.data.batch_size, self.collate, self.rank, self.world)

@@ -1,5 +1,7 @@
 """ResumableLoader: every row once an epoch, another order in each, and exact resumption, with a real Lightning Trainer too."""
 
+import os
+import signal
 from itertools import chain
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.base import ResumableLoader
+from data.base import ResumableLoader, validation_loader
 
 ROWS = 23
 pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual", "ignore:Checkpoint directory")
@@ -46,17 +48,33 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own():
     assert epochs(loader(seed=8), 1) != [first]
 
 
-def test_without_seed_rows_come_in_order_and_without_fill_the_last_batch_is_short():
-    (epoch,) = epochs(loader(seed=None, fill=False), 1)
-    assert flat(epoch) == list(range(ROWS))
-    assert [len(batch) for batch in epoch] == [4, 4, 4, 4, 4, 3]
+def test_without_seed_rows_come_in_their_own_order():
+    (epoch,) = epochs(loader(seed=None), 1)
+    assert flat(epoch) == [*range(ROWS), 0]
 
 
 def test_ranks_share_out_the_rows_of_each_batch():
-    parts = [epochs(loader(rank=rank, world=2, fill=False), 1)[0] for rank in (0, 1)]
-    assert not set(flat(parts[0])) & set(flat(parts[1]))
-    assert sorted(flat(parts[0]) + flat(parts[1])) == list(range(ROWS))
-    assert len(parts[0]) == len(loader(world=2)) == 3
+    parts = [epochs(loader(rank=rank, world=2), 1)[0] for rank in (0, 1)]
+    assert sorted(flat(parts[0]) + flat(parts[1])) == sorted([*range(ROWS), flat(parts[1])[-1]])
+    assert len(parts[0]) == len(parts[1]) == len(loader(world=2)) == 3
+
+
+def test_validation_begins_at_the_first_row_each_time():
+    one = validation_loader(Numbers(), 4, torch.tensor)
+    for _ in range(2):
+        assert next(iter(one)).tolist() == [0, 1, 2, 3], "left after a batch"
+    whole = [batch.tolist() for batch in one]
+    assert flat(whole) == list(range(ROWS))
+    assert [len(batch) for batch in whole] == [4, 4, 4, 4, 4, 3]
+    assert not hasattr(one, "state_dict")
+
+
+@pytest.mark.parametrize("world", [2, 3, 8, 24])
+def test_validation_gives_every_rank_equally_many_batches_and_each_row_once(world: int):
+    parts = [[batch.tolist() for batch in validation_loader(Numbers(), 4, torch.tensor, rank, world)] for rank in range(world)]
+    assert {len(part) for part in parts} == {-(-ROWS // (4 * world))}
+    assert sorted(flat(flat(parts))) == list(range(ROWS))
+    assert world <= ROWS or [] in parts[-1], "nothing is left for the last rank"
 
 
 def test_fewer_rows_than_a_batch_repeat():
@@ -78,16 +96,39 @@ def test_resumes_after_any_batch(num_workers: int, stop: int):
             if len(seen) == stop:
                 break
     state = one.state_dict()
-    assert state == {"epoch": stop // 6, "position": stop % 6}
+    assert state == {"epoch": (stop - 1) // 6, "position": (stop - 1) % 6 + 1}
     other = loader(num_workers)
     other.load_state_dict(state)
     rest = flat(epochs(other, 3))
     assert (seen + rest)[: len(whole)] == whole
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_finished_epoch_goes_on_if_rows_have_come_in_the_meantime(num_workers: int):
+    short = ResumableLoader(range(8), 4, torch.tensor)
+    assert [batch.tolist() for batch in short] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    grown = ResumableLoader(range(13), 4, torch.tensor, num_workers=num_workers)
+    grown.load_state_dict(short.state_dict())
+    assert [batch.tolist() for batch in grown] == [[8, 9, 10, 11], [12, 0, 1, 2]]
+
+
+class Interrupted(Numbers):
+    """A worker that makes a row gets a Ctrl-C, as all processes of a terminal do."""
+
+    def __getitem__(self, index: int) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        return index
+
+
+def test_workers_outlive_ctrl_c():
+    one = ResumableLoader(Interrupted(), 4, torch.tensor, num_workers=2)
+    assert flat([batch.tolist() for batch in one]) == [*range(ROWS), 0]
+
+
 def test_torchs_random_state_is_left_alone():
     before = torch.get_rng_state()
     epochs(loader(num_workers=2), 1)
+    list(validation_loader(Numbers(), 4, torch.tensor))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -129,7 +170,7 @@ def fit(folder: Path, max_steps: int, num_workers: int, ckpt: Path | None = None
         val_check_interval=2,
         callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
     )
-    trainer.fit(toy, loader(num_workers), loader(seed=None, fill=False), ckpt_path=ckpt, weights_only=False)
+    trainer.fit(toy, loader(num_workers), validation_loader(Numbers(), 4, torch.tensor), ckpt_path=ckpt, weights_only=False)
     return toy
 
 

@@ -2,13 +2,16 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import tiny
 
+from callbacks.passkey_heatmap import PasskeyHeatmap
 from comet_pl.config import PasskeyData
 from comet_pl.errors import UserError
 from data.base import train_tokenizer
@@ -103,6 +106,23 @@ def test_validation_batches_hold_every_cell_once():
         cells += [(batch["length"], depth) for depth in batch["depth"]]
     assert sorted(cells) == sorted([(length, depth) for length in (64, 128) for depth in (0.0, 0.5, 1.0)] * 4)
     assert even_depths(1) == [0.5]
+
+
+def test_ranks_without_a_validation_batch_get_one_that_does_not_count():
+    data = PasskeyData(train_length=64, val_depths=3, val_examples=2, batch_size=5)  # batches of 5 and 1 rows
+    parts = [list(PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1, rank=rank, world=3).val_dataloader()) for rank in range(3)]
+    assert [[len(batch["depth"]) for batch in part] for part in parts] == [[5], [1], [0]]
+    (idle,) = parts[2]
+    assert idle["length"] == 64
+    assert idle["input_ids"].shape == idle["attention_mask"].shape == idle["labels"].shape == (1, 1)
+    assert (idle["labels"] == -100).all()
+    model, heatmap = tiny(), PasskeyHeatmap(64)
+    asked = {name: idle[name] for name in ("input_ids", "attention_mask", "labels", "logits_to_keep")}
+    output = model(**asked, num_items_in_batch=1)
+    assert output.loss == 0
+    heatmap.on_validation_batch_end(None, SimpleNamespace(model=model), {"logits": output.logits}, idle, 0)
+    assert heatmap.metric.update_called, "or the other ranks wait for it"
+    assert heatmap.metric.compute() == []
 
 
 def book(folder: Path, words: int) -> str:

@@ -110,9 +110,6 @@ BAD = {
     '{"id": "a", "input": "Q"}': "output: missing, text is needed",
     '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
     '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
-    json.dumps(
-        {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
-    ): r"question and answer alone have \d+ tokens, data.max_length is 90",
 }
 
 
@@ -123,7 +120,21 @@ def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys:
         corpus(tmp_path, max_length=90)
     assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 2
     line = capsys.readouterr().out
-    assert line.startswith(f"train: 2 malformed rows skipped; the first: {path}:3: ")
+    assert line.startswith(f"train: 2 unusable rows skipped; the first: {path}:3: ")
+
+
+def test_a_row_that_is_too_long_may_have_a_larger_max_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    row = {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
+    path = write(tmp_path, rows=[ROWS[3], row])
+    message = r"question and answer alone have (\d+) tokens, data.max_length is 90"
+    with pytest.raises(UserError, match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for them; data.on_error=skip") as error:
+        corpus(tmp_path, max_length=90)
+    least = int(str(error.value).split("data.max_length=")[1].split()[0])
+    with pytest.raises(UserError):
+        corpus(tmp_path, max_length=least - 1)
+    assert len(corpus(tmp_path, max_length=least)[1][0]) == least, "as it says"
+    assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"train: 1 unusable row skipped; the first: {path}:2: question and answer")
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
@@ -177,6 +188,9 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
         assert "logits_to_keep" not in batch
     assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, "each question once"
+    module.rank, module.world = 2, 3
+    (idle,) = module.val_dataloader()
+    assert (idle["labels"] == -100).all(), "two questions, three ranks: the last one reads what does not count"
 
 
 def test_nothing_to_train_on(tmp_path: Path):

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from models import VOCABULARY, text, tiny
+from tiny_runs import ROOT, TINY
 
 from comet_pl import build, evaluation
 from comet_pl.config import Config, load
@@ -21,19 +22,6 @@ from comet_pl.trained import checkpoint_content
 from data.base import pad_rows
 from data.passkey import DIGITS
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "trainer.accelerator=cpu",
-    "backbone.hidden_size=16",
-    "backbone.num_attention_heads=2",
-    "backbone.num_key_value_heads=1",
-    "backbone.head_dim=8",
-    "backbone.intermediate_size=24",
-    "model.chunk_size=16",
-    "model.global_size=2",
-    "model.compression_stride=4",
-    "model.temporary_capacity=6",
-]
 PASSKEY = [*TINY, "conf=passkey", "backbone.vocab_size=400", "data.train_length=64", "data.length_schedule=null"]
 PASSKEY += ["eval.lengths=[200,64]", "eval.depths=3", "eval.examples=2"]
 
@@ -181,7 +169,7 @@ def scrolls_root(folder: Path) -> Path:
 
 
 def scrolls(root: Path, *more: str) -> list[str]:
-    return [*TINY, "conf=scrolls", f"data.root={root}", "backbone.vocab_size=300", "eval.max_new_tokens=6", "eval.examples=null", *more]
+    return [*TINY, "conf=scrolls", f"data.root={root}", "eval.max_new_tokens=6", "eval.examples=null", *more]
 
 
 def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
@@ -286,6 +274,15 @@ def test_another_length_joins_what_the_same_weights_have_shown(script: ModuleTyp
     torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
     script.main([f"ckpt={run}", "eval.lengths=[80]", "eval.examples=1"])
     assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}, "other weights start afresh"
+
+
+def test_a_conf_of_another_model_is_named(script: ModuleType, run: Path, tmp_path: Path):
+    root = scrolls_root(tmp_path / "data")
+    message = r"^conf=scrolls: is for another model than this checkpoint's, which was trained with conf=passkey \(.*global_size.*\); "
+    with pytest.raises(UserError, match=message + r"leave conf out and give data\.kind=scrolls and its keys$"):
+        script.main([f"ckpt={run}", "conf=scrolls", f"data.root={root}"])
+    script.main([f"ckpt={run}", "data.kind=scrolls", f"data.root={root}", "eval.examples=1", "eval.max_new_tokens=2"])
+    assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1, "as it says"
 
 
 def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path: Path):

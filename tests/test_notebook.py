@@ -6,32 +6,15 @@ import ast
 import importlib
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from tiny_runs import ROOT, TINY, train
 
-ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
-TINY = [
-    "trainer.accelerator=cpu",
-    "trainer.max_steps=6",
-    "trainer.val_check_interval=3",
-    "trainer.log_every_n_steps=1",
-    "backbone.hidden_size=16",
-    "backbone.num_attention_heads=2",
-    "backbone.num_key_value_heads=1",
-    "backbone.head_dim=8",
-    "backbone.intermediate_size=24",
-    "backbone.vocab_size=300",
-    "model.chunk_size=32",
-    "model.global_size=2",
-    "model.temporary_capacity=8",
-    "data.batch_size=4",
-]
+SHORT = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "data.batch_size=4"]
 PASSKEY = ["conf=passkey", "data.train_length=96", "data.length_schedule=null", "eval.lengths=[96,384]", "eval.depths=3", "eval.examples=1"]
 SCROLLS = ["conf=scrolls", "data.max_length=256", "eval.after_fit=false", "eval.examples=3", "eval.max_new_tokens=4"]
 
@@ -68,14 +51,6 @@ def test_what_the_notebook_imports_exists():
             assert hasattr(package, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
 
 
-def train(root: Path, *keys: str) -> Path:
-    """The folder of a tiny run, trained by the command."""
-    command = [sys.executable, "train.py", *TINY, *keys, f"run.root={root}", "run.name=tiny"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return next(root.glob("*/tiny"))
-
-
 def outputs_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
     """Executes the notebook on a run: (all text that it shows, number of pictures). A cell that fails raises."""
     monkeypatch.setenv("COMET_RUN", str(run))
@@ -90,7 +65,8 @@ def outputs_of(run: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
 
 @pytest.mark.slow
 def test_the_notebook_shows_a_passkey_run(tmp_path, monkeypatch):
-    run = train(tmp_path, *PASSKEY)
+    train(tmp_path, "tiny", *SHORT, *PASSKEY)
+    run = tmp_path / "passkey" / "tiny"
     scores = json.loads((run / "eval" / "passkey.json").read_text())
     text, pictures = outputs_of(run, monkeypatch)
     assert pictures == 2  # curves, heat-map
@@ -110,7 +86,8 @@ def test_the_notebook_evaluates_and_shows_a_scrolls_run(tmp_path, monkeypatch):
                 for n, output in enumerate(outputs * 3)
             ]
             (tmp_path / "data" / task / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    run = train(tmp_path / "runs", *SCROLLS, f"data.root={tmp_path / 'data'}")
+    train(tmp_path, "tiny", *SHORT, *SCROLLS, f"data.root={tmp_path / 'data'}")
+    run = tmp_path / "scrolls" / "tiny"
     assert not (run / "eval").exists()  # so that the notebook has to evaluate
     text, pictures = outputs_of(run, monkeypatch)
     assert pictures == 1  # curves

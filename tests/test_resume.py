@@ -8,16 +8,15 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import lightning
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import ROOT, TINY, command, train
 from torch import Tensor
 
 from callbacks.checkpoints import TrainingStopped
@@ -25,25 +24,9 @@ from comet_pl import build
 from comet_pl.config import load
 from comet_pl.run import plan_run
 from comet_pl.trained import checkpoint_content
-from data.base import ResumableLoader, pad_rows
+from data.base import ResumableLoader, pad_rows, validation_loader
 
-ROOT = Path(__file__).resolve().parents[1]
-TINY = [
-    "trainer.accelerator=cpu",
-    "trainer.log_every_n_steps=1",
-    "eval.after_fit=false",
-    "backbone.hidden_size=16",
-    "backbone.num_attention_heads=2",
-    "backbone.num_key_value_heads=1",
-    "backbone.head_dim=8",
-    "backbone.intermediate_size=24",
-    "backbone.vocab_size=300",
-    "model.chunk_size=16",
-    "model.global_size=2",
-    "model.compression_stride=4",
-    "model.temporary_capacity=6",
-    "train.warmup_steps=3",
-]
+SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
 TIMES = ("train/tokens_per_s", "memory/peak_gb")
 
 
@@ -90,7 +73,7 @@ class Sentences(lightning.LightningDataModule):
         return ResumableLoader(range(7), 2, self.batch, seed=5)
 
     def val_dataloader(self):
-        return ResumableLoader(range(7, 10), 2, self.batch, fill=False)
+        return validation_loader(range(7, 10), 2, self.batch)
 
     def batch(self, numbers):
         rows = [torch.arange(number, number * 9 % 41 + 20) % 250 + 4 for number in numbers]
@@ -118,8 +101,18 @@ class Noise(lightning.Callback):
             weight.add_(1e-3 * (torch.rand(weight.shape) + random.random() + np.random.random()))
 
 
-def fit(root, name, *keys, kill=None, resume=False, signals=None):
-    config = load([f"run.root={root}", f"run.name={name}", f"resume={str(resume).lower()}", *TINY, "trainer.max_steps=10", *keys])
+class Seen(lightning.Callback):
+    """The rows of each training step."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, module, batch, number):
+        self.rows.append(batch["input_ids"].tolist())
+
+
+def fit(root, name, *keys, kill=None, resume=False, more=(), passkeys=False):
+    config = load([f"run.root={root}", f"run.name={name}", f"resume={str(resume).lower()}", *SHORT, "trainer.max_steps=10", *keys])
     run = plan_run(config)
     for events in run.path.glob("events.*") if resume else ():  # TensorBoard reads files by the second in their names
         time.sleep(max(0, int(events.name.split(".")[3]) + 1.01 - time.time()))
@@ -130,11 +123,11 @@ def fit(root, name, *keys, kill=None, resume=False, signals=None):
     trainer.callbacks.append(Noise())
     if kill:
         trainer.callbacks.insert(0, Kill(*kill))
-    if signals:
-        trainer.callbacks.insert(0, signals)
+    trainer.callbacks[:0] = more
     run.create()
+    data = build.build_data(config, tokenizer) if passkeys else Sentences()
     try:
-        trainer.fit(build.build_module(config, model), datamodule=Sentences(), ckpt_path=run.checkpoint)
+        trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except SystemExit:
         for logger in trainer.loggers:
             logger.experiment.close()  # a thread; the events so far are on disk anyway
@@ -203,6 +196,30 @@ def test_resuming_a_finished_run_changes_nothing(by_steps, tmp_path):
     same_run(by_steps, path)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_finished_run_that_grows_reads_on_where_it_stopped(tmp_path, workers):
+    keys = [*COMMON, "data.batch_size=2", "data.length_schedule=[[0,32],[4,40],[8,64]]", f"data.num_workers={workers}"]
+    straight, begun, grown = Seen(), Seen(), Seen()
+    fit(tmp_path, "straight", *keys, more=[straight], passkeys=True)
+    fit(tmp_path, "run", *keys, "trainer.max_steps=6", more=[begun], passkeys=True)
+    fit(tmp_path, "run", *keys, more=[grown], resume=True, passkeys=True)
+    assert begun.rows == straight.rows[:6]
+    assert grown.rows == straight.rows[6:]
+    assert [len(rows[0]) for rows in grown.rows] == [40, 40, 64, 64]
+
+
+def test_a_limited_validation_reads_the_same_batches_each_time(tmp_path):
+    class SeenInValidation(lightning.Callback):
+        rows: list = []
+
+        def on_validation_batch_start(self, trainer, module, batch, *_):
+            self.rows.append(batch["input_ids"].tolist())
+
+    seen = SeenInValidation()
+    fit(tmp_path, "run", *BY_STEPS, "trainer.limit_val_batches=1", more=[seen])
+    assert seen.rows == [Sentences().batch([7, 8])["input_ids"].tolist()] * 3
+
+
 # ---- signals
 
 
@@ -230,7 +247,7 @@ def test_signals_stop_between_two_steps_with_a_checkpoint(by_steps, tmp_path, ca
     keys = [*BY_STEPS, "checkpoint.every_steps=null"]
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(TrainingStopped) as stopped:
-        fit(tmp_path, "run", *keys, signals=Press(number, step, hook))
+        fit(tmp_path, "run", *keys, more=[Press(number, step, hook)])
     assert (stopped.value.number, stopped.value.step) == (number, saved)
     assert torch.load(tmp_path / "passkey" / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
@@ -238,15 +255,6 @@ def test_signals_stop_between_two_steps_with_a_checkpoint(by_steps, tmp_path, ca
 
 
 # ---- SIGKILL, in processes of their own
-
-
-def command(root, name, *keys):
-    return [sys.executable, "train.py", f"run.root={root}", f"run.name={name}", *TINY, *keys]
-
-
-def train(root, name, *keys):
-    done = subprocess.run(command(root, name, *keys), cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 def train_and_kill(root, name, step, delay, *keys):
@@ -270,6 +278,7 @@ def train_and_kill(root, name, step, delay, *keys):
 
 
 PASSKEY = [
+    *SHORT,
     "data.train_length=96",
     "data.length_schedule=[[0,48],[8,96]]",
     "data.batch_size=2",
@@ -282,6 +291,7 @@ PASSKEY = [
     "checkpoint.every_steps=2",
 ]
 SCROLLS = [
+    *SHORT,
     "conf=scrolls",
     "data.max_length=120",
     "data.batch_size=2",
@@ -350,6 +360,6 @@ def test_sigkill_scrolls_five_times(tmp_path):
 
 @pytest.mark.slow
 def test_sigkill_scrolls_on_real_rows(tmp_path, shared_data):
-    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=400"]
+    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=1024"]
     train(tmp_path, "straight", *keys)
     killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_runs import ROOT, TINY, command, train
 
 from callbacks.checkpoints import AtomicCheckpointIO
 from comet_pl import CometForCausalLM
@@ -23,10 +24,9 @@ from comet_pl.config import load
 from comet_pl.errors import UserError
 from comet_pl.run import plan_run
 
-ROOT = Path(__file__).resolve().parents[1]
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
-TINY = [
-    "trainer.accelerator=cpu",
+SMALL = [
+    *TINY,
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",
     "trainer.log_every_n_steps=2",
@@ -39,16 +39,6 @@ TINY = [
     "eval.lengths=[64,128]",
     "eval.depths=2",
     "eval.examples=1",
-    "backbone.hidden_size=16",
-    "backbone.num_attention_heads=2",
-    "backbone.num_key_value_heads=1",
-    "backbone.head_dim=8",
-    "backbone.intermediate_size=24",
-    "backbone.vocab_size=300",
-    "model.chunk_size=16",
-    "model.global_size=2",
-    "model.compression_stride=4",
-    "model.temporary_capacity=6",
     "train.lr=1e-3",
     "train.memory_lr_factor=3",
 ]
@@ -56,7 +46,7 @@ TINY = [
 
 def run(root, name, *keys):
     """In this process; returns the run's folder."""
-    main([f"run.root={root}", f"run.name={name}", *TINY, *keys])
+    main([f"run.root={root}", f"run.name={name}", *SMALL, *keys])
     return Path(root) / "passkey" / name
 
 
@@ -130,7 +120,10 @@ def refused(match, *argv):
 def test_an_existing_folder_is_not_overwritten(trained):
     before = tree(trained)
     refused(
-        r"^run\.name: .*trained exists; give another run\.name, or resume=true", f"run.root={trained.parents[1]}", "run.name=trained", *TINY
+        r"^run\.name: .*trained exists; give another run\.name, or resume=true",
+        f"run.root={trained.parents[1]}",
+        "run.name=trained",
+        *SMALL,
     )
     assert tree(trained) == before
 
@@ -148,7 +141,7 @@ def test_an_existing_folder_is_not_overwritten(trained):
 )
 def test_a_resumed_run_keeps_its_configuration(trained, key, match):
     before = tree(trained)
-    keys = [one for one in TINY if not (one.startswith("data.") and "scrolls" in key)]
+    keys = [one for one in SMALL if not (one.startswith("data.") and "scrolls" in key)]
     refused(match, f"run.root={trained.parents[1]}", "run.name=trained", "resume=true", *keys, key)
     assert tree(trained) == before
 
@@ -156,7 +149,7 @@ def test_a_resumed_run_keeps_its_configuration(trained, key, match):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here(tmp_path):
     match = r"^trainer\.accelerator: cuda given, but there is no such device here, allowed: cpu, auto$"
-    refused(match, f"run.root={tmp_path}", *TINY, "trainer.accelerator=cuda")
+    refused(match, f"run.root={tmp_path}", *SMALL, "trainer.accelerator=cuda")
     assert not list(tmp_path.iterdir())
 
 
@@ -166,18 +159,19 @@ def test_a_gpu_that_is_not_here(tmp_path):
         (["data.haystack=/nowhere.txt"], r"^data\.haystack: .*nowhere\.txt cannot be read"),
         (["backbone.path=/nowhere"], r"^backbone\.path: /nowhere"),
         (["trainer.strategy=nonsense"], r"^trainer: .*nonsense"),
+        (["trainer.limit_val_batches=0.1"], r"^trainer: .*0\.1 of the `val_dataloader`.*limit_val_batches"),
         (["checkpoint.monitor=val/los"], r"^checkpoint\.monitor: 'val/los' given, allowed: a logged value, .*val/loss"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, keys, match):
-    refused(match, f"run.root={tmp_path}", "run.name=x", *TINY, *keys)
+    refused(match, f"run.root={tmp_path}", "run.name=x", *SMALL, *keys)
     left = list((tmp_path / "passkey" / "x").rglob("*")) if (tmp_path / "passkey" / "x").exists() else []
     assert not [path for path in left if "ckpt" in path.name]
     assert bool(left) == ("checkpoint.monitor=val/los" in keys)  # steps were taken: their curves stay; otherwise there is no folder
 
 
 def test_one_line_on_stderr_and_exit_code_2(tmp_path):
-    argv = [sys.executable, "train.py", f"run.root={tmp_path}", *TINY, "model.gate=scalr"]
+    argv = [sys.executable, "train.py", f"run.root={tmp_path}", *SMALL, "model.gate=scalr"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [done.stderr.rstrip("\n")]
@@ -204,7 +198,15 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = run(tmp_path, "damaged", "eval.after_fit=false")
     last = path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-2000])
-    refused(r"last\.ckpt: not a readable checkpoint: truncated", f"run.root={tmp_path}", "run.name=damaged", "resume=true", *TINY)
+    refused(r"last\.ckpt: not a readable checkpoint: truncated", f"run.root={tmp_path}", "run.name=damaged", "resume=true", *SMALL)
+
+
+def test_a_run_shorter_than_its_intervals_is_validated_at_its_end(tmp_path):
+    long = ["trainer.val_check_interval=200", "trainer.log_every_n_steps=50", "checkpoint.every_steps=200", "eval.after_fit=false"]
+    shown = train(tmp_path, "x", *SMALL, *long)
+    assert "logging interval" not in shown
+    checkpoints = tmp_path / "passkey" / "x" / "checkpoints"
+    assert [torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("last", "best")] == [4, 4]
 
 
 def test_by_minutes_only(tmp_path):
@@ -213,7 +215,7 @@ def test_by_minutes_only(tmp_path):
     code += "c.RunCheckpoints._save = lambda self, t, name: (print('saved', name, t.global_step), save(self, t, name))\n"
     code += "import sys; train.main(sys.argv[1:])"
     keys = ["checkpoint.every_steps=null", "checkpoint.every_minutes=0.00001", "eval.after_fit=false"]
-    argv = [sys.executable, "-c", code, f"run.root={tmp_path}", "run.name=x", *TINY, *keys]
+    argv = [sys.executable, "-c", code, f"run.root={tmp_path}", "run.name=x", *SMALL, *keys]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert [line for line in done.stdout.splitlines() if line.startswith("saved last")] == [f"saved last.ckpt {n}" for n in (1, 2, 3, 4)], (
         done
@@ -221,26 +223,21 @@ def test_by_minutes_only(tmp_path):
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
-    argv = [
-        sys.executable,
-        "train.py",
-        f"run.root={tmp_path}",
-        "run.name=x",
-        *TINY,
-        "trainer.max_steps=100000",
-        "checkpoint.every_steps=null",
-    ]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """A terminal sends it to the worker processes too."""
+    keys = [*SMALL, "trainer.max_steps=100000", "checkpoint.every_steps=null", "data.num_workers=2"]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command(tmp_path, "x", *keys), cwd=ROOT, start_new_session=True, **streams)
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     for line in process.stdout:
         if line.startswith("step 4/"):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)
             break
     out, errors = process.communicate()
     watchdog.cancel()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+    assert out.count("stopping after this step") == 1
     last = out.splitlines()[-1]
     step = torch.load(tmp_path / "passkey" / "x" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert last.startswith(f"stopped after step {step}, saved in ")
@@ -263,14 +260,18 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_with_all_rows(tmp_path):
-    keys = [f"run.root={tmp_path}", *TINY, "eval.after_fit=false", "data.val_examples=2"]
+@pytest.mark.parametrize("depths", [4, 1])
+def test_two_processes_are_one_with_all_rows(tmp_path, depths):
+    """Validation: two batches for each, or a single one for both."""
+    keys = [f"run.root={tmp_path}", *SMALL, "eval.after_fit=false", f"data.val_depths={depths}", "data.val_examples=2"]
     argv = [sys.executable, "train.py", *keys, "run.name=two", "data.batch_size=2", "trainer.strategy=ddp", "trainer.devices=2"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     main([*keys, "run.name=one", "data.batch_size=4"])
     two, one = (torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("two", "one"))
     assert len(two["random_states"]) == 2
+    best = [next(state["best"] for state in one["callbacks"].values() if "best" in state) for one in (two, one)]
+    assert best[0] == pytest.approx(best[1], rel=1e-4), "val/loss"
     for name, weight in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
 

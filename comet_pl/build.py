@@ -190,7 +190,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             enable_autolog_hparams=False,
             use_distributed_sampler=False,  # the loaders deal the rows out themselves
         )
-    except (MisconfigurationException, ValueError, RuntimeError, ImportError) as error:
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {_first_line(error)}") from None
 
 

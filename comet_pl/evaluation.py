@@ -5,6 +5,8 @@ Files are written again after each length or task, so that an interrupted evalua
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,8 +64,8 @@ def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
     examples = PasskeyExamples(data, tokenizer, config.seed, "evaluation")
     examples.check(lengths, "eval.lengths", wrap=True)
     depths = even_depths(config.eval.depths) * (config.eval.examples or 1)
-    metric, values = PasskeyAccuracy(), dict[str, Any]()
-    weights = model.weight_digest()
+    metric, values = PasskeyAccuracy(sync_on_compute=False), dict[str, Any]()  # one rank evaluates
+    weights = _made_with(model, config)
     before = results.read() if results.read().get("weights") == weights else {}
     kept = [cell for cell in before.get("cells", []) if cell["length"] not in lengths]
     answers = [answer for answer in results.answers("passkey") if answer["length"] in {cell["length"] for cell in kept}]
@@ -92,13 +94,20 @@ def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
     return values
 
 
+def _made_with(model: CometForCausalLM, config: Config) -> str:
+    """Digest of what a cell's accuracy depends on: weights, memory sizes, haystack, seed."""
+    facts = [model.weight_digest(), model.config.to_json_string(), config.seed, getattr(config.data, "haystack", None)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
 def _passkey_table(values: dict[str, Any]) -> Table:
     means, cells = values["mean"], values["cells"]
     table = Table("depth")
     for length in means:
         table.add_column(f"{int(length):,}", justify="right")
     for depth in sorted({cell["depth"] for cell in cells}):
-        table.add_row(f"{depth:.0%}", *(f"{cell['accuracy']:.0%}" for cell in cells if cell["depth"] == depth))
+        found = {str(cell["length"]): f"{cell['accuracy']:.0%}" for cell in cells if cell["depth"] == depth}
+        table.add_row(f"{depth:.0%}", *(found.get(length, "") for length in means))
     table.add_section()
     table.add_row("mean", *(f"{mean:.1%}" for mean in means.values()))
     return table
@@ -144,7 +153,7 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
             bar.name(task)
             longest = config.eval.max_new_tokens or MAX_NEW_TOKENS[task]
             texts = answer_questions(model, tokenizer, corpus, questions, longest, config.eval.batch_size, bar.add)
-            metric = ScrollsScore(task)
+            metric = ScrollsScore(task, sync_on_compute=False)
             metric.update(texts, [one.references for one in questions])
             scored[task] = metric.compute()
             values = {**scored, "average": average(scored)}

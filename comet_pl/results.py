@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from comet_pl.errors import UserError
+
 Answer = dict[str, Any]
 """{"id", "prediction", "references", "score", ...} of one example"""
 
@@ -26,6 +28,10 @@ class Results:
 
     def __init__(self, out: Path, kind: str):
         self.out, self.kind = out, kind
+        try:  # now, not after an hour of reading
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out: {out} cannot be written to: {error.strerror or error}") from None
 
     def write(self, values: dict[str, Any], predictions: dict[str, list[Answer]]) -> None:
         """Replaces <kind>.json and the answers by task."""
@@ -63,10 +69,13 @@ class Results:
 
     def _replace(self, name: str, content: bytes) -> None:
         path = self.out / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.part")
-        beside.write_bytes(content)
-        os.replace(beside, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(content)
+            os.replace(beside, path)
+        except OSError as error:
+            raise UserError(f"out: {path} cannot be written: {error.strerror or error}") from None
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -37,7 +37,10 @@ class Run:
 
     def create(self) -> None:
         """Makes the folder and writes config.yaml, atomically; rank 0 only."""
-        self.path.mkdir(parents=True, exist_ok=not self.fresh)
+        try:
+            self.path.mkdir(parents=True, exist_ok=not self.fresh)
+        except OSError as error:
+            raise UserError(f"run.root: {self.path} cannot be made: {error.strerror or error}") from None
         file = self.path / "config.yaml"
         beside = file.with_name(".config.yaml.part")
         beside.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True), encoding="utf-8")

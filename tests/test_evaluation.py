@@ -108,7 +108,7 @@ def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)} for length in (64, 200) for depth in (0.0, 0.5, 1.0)
     ]
     mean = {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}
-    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": model.weight_digest()}
+    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": evaluation._made_with(model, config)}
     assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()]

@@ -162,6 +162,8 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
         cache.save(tmp_path / "memory.safetensors")
         with pytest.raises(ValueError, match="other weights"):
             tiny(seed=1)(text(1, 2), past_key_values=CometCache.load(tmp_path / "memory.safetensors"))
+        with pytest.raises(ValueError, match="other weights"):
+            tiny(seed=1)(text(1, 2), past_key_values=cache)
         with pytest.raises(ValueError, match="another configuration"):
             tiny(chunk_size=6)(text(1, 2), past_key_values=cache)
         with pytest.raises(ValueError, match="1 rows"):
@@ -198,6 +200,28 @@ def test_a_call_with_gradients_leaves_the_cache_untouched():
         snapshot = after.clone()
         model(text(1, 30, seed=9), past_key_values=cache)
     same_cache(after.detach(), snapshot.detach(), 0)
+
+
+def test_detached_and_inference_caches_are_their_own():
+    model, ids = tiny(), text(1, 9)
+    with torch.inference_mode():
+        made = model(ids, use_cache=True).past_key_values
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        fork = cache.detach()
+        model(text(1, 40, seed=3), past_key_values=fork)
+        reference = model(text(1, 5, seed=4), past_key_values=cache).logits
+        torch.testing.assert_close(model(text(1, 5, seed=4), past_key_values=made).logits, reference, atol=1e-12, rtol=1e-12)
+        whole = model(torch.cat([ids, text(1, 5, seed=4)], 1)).logits[:, 9:]
+    torch.testing.assert_close(reference, whole, atol=1e-10, rtol=1e-10)
+
+
+def test_an_empty_cache_stays_empty_in_a_call_with_gradients():
+    cache = CometCache()
+    tiny()(text(2, 5), past_key_values=cache)
+    assert cache.rows == [] and cache.fingerprint is None
+    with torch.no_grad():
+        assert len(tiny()(text(1, 5), past_key_values=cache).past_key_values.rows) == 1
 
 
 # ---- labels
@@ -247,6 +271,11 @@ def test_logits_to_keep():
         ({"attention_mask": torch.tensor([[1] * 8, [1, 1, 0, 1, 1, 1, 1, 1]])}, "row 1 has padding between"),
         ({"attention_mask": torch.ones(2, 9)}, "attention_mask: shape"),
         ({"strides": [2]}, "strides"),
+        ({"strides": 2}, "strides"),
+        ({"strides": [2.7, 2]}, "strides"),
+        ({"chunk_sizes": 8}, "chunk_sizes: 8 given"),
+        ({"chunk_sizes": [4.0, 4.0]}, "no whole number"),
+        ({"logits_to_keep": -1}, "logits_to_keep"),
         ({"strides": [2, 0]}, "strides"),
         ({"past_key_values": ()}, "CometCache is needed"),
     ],

@@ -76,6 +76,8 @@ class CometCache(Cache):
     def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Allocates every buffer at its full size and copies what is there."""
         if self.preallocated:
+            if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in self._tensors()):
+                self._map(Tensor.clone)  # made under inference_mode, where buffers cannot be written to outside of it
             return
         shapes = full_shapes(config, self.rows)
         self.memories = [_fill(shapes, memory, dtype, device) for memory in self.memories]
@@ -115,7 +117,7 @@ class CometCache(Cache):
 
     def detach(self) -> CometCache:
         """The same memory, cut off from the graph that made it."""
-        return self._copy(Tensor.detach)
+        return self._copy((lambda t: t.detach().clone()) if self.preallocated else Tensor.detach)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)

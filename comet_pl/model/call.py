@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,8 @@ class Call:
             raise ValueError(f"input_ids: shape {tuple(input_ids.shape)} given, (rows, columns) is needed")
         if cache is not None and not isinstance(cache, CometCache):
             raise ValueError(f"past_key_values: a {type(cache).__name__} given, a CometCache is needed")
+        if logits_to_keep is not None and (isinstance(logits_to_keep, Tensor) or int(logits_to_keep) < 0):
+            raise ValueError(f"logits_to_keep: {logits_to_keep!r} given, a whole number >= 0 is needed")
         rows, width = input_ids.shape
         real = real_columns(attention_mask, rows, width, cache)
         columns = [np.flatnonzero(r) for r in real]
@@ -134,8 +137,9 @@ def with_strides(clocks: list[RowClock], strides: Any, config: CometConfig) -> l
         return clocks
     if config.compression_stride is None:
         raise ValueError("strides: given, but this model has no temporary memory (compression_stride is None)")
-    given = strides.tolist() if isinstance(strides, Tensor) else list(strides)
-    if len(given) != len(clocks) or any(int(s) < 1 for s in given):
+    given = strides.tolist() if isinstance(strides, Tensor) else strides
+    whole = isinstance(given, Sequence) and all(isinstance(s, Integral) and s >= 1 for s in given)
+    if not whole or len(given) != len(clocks):
         raise ValueError(f"strides: {given} given, one whole number >= 1 for each of {len(clocks)} rows is needed")
     for b, (clock, s) in enumerate(zip(clocks, given, strict=True)):
         if clock.fill and clock.stride != int(s):
@@ -152,6 +156,9 @@ def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list
         return [None] * rows, [None] * rows
 
     def spread(values: Any) -> list[Any]:
+        values = values.tolist() if isinstance(values, Tensor) else values
+        if not isinstance(values, Sequence):
+            raise ValueError(f"chunk_sizes: {values!r} given, a list of whole numbers, or one list a row, is needed")
         nested = len(values) > 0 and isinstance(values[0], Sequence)
         return [list(v) for v in values] if nested else [list(values)] * rows
 
@@ -159,7 +166,9 @@ def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list
     if len(sizes) != rows:
         raise ValueError(f"chunk_sizes: lists for {len(sizes)} rows given, input_ids has {rows}")
     for b, (row, n) in enumerate(zip(sizes, tokens, strict=True)):
-        if any(int(size) < 0 for size in row):
+        if any(not isinstance(size, Integral) for size in row):
+            raise ValueError(f"chunk_sizes: row {b} has a size that is no whole number: {row}")
+        if any(size < 0 for size in row):
             raise ValueError(f"chunk_sizes: row {b} has a negative size: {row}")
         if sum(row) != n:
             raise ValueError(f"chunk_sizes: row {b} sums to {sum(row)}, but it has {n} real tokens")

@@ -163,15 +163,16 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache,
         )
         cache = past_key_values if past_key_values is not None else CometCache()
-        cache.begin(self.config, len(input_ids), self.fingerprint)
-        if cache.weights is not None and cache.weights != self.weight_digest():
-            raise ValueError("past_key_values: this cache was made by a model with other weights")
         in_place = use_cache and not torch.is_grad_enabled()
+        if not in_place:
+            cache = cache.functional_copy()
+        cache.begin(self.config, len(input_ids), self.fingerprint)
+        made_with = cache.weights if cache.model is None or cache.model is self else cache.model.weight_digest()
+        if made_with is not None and made_with != self.weight_digest():
+            raise ValueError("past_key_values: this cache was made by a model with other weights")
         if in_place:
             cache.rows = call.clocks  # their strides decide the buffers' sizes
             cache.reserve(self.config, self.dtype, input_ids.device)
-        else:
-            cache = cache.functional_copy()
         cache.weights, cache.model = None, self
         for cell in self.model.layers:
             if cell.global_memory is not None and cell.global_memory.gate_values is not None:

@@ -7,29 +7,10 @@ configuration; conf and keys go over it. Results go into the run's folder, or in
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from comet_pl.config import eval_paths, load
-from comet_pl.errors import UserError, run_cli
-
-
-def find_checkpoint(path: Path) -> tuple[Path, Path]:
-    """(what to load, the folder for its results) of what ckpt= names.
-
-    Raises:
-        UserError: there is no such path, or no checkpoint in it.
-    """
-    if not path.exists():
-        raise UserError(f"ckpt: {path} does not exist")
-    if path.is_file():
-        return path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    for folder in (path / "checkpoints", path):
-        for name in ("last.ckpt", "best.ckpt"):
-            if (folder / name).is_file():
-                return folder / name, path.parent if folder == path and path.name == "checkpoints" else path
-    if (path / "config.json").is_file():
-        return path, path
-    raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json")
+from comet_pl.errors import run_cli
+from comet_pl.trained import find_checkpoint
 
 
 def main(argv: list[str]) -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
+from data.base import IGNORED
 from data.passkey import DIGITS
-
-IGNORED = -100
 
 
 class PasskeyHeatmap(lightning.Callback):

@@ -66,8 +66,8 @@ def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
     depths = even_depths(config.eval.depths) * (config.eval.examples or 1)
     metric, values = PasskeyAccuracy(sync_on_compute=False), dict[str, Any]()  # one rank evaluates
     weights = _made_with(model, config)
-    before = results.read() if results.read().get("weights") == weights else {}
-    kept = [cell for cell in before.get("cells", []) if cell["length"] not in lengths]
+    before = results.read()
+    kept = [cell for cell in before.get("cells", []) if before.get("weights") == weights and cell["length"] not in lengths]
     answers = [answer for answer in results.answers("passkey") if answer["length"] in {cell["length"] for cell in kept}]
     with Bar(len(depths) * sum(lengths)) as bar:
         if repeated := [short(length) for length in lengths if examples.repeats(length)]:

@@ -42,23 +42,37 @@ def restore_tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"])
 
 
+def find_checkpoint(path: Path) -> tuple[Path, Path]:
+    """(what to load, the folder for its results) of what ckpt= names.
+
+    Raises:
+        UserError: there is no such path, or no checkpoint in it.
+    """
+    if not path.exists():
+        raise UserError(f"ckpt: {path} does not exist")
+    if path.is_file():
+        return path, path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    for folder in (path / "checkpoints", path):
+        for name in ("last.ckpt", "best.ckpt"):
+            if (folder / name).is_file():
+                return folder / name, path.parent if folder == path and path.name == "checkpoints" else path
+    if (path / "config.json").is_file():
+        return path, path
+    raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json")
+
+
 def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the command line's keys over it.
 
     Args:
-        path: a .ckpt file; a run's folder (then its last.ckpt); or a folder that save_pretrained wrote.
+        path: a .ckpt file; a run's folder (then its last.ckpt, else its best.ckpt); or a folder that save_pretrained wrote.
         argv: arguments of eval.py; model.* keys that don't shape the weights take effect.
 
     Raises:
         UserError: no such path; a truncated or foreign checkpoint; keys that the weights were not made with.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"ckpt: {path} does not exist")
+    path, _ = find_checkpoint(Path(path).expanduser())
     if path.is_dir():
-        for inner in (path / "checkpoints" / "last.ckpt", path / "last.ckpt"):
-            if inner.exists():
-                return _from_checkpoint(inner, argv)
         return _from_folder(path, argv)
     return _from_checkpoint(path, argv)
 
@@ -100,8 +114,6 @@ def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> st
 
 def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A Hugging Face folder: the configuration is the conf's and the command line's."""
-    if not (path / "config.json").exists():
-        raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt nor a model's config.json")
     from transformers import AutoTokenizer
 
     from comet_pl import CometForCausalLM

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> None:
         if config.eval.after_fit:
             from comet_pl.evaluation import evaluate
 
+            if config.strategy.sharding != "none":  # this process holds a part of the weights only
+                model, _, _ = build.load_checkpoint(run.checkpoints / "last.ckpt", [])
             model.to(build.device_of(config))  # type: ignore[arg-type]
             evaluate(model, tokenizer, config, run.path)
 

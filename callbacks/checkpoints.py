@@ -29,6 +29,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class TrainingStopped(Exception):
     """Ctrl-C or SIGTERM ended the training between two steps; last.ckpt holds the state."""
 
+    on_all_ranks = True  # they agreed on it: none is lost (see LayerPipelineStrategy.on_exception)
+
     def __init__(self, number: int, step: int):
         self.number, self.step = number, step
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")

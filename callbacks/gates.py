@@ -30,8 +30,9 @@ class GateMean(lightning.Callback):
         self.hook.remove()
         self.hook = None
         pl_module.model.record_gates(False)
-        if self.count:
-            pl_module.record({"gate/mean": self.total / self.count})
+        total, count = pl_module.sum_over_ranks(self.total), pl_module.sum_over_ranks(self.count)
+        if count:
+            pl_module.record({"gate/mean": total / count})
 
     def _add(self, model: nn.Module, inputs: Any, output: Any) -> None:
         for values in model.gate_values():  # type: ignore[operator]

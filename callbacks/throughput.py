@@ -35,7 +35,7 @@ class Throughput(lightning.Callback):
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.tokens += int(batch["attention_mask"].sum())
-        rate = self.tokens * trainer.world_size / max(self.seconds, 1e-9)
+        rate = self.tokens * pl_module.data_parallel[1] / max(self.seconds, 1e-9)
         pl_module.log("train/tokens_per_s", rate, prog_bar=True, logger=False, batch_size=1)
         if pl_module.logs_at(trainer.global_step):
             pl_module.record({"train/tokens_per_s": rate, "memory/peak_gb": peak_bytes(pl_module.device) / 1e9})

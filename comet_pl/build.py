@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.errors import UserError
 from comet_pl.run import Run
-from comet_pl.schema import Config, PasskeyData, ScrollsData
+from comet_pl.schema import Config, PasskeyData, ScrollsData, StrategyConfig
 
 if TYPE_CHECKING:
     import lightning
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from comet_pl import CometForCausalLM
     from comet_pl.lit_module import CometModule
+    from comet_pl.parallel.strategy import LayerPipelineStrategy
 
 FROM_SCRATCH = (
     "hidden_size",
@@ -74,8 +77,6 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForC
     Raises:
         UserError: an impossible combination of keys; backbone.path cannot be loaded.
     """
-    from dataclasses import asdict
-
     from transformers import AutoConfig
 
     from comet_pl import CometConfig, CometForCausalLM
@@ -167,12 +168,13 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     if isinstance(config.data, PasskeyData):
         callbacks.append(PasskeyHeatmap(config.data.train_length))
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
+    strategy = build_strategy(config)
     try:
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             accelerator=t.accelerator,
             devices=t.devices,
             num_nodes=t.num_nodes,
-            strategy=t.strategy,
+            strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
             max_epochs=t.max_epochs,
@@ -190,8 +192,50 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             enable_autolog_hparams=False,
             use_distributed_sampler=False,  # the loaders deal the rows out themselves
         )
+        if not isinstance(strategy, str):
+            check_pipeline(config, strategy)
+        return trainer
+    except UserError:
+        raise
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {_first_line(error)}") from None
+
+
+def build_strategy(config: Config) -> str | LayerPipelineStrategy:
+    """What trainer.strategy names; layer_pipeline with the strategy section's keys.
+
+    Raises:
+        UserError: keys of that section for another strategy, which would have no effect.
+    """
+    asked = asdict(config.strategy)
+    if config.trainer.strategy != "layer_pipeline":
+        changed = [name for name, value in asked.items() if value != getattr(StrategyConfig(), name)]
+        if changed:
+            raise UserError(f"strategy.{changed[0]}: given, but trainer.strategy is {config.trainer.strategy}; it needs layer_pipeline")
+        return config.trainer.strategy
+    from comet_pl.parallel.strategy import LayerPipelineStrategy
+
+    return LayerPipelineStrategy(process_group_backend=asked.pop("backend"), **asked)
+
+
+def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
+    """Refuses what the strategy cannot run on the trainer's devices, and warns of ranks that will have nothing to do.
+
+    Raises:
+        UserError
+    """
+    strategy.check()
+    data, size = config.data, config.model.chunk_size
+    length = data.train_length if isinstance(data, PasskeyData) else data.max_length
+    chunks = min(config.train.bptt_chunks or length, -(-length // size))
+    idle = strategy.pipeline_size - chunks
+    if idle > 0 and strategy.global_rank == 0:
+        print(
+            f"warning: strategy.pipeline_size: {strategy.pipeline_size} ranks share a text, but at most {chunks} chunks of it are read "
+            f"together, so that {idle} ranks are always idle; fewer ranks, longer texts, smaller chunks or a larger train.bptt_chunks help",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def quiet_lightning() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,7 +19,7 @@ from comet_pl.errors import UserError
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups
 from comet_pl.schema import TrainConfig
-from comet_pl.windows import count_targets, cut_windows, split_rows
+from comet_pl.windows import Window, count_targets, cut_windows, split_rows
 
 
 class CometModule(lightning.LightningModule):
@@ -49,7 +50,14 @@ class CometModule(lightning.LightningModule):
         """Tells the data which rows are this rank's, before loaders are made."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "world"):
-            data.rank, data.world = self.trainer.global_rank, self.trainer.world_size
+            data.rank, data.world = self.data_parallel
+            data.val_rank, data.val_world = self.trainer.global_rank, self.trainer.world_size  # each rank reads whole texts
+
+    @property
+    def data_parallel(self) -> tuple[int, int]:
+        """(rank, size) among those that train on different rows; the ranks of a pipeline share theirs."""
+        layout = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+        return layout["rank"], layout["num_replicas"]
 
     # ---- training
 
@@ -62,7 +70,8 @@ class CometModule(lightning.LightningModule):
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        targets = int(self._sum(float(count_targets(batch))))  # all micro-batches, windows and data-parallel ranks
+        copies = self.trainer.world_size // self.data_parallel[1]  # ranks that have the same rows
+        targets = int(self.sum_over_ranks(count_targets(batch))) // copies  # all micro-batches and windows
         loss = torch.zeros((), device=self.device)
         with self._no_sync():
             for micro in split_rows(batch, self.settings.accumulate):
@@ -72,7 +81,7 @@ class CometModule(lightning.LightningModule):
         optimizer.step()  # clips, or clears the gradients, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
-        loss_value = self._sum(float(loss))
+        loss_value = self.sum_over_ranks(float(loss))
         self.log("train/loss", loss_value, prog_bar=True, logger=False, batch_size=1)
         if self.logs_at(self.global_step):
             values = {"loss": loss_value, "lr": learning_rate, "grad_norm": self.grad_norm, "skipped": self.skipped}
@@ -86,15 +95,12 @@ class CometModule(lightning.LightningModule):
     def _walk(self, batch: dict[str, Any], targets: int) -> Tensor:
         """Adds up a micro-batch's gradients window by window; returns its part of the loss."""
         windows = cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks, batch.get("chunk_sizes"))
-        loss, cache = torch.zeros((), device=self.device), None
-        for number, window in enumerate(windows, start=1):
-            more = number < len(windows)
-            with torch.set_grad_enabled(window.targets > 0):  # a window without targets only writes the memory
-                output = self.model(**window.inputs(), past_key_values=cache, use_cache=more, num_items_in_batch=targets)
-            if window.targets:
-                self.manual_backward(output.loss)
-                loss += output.loss.detach()
-            cache = output.past_key_values.detach() if more else None
+        loss = torch.zeros((), device=self.device)
+        read = getattr(self.trainer.strategy, "read", read_windows)
+        for part in read(self.model, windows, targets):
+            if part is not None:
+                self.manual_backward(part)
+                loss += part.detach()
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -102,6 +108,7 @@ class CometModule(lightning.LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
         self.grad_norm = float(norm)
         finite = math.isfinite(self.grad_norm)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
@@ -115,12 +122,15 @@ class CometModule(lightning.LightningModule):
             torch.nn.utils.clip_grads_with_norm_(parameters, self.settings.clip, norm)
 
     def _sum_gradients(self, targets: int) -> None:
-        """Sums the gradients over data-parallel ranks: the loss is already divided by the targets of them all."""
+        """Sums the gradients over all ranks: the loss is already divided by the targets of them all."""
         parameters = [p for p in self.parameters() if p.requires_grad]
-        if self.trainer.world_size > 1 and targets:
+        strategy: Any = self.trainer.strategy
+        if hasattr(strategy, "sum_gradients"):
+            strategy.sum_gradients(parameters)
+        elif self.trainer.world_size > 1 and targets:
             for p in parameters:
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = self.trainer.strategy.reduce(gradient, reduce_op="sum")  # type: ignore[assignment]
+                p.grad = strategy.reduce(gradient, reduce_op="sum")
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and all(p.grad is None for p in parameters):
             scaler.scale(torch.zeros((), device=self.device))  # it wants to have scaled a loss, and to see a gradient
@@ -130,7 +140,7 @@ class CometModule(lightning.LightningModule):
         """Keeps DDP from averaging in each window's backward: ranks may have different numbers of windows."""
         return getattr(self.trainer.strategy, "block_backward_sync", nullcontext)()
 
-    def _sum(self, value: float) -> float:
+    def sum_over_ranks(self, value: float) -> float:
         """A number summed over all ranks."""
         if self.trainer.world_size == 1:
             return value
@@ -184,3 +194,14 @@ class CometModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = checkpoint["skipped"]
+
+
+def read_windows(model: CometForCausalLM, windows: Sequence[Window], num_items: int) -> Iterator[Tensor | None]:
+    """Reads one window after the other; yields each one's loss, to be backpropagated before the next is asked for, or None."""
+    cache = None
+    for number, window in enumerate(windows, start=1):
+        more = number < len(windows)
+        with torch.set_grad_enabled(window.targets > 0):  # a window without targets only writes the memory
+            output = model(**window.inputs(), past_key_values=cache, use_cache=more, num_items_in_batch=num_items)
+        yield output.loss if window.targets else None
+        cache = output.past_key_values.detach() if more else None

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from comet_pl.parallel.schedule import SCHEDULES
+
+SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
 
@@ -172,7 +175,7 @@ class TrainerConfig:
         "auto", "how many, or which ([0,1])", check=_devices, needs="auto, integer >= 1, -1 (all) or indices as in [0,1]"
     )
     num_nodes: int = key(1, "machines", min=1)
-    strategy: str = key("auto", "Lightning's strategy")
+    strategy: str = key("auto", "Lightning's strategy, or layer_pipeline: one text over several devices")
     precision: str = key(
         "32-true", "numbers of weights and of arithmetic (fp32: 32-true)", choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed")
     )
@@ -182,6 +185,19 @@ class TrainerConfig:
     limit_val_batches: int | float = key(1.0, "validation batches; 0: no validation", check=_interval_or_none, needs=f"{AMOUNT}, or 0")
     val_check_interval: int | float = key(500, "batches between validations, or a fraction of an epoch", check=_interval, needs=AMOUNT)
     log_every_n_steps: int = key(10, "steps between logged values", min=1)
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """For trainer.strategy=layer_pipeline (comet_pl/parallel/strategy.py)."""
+
+    pipeline_size: int | None = key(None, "ranks that share a text (P); null: all devices", min=1)
+    sharding: str = key(
+        "none", "of weights and optimizer: zero2 over all ranks; zero3 over data-parallel ranks, layer by layer", choices=SHARDING
+    )
+    schedule: str = key("layer_level", "who runs which chunks when (python -m comet_pl.parallel.schedule compares)", choices=SCHEDULES)
+    timeout: float = key(60.0, "seconds within which a dead rank ends all others; longer than a rank may be too busy to answer", above=0)
+    backend: str | None = key(None, "how ranks talk; null: nccl on GPUs, gloo on CPUs", choices=("gloo", "nccl"))
 
 
 @dataclass(frozen=True)
@@ -199,3 +215,4 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -32,6 +32,11 @@ class Window:
         names = ("input_ids", "attention_mask", "shift_labels", "chunk_sizes")
         return {name: getattr(self, name) for name in names}
 
+    def part(self, start: int, end: int) -> Window:
+        """Chunks start to end (not included) of each row, as a window."""
+        starts = [sum(sizes[:start]) for sizes in self.chunk_sizes]
+        return _window(self.input_ids, self.shift_labels, starts, [sizes[start:end] for sizes in self.chunk_sizes])
+
 
 def cut_windows(
     batch: dict[str, Any], chunk_size: int, chunks: int | None, chunk_sizes: Sequence[Sequence[int]] | None = None

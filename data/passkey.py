@@ -205,7 +205,7 @@ class PasskeyDataModule(lightning.LightningDataModule):
     ):
         super().__init__()
         self.data, self.max_steps, self.rows = data, max_steps, data.batch_size * accumulate
-        self.rank, self.world = rank, world
+        self.rank, self.world = self.val_rank, self.val_world = rank, world
         self.training = PasskeyExamples(data, tokenizer, seed, "train")
         self.validation = PasskeyExamples(data, tokenizer, seed, "validation")
         lengths = [length for start, length in data.length_schedule or [] if start < max_steps]
@@ -218,7 +218,7 @@ class PasskeyDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         batches = ValidationBatches(self.validation)
-        return validation_loader(batches, 1, batches.only, self.rank, self.world)
+        return validation_loader(batches, 1, batches.only, self.val_rank, self.val_world)
 
 
 def _digit(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:

@@ -236,7 +236,7 @@ class ScrollsDataModule(lightning.LightningDataModule):
     ):
         super().__init__()
         self.data, self.seed, self.rows = data, seed, data.batch_size * accumulate
-        self.rank, self.world = rank, world
+        self.rank, self.world = self.val_rank, self.val_world = rank, world
         self.collate = partial(pad_rows, pad_token=pad_token(tokenizer))
         self.training = Corpus(data, tokenizer, "train")
         if not len(self.training):
@@ -249,4 +249,4 @@ class ScrollsDataModule(lightning.LightningDataModule):
         return ResumableLoader(self.training, self.rows, self.collate, self.seed, num_workers=self.data.num_workers, **shard)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return validation_loader(self.validation, self.data.batch_size, self.collate, self.rank, self.world)
+        return validation_loader(self.validation, self.data.batch_size, self.collate, self.val_rank, self.val_world)

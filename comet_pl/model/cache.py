@@ -50,6 +50,13 @@ class CometCache(Cache):
         self.weights: str | None = None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
         self.model: Any = None  # the model that filled it; knows the digest of its weights
 
+    @classmethod
+    def at(cls, rows: list[RowClock], layers: int, fingerprint: str) -> CometCache:
+        """A cache of texts that were read up to `rows`; their memory is somewhere else and comes in through the walk's seam."""
+        cache = cls()
+        cache.rows, cache.memories, cache.fingerprint = list(rows), [LayerMemory() for _ in range(layers)], fingerprint
+        return cache
+
     # ---- what the model calls
 
     def begin(self, config: CometConfig, batch: int, fingerprint: str) -> CometCache:

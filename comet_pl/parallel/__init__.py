@@ -1,0 +1,1 @@
+"""Layer-level pipeline parallelism: one sequence over many devices. Importing this package loads nothing."""

@@ -1,0 +1,150 @@
+"""Parameters, gradients and optimizer states cut into shards by FSDP2, at moments that suit a pipeline.
+
+FSDP2 by itself gathers and reduces at every call of a layer. Here ranks call a layer as often as they have chunks, which differs, and a
+rank in the middle of its pipeline must not wait for another. So FSDP2's own moments are switched off, and these take their place:
+
+- zero2: all weights are gathered when a step begins and the whole gradients reduced when it ends. Nobody waits in between, so that the
+  shards can lie on all ranks, those of a pipeline too.
+- zero3: one layer's weights are there at a time. Gathering in the middle of a pipeline needs ranks that stand at the same place in theirs,
+  so the shards lie on the data-parallel ranks (HSDP, replicated along the pipeline), and all of these gather equally often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._pytree import tree_leaves
+
+from comet_pl.model.comet import CometForCausalLM
+
+
+class Shards:
+    """A model whose parameters are DTensors between steps.
+
+    Args:
+        model: on its device; the same weights on all ranks. mesh: over all ranks (zero2), or pipeline x data (zero3).
+        layerwise: zero3.
+    """
+
+    def __init__(self, model: CometForCausalLM, mesh: DeviceMesh, layerwise: bool):
+        self.model, self.layerwise, self.data = model, layerwise, mesh.get_group(mesh.ndim - 1)
+        self.cells: list[Any] = list(model.model.layers)
+        self.here: int | None = None  # zero3: the layer whose weights are there
+        for module in (*self.cells, model):
+            fully_shard(module, mesh=mesh, reshard_after_forward=False)
+            assert isinstance(module, FSDPModule)
+            module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is already divided by all targets
+        self.root: Any = model
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(False)
+        if layerwise:
+            for layer, cell in enumerate(self.cells):
+                cell.register_forward_hook(lambda module, inputs, outputs, layer=layer: self._visited(layer, outputs))
+                # The next layer's weights come while this one works. Explicitly: left to itself, FSDP2 goes by the order of calls.
+                cell.set_modules_to_forward_prefetch([self.cells[layer + 1]] if layer + 1 < len(self.cells) else [])
+                cell.set_modules_to_backward_prefetch([self.cells[layer - 1] if layer else self.root])
+
+    # ---- weights
+
+    def gather(self, all_layers: bool) -> None:
+        """Makes the weights outside the layers, and those of all layers, whole; every rank calls it."""
+        self.root.unshard()
+        for cell in self.cells if all_layers else []:
+            cell.unshard()
+
+    def release(self) -> None:
+        """Back to shards."""
+        for module in (*self.cells, self.root):
+            module.reshard()
+        self.here = None
+
+    def _visited(self, layer: int, outputs: Any) -> None:
+        """After each forward of a cell: a new layer takes the place of the one before, now and when its backward pass comes."""
+        self._enter(layer)
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._enter(layer))
+
+    def _enter(self, layer: int) -> None:
+        if self.layerwise and self.here not in (None, layer):
+            self.cells[self.here].reshard()
+        self.here = layer
+
+    def visit(self, backward: bool) -> None:
+        """zero3: gathers layer by layer for nothing, beside data-parallel ranks that have a run to read, or to go back through."""
+        for layer in reversed(range(len(self.cells))) if backward else range(len(self.cells)):
+            self.cells[layer].unshard()
+            self._enter(layer)
+
+    def most(self, numbers: list[int]) -> list[int]:
+        """The greatest of each number, and of how many there are, over the data-parallel ranks."""
+        device = next(iter(self.model.parameters())).device
+        count = torch.tensor(len(numbers), device=device)
+        dist.all_reduce(count, dist.ReduceOp.MAX, self.data)
+        padded = torch.tensor(numbers + [0] * (int(count) - len(numbers)), device=device)
+        dist.all_reduce(padded, dist.ReduceOp.MAX, self.data)
+        found: list[int] = padded.tolist()
+        return found
+
+    # ---- gradients
+
+    def reduce(self) -> None:
+        """Sums the gradients of all ranks into shards, and releases the weights."""
+        for module in (*reversed(self.cells), self.root):
+            for group in _groups(module):
+                for parameter in group.fsdp_params:
+                    whole = parameter.unsharded_param
+                    if whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
+                        whole.grad = torch.zeros_like(whole)  # all ranks have to reduce the same parameters
+                group.reduce_grads = True
+                group.post_backward()
+                group.finalize_backward()
+                group.reduce_grads = False
+        self.release()
+
+
+def _groups(module: Any) -> list[Any]:
+    """FSDP2's parameter groups of a module (one; torch 2.11 has no plural)."""
+    state = module._get_fsdp_state()
+    found = getattr(state, "_fsdp_param_groups", None)
+    return [state._fsdp_param_group] if found is None else found
+
+
+# ---- what a checkpoint holds: whole tensors, as without shards
+
+
+def whole(value: Any) -> Any:
+    """A state dict with every DTensor made whole, on the CPU; every rank calls it."""
+    if isinstance(value, dict):
+        return {key: whole(one) for key, one in value.items()}
+    if isinstance(value, DTensor):
+        return value.full_tensor().cpu()
+    return value
+
+
+def sharded_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state dict of whole tensors, cut like its parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    ids = [number for group in state["param_groups"] for number in group["params"]]
+    cut = {
+        number: {name: _like(parameter, one) for name, one in state["state"][number].items()}
+        for number, parameter in zip(ids, parameters, strict=True)
+        if number in state["state"]
+    }
+    return {**state, "state": cut}
+
+
+def _like(parameter: nn.Parameter, value: Any) -> Any:
+    """A tensor of a parameter's shape, cut like the parameter."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+

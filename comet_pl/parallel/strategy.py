@@ -1,0 +1,228 @@
+"""LayerPipelineStrategy: one text over several devices, as a Lightning strategy.
+
+Ranks form a mesh of data x pipeline: rank d * P + p is place p of pipeline d. The ranks of a pipeline read the same rows, each its own
+chunks of them; pipelines read different rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from comet_pl.errors import UserError
+from comet_pl.model.comet import CometForCausalLM
+from comet_pl.parallel.p2p import Ring
+from comet_pl.parallel.pipeline import Pipeline
+from comet_pl.parallel.schedule import SCHEDULES
+from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
+from comet_pl.parallel.watch import Watch, default_store
+from comet_pl.schema import SHARDING
+from comet_pl.windows import Window
+
+NAME = "layer_pipeline"
+BUCKET = 1 << 24  # elements of gradients that are reduced together
+SLOWEST = timedelta(hours=1)  # for a rank that is alive but busy, as when it writes a large checkpoint
+
+
+class LayerPipelineStrategy(DDPStrategy):
+    """Layer-level pipeline parallelism over the chunks of a text, times data parallelism over texts.
+
+    Gradients are summed over all ranks once a step; the module divides its loss by the labelled tokens of all data-parallel ranks.
+    Checkpoints hold whole tensors: they do not depend on the number of ranks.
+
+    Args:
+        pipeline_size: P, ranks that share a text; None: all. sharding: none, zero2 or zero3 (see comet_pl/parallel/sharding.py).
+        schedule: one of comet_pl.parallel.schedule.SCHEDULES. timeout: seconds within which a dead rank ends all others.
+        process_group_backend: gloo or nccl; None: by device. others: Lightning's, see DDPStrategy.
+
+    Raises:
+        UserError: before any process group exists, whatever of these does not fit the devices.
+    """
+
+    strategy_name = NAME
+
+    def __init__(
+        self,
+        pipeline_size: int | None = None,
+        sharding: str = "none",
+        schedule: str = "layer_level",
+        timeout: float = 60.0,
+        process_group_backend: str | None = None,
+        **lightning: Any,
+    ):
+        super().__init__(process_group_backend=process_group_backend, timeout=SLOWEST, **lightning)
+        self.asked_size, self.sharding, self.schedule, self.silence = pipeline_size, sharding, schedule, timeout
+        self.pipeline: Pipeline | None = None
+        self.shards: Shards | None = None
+        self.watch: Watch | None = None
+        self.failed = False
+
+    # ---- the mesh
+
+    @property
+    def pipeline_size(self) -> int:
+        return self.asked_size or self.world
+
+    @property
+    def data_size(self) -> int:
+        return self.world // self.pipeline_size
+
+    @property
+    def world(self) -> int:
+        return self.num_nodes * self.num_processes
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """The data-parallel rank, of how many."""
+        return {"num_replicas": self.data_size, "rank": self.global_rank // self.pipeline_size}
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be run."""
+        if self.world % self.pipeline_size:
+            raise UserError(
+                f"strategy.pipeline_size: {self.pipeline_size} given, but trainer.devices x trainer.num_nodes is {self.world}; allowed: "
+                f"{', '.join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)}"
+            )
+        for key, value, allowed in (("sharding", self.sharding, SHARDING), ("schedule", self.schedule, SCHEDULES)):
+            if value not in allowed:
+                raise UserError(f"strategy.{key}: {value!r} given, allowed: {', '.join(allowed)}")
+        if self.sharding == "zero3" and self.data_size == 1 and self.world > 1:
+            raise UserError(
+                f"strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size {self.pipeline_size} of {self.world} devices "
+                "leaves one; allowed: zero2 (shards over all ranks), none, or a smaller strategy.pipeline_size"
+            )
+        backend, device = self._get_process_group_backend(), self.root_device.type
+        if (backend, device) in (("nccl", "cpu"), ("gloo", "cuda")):
+            only = {"cpu": "gloo", "cuda": "nccl"}[device]
+            raise UserError(f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: {only}")
+
+    def setup_environment(self) -> None:
+        """Makes the process groups: all ranks, and the rings of neighbours."""
+        self.check()
+        super().setup_environment()
+        first = self.node_rank * self.num_processes
+        on_this_node = range(first, first + self.num_processes)
+        advice = "Go on from the last checkpoint with resume=true."
+        self.watch = Watch(default_store(), self.global_rank, self.world, self.silence, speakers=on_this_node, advice=advice)
+        self.watch.start()
+        size = self.pipeline_size
+        rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
+        ring = Ring.build(rings) if size > 1 else None
+        self.pipeline = Pipeline(ring, self.global_rank % size, size, self.schedule)
+
+    def configure_ddp(self) -> None:
+        """No wrapper: the same weights everywhere, cut into shards where that is asked for."""
+        assert self.model is not None
+        with torch.no_grad():
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                dist.broadcast(tensor, 0)
+        if self.sharding != "none":
+            kind, ranks = self.root_device.type, torch.arange(self.world)
+            if self.sharding == "zero2":
+                mesh = DeviceMesh(kind, ranks, mesh_dim_names=("all",))
+            else:
+                mesh = DeviceMesh(kind, ranks.view(self.data_size, self.pipeline_size).T, mesh_dim_names=("pipeline", "data"))
+            self.shards = Shards(self.model.model, mesh, self.sharding == "zero3")  # type: ignore[arg-type]
+            assert self.pipeline is not None
+            self.pipeline.shards = self.shards
+
+    # ---- a step
+
+    def read(self, model: CometForCausalLM, windows: Sequence[Window], num_items: int) -> Iterator[Tensor | None]:
+        """This rank's part of each window's loss; see Pipeline.read."""
+        assert self.pipeline is not None
+        return self.pipeline.read(model, windows, num_items)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """A step's forward and backward passes: no gradient is summed before `sum_gradients`, weights that a step keeps whole are so."""
+        if self.shards is not None:
+            self.shards.gather(all_layers=not self.shards.layerwise)
+        yield
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sums the gradients over all ranks; a missing one counts as zero."""
+        if self.shards is not None:
+            self.shards.reduce()
+            return
+        bucket: list[nn.Parameter] = []
+        for parameter in parameters:
+            if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
+                _reduce(bucket)
+                bucket = []
+            bucket.append(parameter)
+        _reduce(bucket)
+
+    # ---- validation, checkpoints
+
+    def on_validation_start(self) -> None:
+        """Every rank reads its own rows with the whole model."""
+        super().on_validation_start()
+        if self.shards is not None:
+            self.shards.gather(all_layers=True)
+
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self.shards is not None:
+            self.shards.release()
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        return state if self.shards is None else whole(state)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        if self.shards is None:
+            return super().optimizer_state(optimizer)
+        if isinstance(optimizer, LightningOptimizer):
+            optimizer = optimizer.optimizer
+        state: dict[str, Any] = whole(optimizer.state_dict())
+        return state
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        if self.shards is None:
+            super().load_optimizer_state_dict(checkpoint)
+            return
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            optimizer.load_state_dict(sharded_optimizer_state(optimizer, state))
+
+    # ---- the end
+
+    def on_exception(self, exception: BaseException) -> None:
+        """A rank that fails tells the others; one that lost a neighbour finds out whom."""
+        if self.watch is None or getattr(exception, "on_all_ranks", False):
+            return
+        self.failed = True
+        if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(exception, torch.OutOfMemoryError):
+            self.watch.explain()  # ends the process if a rank is gone
+        self.watch.fail(" ".join(f"{type(exception).__name__}: {exception}".split())[:200])
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self.watch is not None:
+            if not self.failed:
+                self.barrier()
+            self.watch.stop()
+            self.watch = None
+
+
+def _reduce(parameters: list[nn.Parameter]) -> None:
+    """One all-reduce for the gradients of parameters of one dtype."""
+    if not parameters:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+StrategyRegistry.register(NAME, LayerPipelineStrategy, description="layer-level pipeline parallelism over the chunks of a text")

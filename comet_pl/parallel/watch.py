@@ -1,0 +1,254 @@
+"""Ends the processes of a distributed run when one of them dies, hangs or fails, with one line that names it.
+
+A rank that is gone leaves the others inside a collective or a receive that may last for ever. Their main threads cannot look up from there;
+other threads can. Each rank counts its beats in the run's store and reads everyone's. Who stays silent for too long is named there, once
+for all, and every rank ends itself.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+
+from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _get_default_store
+
+SHORT_SILENCE = 4  # beats; enough where a communication error says that some rank is gone
+LEFT = -1  # in place of a rank's count of beats: it has ended, its silence means nothing
+
+
+class Watch:
+    """Ends this process (exit code 1) when another rank of the run is gone. All ranks make theirs equally often.
+
+    A rank is gone when its beats stop for timeout / 2 (a few beats during explain()), or when it has not started within `timeout`. So no
+    rank may hold the interpreter's lock for timeout / 2 at a stretch. While this process itself is stopped, its clock stands still: a
+    whole run may be suspended and continued.
+
+    Args:
+        store: all ranks' store, by a connection of our own: default_store().
+        rank, world: this rank of how many, over all nodes.
+        timeout: seconds from a rank's end to everyone's.
+        speakers: the ranks of this node; the lowest that is left prints. A rank that was given up by mistake prints a line of its own.
+        advice: the line's last words: what the user can do.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int, timeout: float, speakers: Sequence[int], advice: str = ""):
+        self.store, self.rank, self.timeout, self.speakers, self.advice = store, rank, timeout, speakers, advice
+        self.beat = min(1.0, timeout / 10)
+        self.host = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0  # the rank whose process holds the store
+        self.keys = [f"beats/{number}" for number in range(world)]
+        self.names: dict[int, str] = {}
+        self.beats, self.heard = [0] * world, [0.0] * world  # each rank's count, and when it last moved by our clock
+        self.clock = 0.0  # seconds that this process has run since start()
+        self.answered = 0.0  # when the store last did
+        self.slept = 0.0  # seconds for which this process was stopped, if nobody has been heard since
+        self.line: socket.socket | None = None
+        self.evidence = self.ending = False
+        self.reason = ""
+        self.leaving, self.lock = threading.Event(), threading.Lock()
+        self.talker, self.ticker = (threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick))
+
+    def start(self) -> None:
+        """Publishes host and pid, begins to beat and to look. Returns at once."""
+        self.talker.start()
+        self.ticker.start()
+
+    def stop(self) -> None:
+        """The regular end, after a barrier and before the process group's: our silence means nothing from now on.
+
+        The store ends with its host, so the host waits until the others have stopped too, for timeout / 2 at most.
+        """
+        self._depart("")
+
+    def fail(self, reason: str) -> None:
+        """This rank ends by an error of its own, which it prints itself: tells the others. The watch no longer ends this process."""
+        self._depart(f"failed: {textwrap.shorten(reason, 300, placeholder=' ...')}")
+
+    def explain(self) -> None:
+        """After a communication error: finds out which rank is gone and ends this process.
+
+        Returns after a few beats if the others go on answering; after `timeout` at most, while some rank has not started.
+        """
+        begin, self.evidence = self.clock, True
+        while self.talker.is_alive() and (self.clock - begin < 2 * SHORT_SILENCE * self.beat or self._silent(2 * self.beat)):
+            time.sleep(self.beat / 4)
+        self.evidence = False
+
+    # ---- two threads: one talks to the store, the other never waits for it
+
+    def _talk(self) -> None:
+        try:
+            self._introduce()
+            while not self.leaving.wait(self.beat):
+                self._exchange()
+                self._judge()
+            if self.reason:
+                self._name(self.rank, self.reason)
+            self._leave(self.rank, SHORT_SILENCE * self.beat if self.reason else self.timeout / 2)
+        except RuntimeError:  # torch.distributed's: the connection is closed
+            self._end(self.host, f"{self._who(self.host)} is gone")
+
+    def _tick(self) -> None:
+        """Keeps the clock, and an eye on the store's host: no call to the store returns while that is stopped."""
+        last = time.monotonic()
+        while self.talker.is_alive():
+            hung_up = self._hung_up()
+            elapsed, last = time.monotonic() - last, time.monotonic()
+            self.clock += min(elapsed, 2 * self.beat)
+            if elapsed > self.timeout / 2:
+                self.slept = elapsed
+            if hung_up:
+                self.line = None
+                self._end(self.host, f"{self._who(self.host)} is gone")
+            elif self.clock - self.answered > self._limit():
+                self._end(self.host, f"{self._who(self.host)} {self._silence(self.answered)}")
+
+    def _hung_up(self) -> bool:
+        """Waits for half a beat, or until the connection to the store's host is closed."""
+        if self.line is None:
+            time.sleep(self.beat / 2)
+            return False
+        try:
+            return not self.line.recv(1)
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+
+    # ---- what is said to the store
+
+    def _introduce(self) -> None:
+        time_of_run = self.store.add(f"watch/starts/{self.rank}", 1)  # one store may see several watches, one after the other
+        self.store = PrefixStore(f"watch/{time_of_run}", self.store)
+        self.store.set(f"names/{self.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
+        for key in self.keys:
+            self.store.add(key, 0)  # reading a key that nobody has written would block
+        self.store.compare_set("lost", "", "")
+        if self.rank != self.host:
+            self.line = _connect(self.store, self.beat)
+
+    def _exchange(self) -> None:
+        """One beat, and everyone's."""
+        self.store.add(self.keys[self.rank], 1)
+        *beats, lost = self.store.multi_get([*self.keys, "lost"])
+        self.answered = self.clock
+        for number, beat in enumerate(map(int, beats)):
+            if beat != self.beats[number]:
+                self.beats[number], self.heard[number] = beat, self.clock
+                self.slept = self.slept if number == self.rank else 0.0
+        if new := [number for number, beat in enumerate(self.beats) if beat and number not in self.names]:
+            names = self.store.multi_get([f"names/{number}" for number in new])
+            self.names.update(zip(new, (name.decode() for name in names), strict=True))
+        if lost:
+            self._end_together(lost.decode())
+
+    def _judge(self) -> None:
+        """Names the rank that has been silent for longest, if that is too long."""
+        gone = [number for number in self._silent(self._limit()) if self.beats[number] or self.clock > self.timeout]
+        if self.slept and gone:  # we hold the store, so the others have ended without being able to say why
+            self._end_together(self._name(self.rank, f"did not run for {_seconds(self.slept)}"))
+        elif gone:
+            culprit = min(gone, key=lambda number: self.heard[number])
+            started = self.beats[culprit] > 0
+            what = self._silence(self.heard[culprit]) if started else f"has not started within {_seconds(self.clock)}"
+            self._end_together(self._name(culprit, what))
+
+    def _name(self, culprit: int, what: str) -> str:
+        """Says who is lost: the rank and a sentence. Returns what was said first, which holds for all."""
+        return self.store.compare_set("lost", "", f"{culprit} {self._who(culprit)} {what}").decode()
+
+    def _leave(self, culprit: int, longest: float) -> None:
+        """The last word. The store's host stays until all but the culprit have said theirs, `longest` seconds at most."""
+        self.store.set(self.keys[self.rank], str(LEFT))
+        begin = self.clock
+        while self.rank == self.host and self.clock - begin < longest:
+            beats = map(int, self.store.multi_get(self.keys))
+            if all(beat == LEFT for number, beat in enumerate(beats) if number != culprit):
+                break
+            time.sleep(self.beat / 10)
+
+    # ---- what we know
+
+    def _silent(self, limit: float) -> list[int]:
+        """The others that had been silent for more than `limit` seconds when the store last answered."""
+        others = (number for number in range(len(self.keys)) if number != self.rank)
+        return [number for number in others if self.beats[number] != LEFT and self.answered - self.heard[number] > limit]
+
+    def _limit(self) -> float:
+        return SHORT_SILENCE * self.beat if self.evidence else self.timeout / 2
+
+    def _silence(self, since: float) -> str:
+        return "is gone" if self.evidence else f"has not answered for {_seconds(self.clock - since)}"
+
+    def _who(self, number: int | None) -> str:
+        if number is None:
+            return "the launcher, which holds the run's store,"
+        return f"rank {number} ({self.names[number]})" if number in self.names else f"rank {number}"
+
+    # ---- the end
+
+    def _depart(self, reason: str) -> None:
+        with self.lock:
+            if not self.leaving.is_set():
+                self.reason = reason
+                self.leaving.set()
+        if self.talker.ident is not None:
+            self.talker.join(self.timeout / 2 + 2 * self.beat)  # it takes longer only if the store does not answer
+
+    def _end_together(self, lost: str) -> None:
+        culprit, sentence = lost.split(" ", 1)
+        self._end(int(culprit), sentence, together=True)
+
+    def _end(self, culprit: int | None, sentence: str, together: bool = False) -> None:
+        """Prints the line if that is up to us, and ends the process. Does nothing where that has begun or stop() or fail() was called."""
+        with self.lock:
+            if self.ending or self.leaving.is_set():
+                return
+            self.ending = True
+        # Whatever blocks below, a pipe that nobody reads or the store, the process ends.
+        threading.Timer((SHORT_SILENCE + 1) * self.beat, os._exit, [1]).start()
+        left = [number for number in self.speakers if number != culprit and number not in self._silent(self._limit() - self.beat)]
+        if culprit == self.rank:
+            sentence = f"the others gave this process up: {sentence}; it ends too"
+        if self.rank in (culprit, min(left, default=None)):
+            sys.stderr.write(f"error: {sentence}; this run ends. {self.advice}".rstrip() + "\n")  # one write: lines of ranks don't mix
+            sys.stderr.flush()
+        if together and culprit is not None:
+            with suppress(RuntimeError):
+                self._leave(culprit, SHORT_SILENCE * self.beat)
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(1)
+
+
+def default_store() -> Store:
+    """The default process group's store by a connection of its own, which never waits behind the main thread's calls.
+
+    Raises:
+        ValueError: there is no process group.
+    """
+    return _get_default_store().clone()
+
+
+def _connect(store: Store, patience: float) -> socket.socket | None:
+    """A silent connection to the store's host. It tells of the host's death at once, and without the C++ stack that the store prints."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    if not isinstance(store, TCPStore):
+        return None
+    try:
+        line = socket.create_connection((store.host, store.port), timeout=patience)
+    except OSError:
+        return None
+    line.settimeout(patience / 2)
+    return line
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"

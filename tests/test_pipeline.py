@@ -1,0 +1,139 @@
+"""Law 3 over several processes: loss, every gradient and the final memory of a pipeline are those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import same_cache, text, tiny
+from ranks import in_processes
+
+from comet_pl.parallel.p2p import Ring
+from comet_pl.parallel.pipeline import Pipeline
+from comet_pl.parallel.schedule import SCHEDULES
+from comet_pl.windows import IGNORED, count_targets, cut_windows, split_rows
+
+CHUNK = 5  # of the tiny model
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of these lengths, dealt to `data` pipelines in turn; each reads them in windows of `window` chunks."""
+
+    ranks: int = 2  # of a pipeline
+    data: int = 1
+    schedule: str = "layer_level"
+    lengths: tuple[int, ...] = (40, 40)
+    labelled: tuple[tuple[int, int], ...] = ((0, 1000),)  # columns with labels, for all rows
+    window: int | None = None
+    accumulate: int = 1
+    recompute: bool = False
+    layers: int = 3
+    dtype: torch.dtype = torch.float64
+    comet: dict[str, Any] = field(default_factory=dict)
+
+    def model(self):
+        model = tiny(layers=self.layers, dtype=self.dtype, **self.comet).train()
+        model.gradient_checkpointing = self.recompute
+        return model
+
+    def batch(self, rank: int) -> dict[str, Any]:
+        """The rows of a data-parallel rank."""
+        ids, mask = text(len(self.lengths), max(self.lengths)), torch.zeros(len(self.lengths), max(self.lengths), dtype=torch.long)
+        labels = torch.full_like(ids, IGNORED)
+        for row, length in enumerate(self.lengths):
+            mask[row, :length] = 1
+            for start, end in self.labelled:
+                labels[row, start : min(end, length)] = ids[row, start : min(end, length)]
+        mine = slice(rank, None, self.data)
+        return {"input_ids": ids[mine], "attention_mask": mask[mine], "labels": labels[mine]}
+
+    def windows(self, rank: int) -> list[Any]:
+        """Windows of each micro-batch of a data-parallel rank."""
+        return [cut_windows(micro, CHUNK, self.window) for micro in split_rows(self.batch(rank), self.accumulate)]
+
+    @property
+    def targets(self) -> int:
+        return sum(count_targets(self.batch(rank)) for rank in range(self.data))
+
+
+def alone(case: Case):
+    """The chunk-major walk of one process: (loss, gradients, last cache of each data-parallel rank)."""
+    model, total, caches = case.model(), 0.0, []
+    for rank in range(case.data):
+        for windows in case.windows(rank):
+            cache = None
+            for window in windows:
+                output = model(**window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=case.targets)
+                if window.targets:
+                    output.loss.backward()
+                total += float(output.loss)
+                cache = output.past_key_values.detach()
+        caches.append(cache)
+    return total, gradients(model), caches
+
+
+def gradients(model) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+
+
+def together(case: Case):
+    """On one of data x ranks processes: (loss, gradients, last cache or None)."""
+    pipelines = [list(range(d * case.ranks, (d + 1) * case.ranks)) for d in range(case.data)]
+    ring, model, me, total = Ring.build(pipelines), case.model(), dist.get_rank(), torch.zeros((), dtype=torch.float64)
+    pipeline = Pipeline(ring, me % case.ranks, case.ranks, case.schedule)
+    for windows in case.windows(me // case.ranks):
+        for loss in pipeline.read(model, windows, case.targets, keep_cache=True):
+            if loss is not None:
+                loss.backward()
+                total += loss.detach()
+    found = gradients(model)
+    for tensor in (total, *found.values()):
+        dist.all_reduce(tensor)
+    assert (model.walk, model.seam) == (case.model().walk, case.model().seam)
+    return float(total), found, pipeline.cache if pipeline.holds_last else None
+
+
+def check(case: Case) -> None:
+    tolerance = {"atol": 1e-10, "rtol": 1e-10} if case.dtype == torch.float64 else {"atol": 1e-7, "rtol": 1e-5}
+    loss, expected, caches = alone(case)
+    results = in_processes(case.ranks * case.data, together, case)
+    for other, found, _ in results:
+        assert other == pytest.approx(loss, rel=1e-10 if case.dtype == torch.float64 else 1e-5)
+        for name, gradient in expected.items():
+            scale = {"atol": float(tolerance["rtol"] * gradient.abs().max()) + 1e-12, "rtol": 0.0}
+            torch.testing.assert_close(found[name], gradient, **scale, msg=lambda text, name=name: f"{name}: {text}")
+    for rank, cache in enumerate(caches):
+        last = [held for _, _, held in results[rank * case.ranks : (rank + 1) * case.ranks] if held is not None]
+        assert len(last) == 1
+        if cache is not None:
+            same_cache(last[0].detach(), cache, 1e-10 if case.dtype == torch.float64 else 1e-4)
+
+
+CORE = {
+    "plain": Case(),
+    "recompute": Case(recompute=True),
+    "ragged": Case(lengths=(38, 12, 27)),
+    "windows": Case(window=3, lengths=(38, 21)),
+    "uneven": Case(lengths=(33, 33)),  # 7 chunks
+    "no labels on the first rank": Case(labelled=((35, 1000),)),
+    "no labels on the last rank": Case(labelled=((0, 12),)),
+    "one chunk": Case(lengths=(4, 3)),  # a rank has nothing to do
+    "a window without labels": Case(window=2, labelled=((24, 29),)),
+    "accumulate": Case(accumulate=3, lengths=(40, 31, 22)),
+    "float32": Case(dtype=torch.float32),
+    "no memory": Case(comet={"global_size": 0, "compression_stride": None}),
+    "global memory only": Case(comet={"compression_stride": None}),
+    "temporary memory only": Case(comet={"global_size": 0}),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", CORE)
+def test_two_ranks_are_one_process(name, schedule):
+    from dataclasses import replace
+
+    check(replace(CORE[name], schedule=schedule))

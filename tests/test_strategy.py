@@ -1,0 +1,187 @@
+"""LayerPipelineStrategy in Lightning's Trainer: any mesh, any sharding, the same training; checkpoints that do not know how many ranks there were."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from models import text, tiny
+
+from comet_pl.errors import UserError
+from comet_pl.lit_module import CometModule
+from comet_pl.parallel.strategy import LayerPipelineStrategy
+from comet_pl.schema import TrainConfig
+from data.base import IGNORED, ResumableLoader, pad_rows, validation_loader
+
+STEPS = 3
+
+
+class Rows:
+    """Ragged rows with some labels; a pure function of the index."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        length = [33, 40, 11, 26, 38, 7][index % 6]
+        ids = text(1, length, seed=index)[0].numpy()
+        labels = np.where(np.arange(length) >= length // 2, ids, IGNORED)
+        return ids, labels
+
+
+class Data(lightning.LightningDataModule):
+    """`total` rows a step over all data-parallel ranks."""
+
+    def __init__(self, total):
+        super().__init__()
+        self.total, self.rank, self.world = total, 0, 1
+        self.val_rank, self.val_world = 0, 1
+
+    def train_dataloader(self):
+        rows = Rows(self.total * STEPS * 2)
+        return ResumableLoader(rows, self.total // self.world, partial(pad_rows, pad_token=0), rank=self.rank, world=self.world)
+
+    def val_dataloader(self):
+        return validation_loader(Rows(5), 1, partial(pad_rows, pad_token=0), self.val_rank, self.val_world)
+
+
+class Save(lightning.Callback):
+    """What the run left behind."""
+
+    def __init__(self, folder):
+        self.folder, self.losses, self.generated = folder, [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    def on_validation_epoch_end(self, trainer, module):
+        prompt = text(1, 13)
+        ids = module.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        self.generated.append(ids[0].tolist())
+
+    def on_train_end(self, trainer, module):
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        if trainer.is_global_zero:
+            values = {"losses": self.losses, "norm": module.grad_norm, "skipped": module.skipped, "generated": self.generated}
+            values["val"] = float(trainer.callback_metrics["val/loss"])
+            torch.save(values, self.folder / "values.pt")
+
+
+class Poison(lightning.Callback):
+    """An infinite gradient on one rank at the second step."""
+
+    def __init__(self, rank):
+        self.rank = rank
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        handles = getattr(self, "handles", [])
+        for handle in handles:
+            handle.remove()
+        self.handles = []
+        if batch_idx == 1 and trainer.global_rank == self.rank:
+            weight = module.model.model.layers[0].mlp.down_proj
+            self.handles = [weight.register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * float("inf"),))]
+
+
+@dataclass(frozen=True)
+class Run:
+    devices: int = 1
+    strategy: dict[str, Any] | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    poison: int | None = None
+    steps: int = STEPS
+    total: int = 6
+
+    def fit(self, folder, ckpt=None):
+        folder.mkdir()
+        strategy = "auto" if self.strategy is None else LayerPipelineStrategy(start_method="fork", timeout=20, **self.strategy)
+        module = CometModule(tiny(layers=3).train(), TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train), max_steps=10)
+        callbacks = [Save(folder)] + ([] if self.poison is None else [Poison(self.poison)])
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=self.devices,
+            strategy=strategy,
+            precision="64-true",
+            max_steps=self.steps,
+            val_check_interval=1,
+            check_val_every_n_epoch=None,
+            logger=False,
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(module, datamodule=Data(self.total), ckpt_path=ckpt)
+        return torch.load(folder / "values.pt"), torch.load(folder / "last.ckpt", weights_only=True)
+
+
+def same(found, expected):
+    """Values and whole checkpoints agree."""
+    (values, checkpoint), (values2, checkpoint2) = found, expected
+    for name, tolerance in (("losses", 1e-6), ("val", 1e-6), ("norm", 1e-9)):  # Lightning keeps logged values in float32
+        assert values[name] == pytest.approx(values2[name], rel=tolerance), name
+    assert (values["skipped"], values["generated"]) == (values2["skipped"], values2["generated"])
+    torch.testing.assert_close(checkpoint["state_dict"], checkpoint2["state_dict"], rtol=1e-7, atol=1e-9)
+    (state,), (state2,) = checkpoint["optimizer_states"], checkpoint2["optimizer_states"]
+    assert [group["params"] for group in state["param_groups"]] == [group["params"] for group in state2["param_groups"]]
+    for number in state2["state"]:
+        torch.testing.assert_close(state["state"][number], state2["state"][number], rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One device, by training options."""
+    made: dict[str, Any] = {}
+
+    def get(**train):
+        key = str(train)
+        if key not in made:
+            made[key] = Run(train=train).fit(tmp_path_factory.mktemp("alone") / "run")
+        return made[key]
+
+    return get
+
+
+TWO = {
+    "pipeline": (2, {}),
+    "interleaved": (2, {"schedule": "interleaved"}),
+    "data": (2, {"pipeline_size": 1}),
+    "zero2 along the pipeline": (2, {"sharding": "zero2"}),
+    "zero2": (2, {"sharding": "zero2", "pipeline_size": 1}),
+    "zero3": (2, {"sharding": "zero3", "pipeline_size": 1}),
+}
+FOUR = {
+    "2 x 2": (4, {"pipeline_size": 2}),
+    "2 x 2 zero2": (4, {"pipeline_size": 2, "sharding": "zero2"}),
+    "2 x 2 zero3": (4, {"pipeline_size": 2, "sharding": "zero3"}),
+    "2 x 2 zero3 interleaved": (4, {"pipeline_size": 2, "sharding": "zero3", "schedule": "interleaved"}),
+    "4": (4, {}),
+    "4 zero2": (4, {"sharding": "zero2"}),
+}
+OPTIONS = {
+    "plain": {},
+    "windows": {"bptt_chunks": 3},
+    "accumulated": {"accumulate": 3},
+    "recomputed": {"recompute": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("mesh", TWO)
+def test_two_ranks_train_as_one(mesh, options, alone, tmp_path):
+    devices, strategy = TWO[mesh]
+    same(Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run"), alone(**OPTIONS[options]))

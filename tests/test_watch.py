@@ -1,0 +1,343 @@
+"""A rank that dies, hangs or fails ends all others in time, with one line on each node that names it; nothing else ends a rank."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from comet_pl.parallel.watch import Watch, default_store
+
+WORLD = 3
+TIMEOUT = 3.0  # seconds: a beat is 0.3, silence is noticed after 1.5
+ADVICE = "Go on with resume=true."
+ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
+
+
+class Ranks:
+    """WORLD forked processes, each in a gloo group; act(ranks, rank) is what they do."""
+
+    def __init__(self, folder: Path, act: Callable[[Ranks, int], object], timeout: float, nodes: tuple[tuple[int, ...], ...]):
+        self.folder, self.act, self.timeout, self.nodes = folder, act, timeout, nodes
+        context = multiprocessing.get_context("fork")
+        self.processes = [context.Process(target=self.run, args=(rank,), daemon=True) for rank in range(WORLD)]
+        for process in self.processes:
+            process.start()
+
+    # ---- in a rank's process
+
+    def run(self, rank: int) -> None:
+        for number in (1, 2):
+            os.dup2(os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
+        torch.set_num_threads(1)
+        port = self.folder / "port"
+        if rank:
+            until(port.exists)
+        store = dist.TCPStore("127.0.0.1", int(port.read_text()) if rank else 0, None, rank == 0, wait_for_workers=False)
+        if not rank:
+            (self.folder / "new").write_text(str(store.port))
+            (self.folder / "new").rename(port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+        self.act(self, rank)
+
+    def watch(self, rank: int) -> Watch:
+        """Started, and everyone has been heard."""
+        watch = self.new_watch(rank)
+        watch.start()
+        until(lambda: all(watch.beats))
+        self.mark("ready", rank)
+        return watch
+
+    def new_watch(self, rank: int) -> Watch:
+        return Watch(default_store(), rank, WORLD, self.timeout, next(node for node in self.nodes if rank in node), ADVICE)
+
+    def mark(self, word: str, rank: int) -> None:
+        (self.folder / f"{word}{rank}").touch()
+
+    # ---- in the test
+
+    def ready(self, word: str = "ready", count: int = WORLD) -> Ranks:
+        until(lambda: len(list(self.folder.glob(f"{word}*"))) == count)
+        return self
+
+    def send(self, number: int, *ranks: int) -> float:
+        """Sends a signal; returns the time."""
+        for rank in ranks:
+            os.kill(self.processes[rank].pid, number)
+        return time.monotonic()
+
+    def codes(self, *ranks: int, within: float, since: float) -> list[int | None]:
+        """Exit codes; None for a rank that still runs when the time is over."""
+        for rank in ranks:
+            self.processes[rank].join(max(0.0, since + within - time.monotonic()))
+        return [self.processes[rank].exitcode for rank in ranks]
+
+    def lines(self, *ranks: int) -> list[str]:
+        return [line for rank in ranks for line in (self.folder / f"output{rank}").read_text().splitlines()]
+
+    def is_line(self, line: str, culprit: int, what: str) -> bool:
+        who = re.escape(f"rank {culprit} (pid {self.processes[culprit].pid} on {socket.gethostname()}) ")
+        return re.fullmatch(f"error: {who}{what}; this run ends. {re.escape(ADVICE)}", line) is not None
+
+    def check(self, culprit: int, what: str, since: float, within: float = TIMEOUT) -> None:
+        """All but the culprit have ended with code 1, and the lowest of them on each node has said so, in one line."""
+        others = [rank for rank in range(WORLD) if rank != culprit]
+        assert self.codes(*others, within=within, since=since) == [1, 1], self.lines(*others)
+        for node in self.nodes:
+            left = [rank for rank in node if rank != culprit]
+            lines = self.lines(*left)
+            assert len(lines) == 1 and lines == self.lines(left[0]), lines
+            assert self.is_line(lines[0], culprit, what), lines
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(act, ...): Ranks. At the test's end none is left."""
+    launched = []
+
+    def make(act, timeout=TIMEOUT, nodes=ONE_NODE) -> Ranks:
+        folder = tmp_path / str(len(launched))
+        folder.mkdir()
+        launched.append(Ranks(folder, act, timeout, nodes))
+        return launched[-1]
+
+    yield make
+    for process in (process for ranks in launched for process in ranks.processes):
+        process.kill()  # ends a stopped one, too
+        process.join(10)
+
+
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def blocked(victim: int) -> Callable[[Ranks, int], None]:
+    """The others wait for each other inside gloo, where no error reaches them; the victim does nothing."""
+
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        if rank != victim:
+            with explaining(watch):
+                dist.recv(torch.zeros(1), src=WORLD - rank - victim)
+        time.sleep(60)
+
+    return act
+
+
+@contextmanager
+def explaining(watch: Watch):
+    """What to do with a communication error."""
+    try:
+        yield
+    except RuntimeError:
+        watch.explain()
+        print("explain() returned")
+
+
+def test_a_killed_rank_is_named(launch):
+    groups = [launch(blocked(victim), nodes=nodes) for victim, nodes in ((0, ONE_NODE), (1, ONE_NODE), (2, ONE_NODE), (1, TWO_NODES))]
+    times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((0, 1, 2, 1), groups, strict=True)]
+    groups[0].check(0, "is gone", times[0])
+    groups[1].check(1, r"has not answered for 1\.\d s", times[1])
+    groups[2].check(2, r"has not answered for 1\.\d s", times[2])
+    groups[3].check(1, r"has not answered for 1\.\d s", times[3])
+
+
+def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(launch):
+    groups = [launch(blocked(victim)) for victim in (0, 1)]
+    times = [ranks.ready().send(signal.SIGSTOP, victim) for victim, ranks in enumerate(groups)]
+    for victim, ranks in enumerate(groups):
+        ranks.check(victim, r"has not answered for 1\.\d s", times[victim])
+    times = [ranks.send(signal.SIGCONT, victim) for victim, ranks in enumerate(groups)]
+    for victim, ranks in enumerate(groups):
+        assert ranks.codes(victim, within=TIMEOUT, since=times[victim]) == [1]
+        (line,) = ranks.lines(victim)
+        what = ("did not run", "has not answered")[victim]  # rank 0 holds the store: nobody could tell it
+        assert re.fullmatch(rf"error: the others gave this process up: rank {victim} \(.*\) {what} for .* s; it ends too.*", line), line
+
+
+def test_a_rank_that_holds_the_interpreter_is_named(launch):
+    """Rank 0's store still answers."""
+
+    def act(ranks, rank):
+        ranks.watch(rank)
+        if rank == 0:
+            ranks.ready()
+            sum(itertools.repeat(0))  # endless, in C
+        time.sleep(60)
+
+    ranks = launch(act).ready()
+    ranks.check(0, r"has not answered for 1\.\d s", time.monotonic(), within=TIMEOUT + 0.5)
+
+
+def test_sockets_kept_open_by_a_child_hide_nothing(launch):
+    """As a DataLoader's workers do: the killed rank's connections stay open."""
+
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        if rank == 0:
+            child = os.fork()
+            if child == 0:
+                time.sleep(20)
+                os._exit(0)
+            (ranks.folder / "child").write_text(str(child))
+            ranks.mark("forked", 0)
+        with explaining(watch):
+            dist.recv(torch.zeros(1), src=(rank + 1) % WORLD)
+
+    ranks = launch(act).ready().ready("forked", 1)
+    try:
+        ranks.check(0, r"has not answered for 1\.\d s", ranks.send(signal.SIGKILL, 0))
+    finally:
+        os.kill(int((ranks.folder / "child").read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_failure_is_told_at_once(launch, culprit):
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        if rank == culprit:
+            ranks.ready()
+            watch.fail("ValueError: no\n  such thing")
+            ranks.mark("failed", rank)
+            os._exit(5)
+        with explaining(watch):
+            dist.all_reduce(torch.zeros(1))
+
+    ranks = launch(act, timeout=20, nodes=TWO_NODES).ready()
+    ranks.check(culprit, "failed: ValueError: no such thing", time.monotonic(), within=6)  # the silence of a dead rank: 10 s
+    assert ranks.codes(culprit, within=6, since=time.monotonic()) == [5]
+    assert ranks.lines(culprit) == []
+
+
+def test_after_fail_nothing_ends_the_process(launch):
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        if rank == 1:
+            watch.fail("mine")
+            until(lambda: not ranks.folder.joinpath("output0").read_text() == "")
+            time.sleep(TIMEOUT)
+            watch.explain()
+            watch.stop()
+            os._exit(5)
+        time.sleep(60)
+
+    ranks = launch(act).ready()
+    ranks.check(1, "failed: mine", time.monotonic())
+    assert ranks.codes(1, within=3 * TIMEOUT, since=time.monotonic()) == [5]
+
+
+def test_a_communication_error_is_explained_before_the_full_silence(launch):
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        with explaining(watch):
+            dist.recv(torch.zeros(1), src=(rank + 1) % WORLD)
+
+    groups = [launch(act, timeout=20) for _ in range(2)]  # silence: 10 s
+    times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((1, 2), groups, strict=True)]
+    groups[0].check(1, "is gone", times[0], within=8)
+    groups[1].check(2, "is gone", times[1], within=8)
+
+
+def test_explain_returns_if_all_answer(launch):
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        watch.explain()
+        dist.barrier()
+        watch.stop()
+
+    began = time.monotonic()
+    ranks = launch(act)
+    assert ranks.codes(0, 1, 2, within=10, since=began) == [0, 0, 0]
+    assert ranks.lines(0, 1, 2) == []
+
+
+def test_a_regular_end_is_silent(launch):
+    """Whoever stops first or last, rank 0 with the store included; a second watch on the same store starts afresh."""
+
+    def act(order):
+        def do(ranks, rank):
+            for watch in (ranks.watch(rank), ranks.watch(rank)):
+                dist.barrier()
+                time.sleep(0.8 * order.index(rank))
+                watch.stop()
+
+        return do
+
+    groups = [launch(act(order)) for order in ((0, 1, 2), (2, 1, 0))]
+    for ranks in groups:
+        assert ranks.codes(0, 1, 2, within=20, since=time.monotonic()) == [0, 0, 0], ranks.lines(0, 1, 2)
+        assert ranks.lines(0, 1, 2) == []
+
+
+def test_stop_does_not_wait_for_the_dead(launch):
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        ranks.ready("killed", 1)
+        watch.stop()
+        watch.stop()
+
+    for victim, number in ((2, signal.SIGKILL), (0, signal.SIGSTOP)):
+        ranks = launch(act).ready()
+        since = ranks.send(number, victim)
+        ranks.mark("killed", victim)
+        others = [rank for rank in range(WORLD) if rank != victim]
+        assert ranks.codes(*others, within=TIMEOUT, since=since) == [0, 0]
+        assert ranks.lines(*others) == []
+
+
+def test_a_late_rank_has_the_whole_timeout(launch):
+    def act(late):
+        def do(ranks, rank):
+            ranks.mark("there", rank)
+            if rank == 1:
+                time.sleep(late)
+            watch = ranks.watch(rank)
+            dist.barrier()
+            watch.stop()
+
+        return do
+
+    late, never = launch(act(0.8 * TIMEOUT)), launch(act(60))
+    never.ready("there")
+    since = time.monotonic()
+    assert late.codes(0, 1, 2, within=3 * TIMEOUT, since=since) == [0, 0, 0], late.lines(0, 1, 2)
+    assert never.codes(0, 2, within=2 * TIMEOUT, since=since) == [1, 1]
+    assert time.monotonic() - since > TIMEOUT - 0.5
+    (line,) = never.lines(0, 2)
+    assert re.fullmatch(rf"error: rank 1 has not started within [34]\.\d s; this run ends. {ADVICE}", line), line
+
+
+def test_a_suspended_run_goes_on(launch):
+    """Ctrl-Z, then fg: everyone was silent, nobody is gone."""
+
+    def act(ranks, rank):
+        watch = ranks.watch(rank)
+        ranks.ready("continued", 1)
+        time.sleep(TIMEOUT)
+        dist.barrier()
+        watch.stop()
+
+    ranks = launch(act).ready()
+    ranks.send(signal.SIGSTOP, 0, 1, 2)
+    time.sleep(TIMEOUT)
+    since = ranks.send(signal.SIGCONT, 2, 1, 0)
+    ranks.mark("continued", 0)
+    assert ranks.codes(0, 1, 2, within=3 * TIMEOUT, since=since) == [0, 0, 0], ranks.lines(0, 1, 2)
+    assert ranks.lines(0, 1, 2) == []

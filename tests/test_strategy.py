@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from models import text, tiny
+from ranks import in_processes
 
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
@@ -102,8 +103,16 @@ class Run:
     total: int = 6
 
     def fit(self, folder, ckpt=None):
+        """(values, checkpoint) of the run, made by as many processes as it needs."""
         folder.mkdir()
-        strategy = "auto" if self.strategy is None else LayerPipelineStrategy(start_method="fork", timeout=20, **self.strategy)
+        if self.strategy is None:
+            self.train_here(folder, ckpt)
+        else:
+            in_processes(self.devices, self.train_here, folder, ckpt, group=False)
+        return torch.load(folder / "values.pt"), torch.load(folder / "last.ckpt", weights_only=True)
+
+    def train_here(self, folder, ckpt):
+        strategy = "auto" if self.strategy is None else LayerPipelineStrategy(timeout=20, **self.strategy)
         module = CometModule(tiny(layers=3).train(), TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train), max_steps=10)
         callbacks = [Save(folder)] + ([] if self.poison is None else [Poison(self.poison)])
         trainer = lightning.Trainer(
@@ -126,7 +135,6 @@ class Run:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(module, datamodule=Data(self.total), ckpt_path=ckpt)
-        return torch.load(folder / "values.pt"), torch.load(folder / "last.ckpt", weights_only=True)
 
 
 def same(found, expected):

@@ -70,7 +70,11 @@ class Ranks:
     # ---- in the test
 
     def ready(self, word: str = "ready", count: int = WORLD) -> Ranks:
-        until(lambda: len(list(self.folder.glob(f"{word}*"))) == count)
+        def marks() -> bool:
+            assert all(process.exitcode is None for process in self.processes), self.lines(0, 1, 2)
+            return len(list(self.folder.glob(f"{word}?"))) == count
+
+        until(marks)
         return self
 
     def send(self, number: int, *ranks: int) -> float:
@@ -230,6 +234,7 @@ def test_after_fail_nothing_ends_the_process(launch):
     def act(ranks, rank):
         watch = ranks.watch(rank)
         if rank == 1:
+            until(lambda: len(list(ranks.folder.glob("ready?"))) == WORLD)
             watch.fail("mine")
             until(lambda: not ranks.folder.joinpath("output0").read_text() == "")
             time.sleep(TIMEOUT)
@@ -275,7 +280,7 @@ def test_a_regular_end_is_silent(launch):
         def do(ranks, rank):
             for watch in (ranks.watch(rank), ranks.watch(rank)):
                 dist.barrier()
-                time.sleep(0.8 * order.index(rank))
+                time.sleep(0.5 * order.index(rank))
                 watch.stop()
 
         return do

@@ -11,7 +11,7 @@ rank in the middle of its pipeline must not wait for another. So FSDP2's own mom
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Shards:
     def __init__(self, model: CometForCausalLM, mesh: DeviceMesh, layerwise: bool):
         self.model, self.layerwise, self.data = model, layerwise, mesh.get_group(mesh.ndim - 1)
         self.cells: list[Any] = list(model.model.layers)
-        self.here: int | None = None  # zero3: the layer whose weights are there
+        self.one_by_one = layerwise  # not while all layers are gathered
+        self.here: int | None = None  # the layer whose weights are there, one by one
         for module in (*self.cells, model):
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
             assert isinstance(module, FSDPModule)
@@ -44,6 +45,7 @@ class Shards:
         self.root: Any = model
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(False)
+        warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor")  # nobody writes to it
         if layerwise:
             for layer, cell in enumerate(self.cells):
                 cell.register_forward_hook(lambda module, inputs, outputs, layer=layer: self._visited(layer, outputs))
@@ -55,6 +57,7 @@ class Shards:
 
     def gather(self, all_layers: bool) -> None:
         """Makes the weights outside the layers, and those of all layers, whole; every rank calls it."""
+        self.one_by_one = not all_layers
         self.root.unshard()
         for cell in self.cells if all_layers else []:
             cell.unshard()
@@ -73,7 +76,7 @@ class Shards:
                 tensor.register_hook(lambda gradient: self._enter(layer))
 
     def _enter(self, layer: int) -> None:
-        if self.layerwise and self.here not in (None, layer):
+        if self.one_by_one and self.here not in (None, layer):
             self.cells[self.here].reshard()
         self.here = layer
 
@@ -97,16 +100,16 @@ class Shards:
 
     def reduce(self) -> None:
         """Sums the gradients of all ranks into shards, and releases the weights."""
+        self.root.set_requires_gradient_sync(True)
         for module in (*reversed(self.cells), self.root):
             for group in _groups(module):
                 for parameter in group.fsdp_params:
                     whole = parameter.unsharded_param
                     if whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
                         whole.grad = torch.zeros_like(whole)  # all ranks have to reduce the same parameters
-                group.reduce_grads = True
                 group.post_backward()
                 group.finalize_backward()
-                group.reduce_grads = False
+        self.root.set_requires_gradient_sync(False)
         self.release()
 
 

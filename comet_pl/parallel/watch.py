@@ -47,7 +47,7 @@ class Watch:
         self.beats, self.heard = [0] * world, [0.0] * world  # each rank's count, and when it last moved by our clock
         self.clock = 0.0  # seconds that this process has run since start()
         self.answered = 0.0  # when the store last did
-        self.slept = 0.0  # seconds for which this process was stopped, if nobody has been heard since
+        self.slept = self.woke = 0.0  # for how long this process was last stopped, and until when by our clock
         self.line: socket.socket | None = None
         self.evidence = self.ending = False
         self.reason = ""
@@ -102,7 +102,7 @@ class Watch:
             elapsed, last = time.monotonic() - last, time.monotonic()
             self.clock += min(elapsed, 2 * self.beat)
             if elapsed > self.timeout / 2:
-                self.slept = elapsed
+                self.slept, self.woke = elapsed, self.clock
             if hung_up:
                 self.line = None
                 self._end(self.host, f"{self._who(self.host)} is gone")
@@ -141,7 +141,6 @@ class Watch:
         for number, beat in enumerate(map(int, beats)):
             if beat != self.beats[number]:
                 self.beats[number], self.heard[number] = beat, self.clock
-                self.slept = self.slept if number == self.rank else 0.0
         if new := [number for number, beat in enumerate(self.beats) if beat and number not in self.names]:
             names = self.store.multi_get([f"names/{number}" for number in new])
             self.names.update(zip(new, (name.decode() for name in names), strict=True))
@@ -151,13 +150,16 @@ class Watch:
     def _judge(self) -> None:
         """Names the rank that has been silent for longest, if that is too long."""
         gone = [number for number in self._silent(self._limit()) if self.beats[number] or self.clock > self.timeout]
-        if self.slept and gone:  # we hold the store, so the others have ended without being able to say why
-            self._end_together(self._name(self.rank, f"did not run for {_seconds(self.slept)}"))
-        elif gone:
-            culprit = min(gone, key=lambda number: self.heard[number])
-            started = self.beats[culprit] > 0
-            what = self._silence(self.heard[culprit]) if started else f"has not started within {_seconds(self.clock)}"
-            self._end_together(self._name(culprit, what))
+        if not gone:
+            return
+        culprit = min(gone, key=lambda number: self.heard[number])
+        if not self.beats[culprit]:
+            what = f"has not started within {_seconds(self.clock)}"
+        elif self.slept and self.heard[culprit] <= self.woke + 2 * self.beat:  # as the store's host: they have ended, and could not say why
+            culprit, what = self.rank, f"did not run for {_seconds(self.slept)}"
+        else:
+            what = self._silence(self.heard[culprit])
+        self._end_together(self._name(culprit, what))
 
     def _name(self, culprit: int, what: str) -> str:
         """Says who is lost: the rank and a sentence. Returns what was said first, which holds for all."""

@@ -188,8 +188,71 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("mesh", TWO)
-def test_two_ranks_train_as_one(mesh, options, alone, tmp_path):
-    devices, strategy = TWO[mesh]
+# What each mesh has to itself runs in CI; `make test-full` runs the rest.
+CORE = [
+    ("pipeline", "windows"),
+    ("pipeline", "accumulated"),
+    ("zero2 along the pipeline", "accumulated"),
+    ("zero3", "recomputed"),
+]
+
+
+def cases():
+    for mesh in TWO | FOUR:
+        for options in OPTIONS:
+            yield pytest.param(mesh, options, marks=[] if (mesh, options) in CORE else pytest.mark.slow, id=f"{mesh}, {options}")
+
+
+@pytest.mark.parametrize(("mesh", "options"), list(cases()))
+def test_ranks_train_as_one_device(mesh, options, alone, tmp_path):
+    devices, strategy = (TWO | FOUR)[mesh]
     same(Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run"), alone(**OPTIONS[options]))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "again"),
+    [
+        pytest.param("zero2 along the pipeline", None),
+        pytest.param(None, "zero2", marks=pytest.mark.slow),
+        pytest.param("4", "pipeline", marks=pytest.mark.slow),
+        pytest.param("2 x 2 zero3", None, marks=pytest.mark.slow),
+        pytest.param("zero2", "2 x 2 zero3", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_does_not_know_how_many_ranks_there_were(mesh, again, alone, tmp_path):
+    """Some steps on one mesh, the rest on another (None: one device)."""
+    meshes: dict[str | None, tuple[int, dict[str, Any] | None]] = {None: (1, None), **TWO, **FOUR}
+    Run(*meshes[mesh], steps=STEPS - 1).fit(tmp_path / "first")
+    values, checkpoint = Run(*meshes[again]).fit(tmp_path / "second", ckpt=tmp_path / "first" / "last.ckpt")
+    expected_values, expected = alone()
+    same(({**expected_values, **{name: values[name] for name in ("val", "norm")}}, checkpoint), (expected_values, expected))
+    assert values["losses"] == pytest.approx(expected_values["losses"][-1:], rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(rank, tmp_path):
+    values, _ = Run(2, {}, poison=rank).fit(tmp_path / "run")
+    assert values["skipped"] == 1
+    assert np.isfinite(values["losses"]).all()
+    assert np.isfinite(values["norm"])
+
+
+# ---- what is refused before any process group exists
+
+
+@pytest.mark.parametrize(
+    ("devices", "keys", "match"),
+    [
+        (4, {"pipeline_size": 3}, r"^strategy\.pipeline_size: 3 given, but trainer\.devices x trainer\.num_nodes is 4; allowed: 1, 2, 4$"),
+        (2, {"pipeline_size": 4}, r"^strategy\.pipeline_size: 4 given, .* is 2; allowed: 1, 2$"),
+        (2, {"sharding": "zero3"}, r"^strategy\.sharding: zero3 shards over data-parallel ranks.*allowed: zero2"),
+        (2, {"process_group_backend": "nccl"}, r"^strategy\.backend: nccl cannot send tensors of a cpu device; allowed: gloo$"),
+        (2, {"schedule": "layer_leve"}, r"^strategy\.schedule: 'layer_leve' given, allowed: layer_level, interleaved, chunk_level$"),
+        (2, {"sharding": "zero2", "start_method": "fork"}, r"^start_method: fork given"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(devices, keys, match):
+    strategy = LayerPipelineStrategy(**keys)
+    lightning.Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_checkpointing=False)
+    with pytest.raises(UserError, match=match):
+        strategy.check()

@@ -31,10 +31,14 @@ class Run:
 
     number: int  # counted through the windows
     window: int
-    part: Window
+    part: Window | None  # None: a relay, which hands the memory on as it came
     before: list[RowClock]  # each row's clock as the run starts
     after: list[RowClock]
     last: bool = False  # of the whole text: its memory is needed by nobody
+
+    @property
+    def labelled(self) -> bool:
+        return self.part is not None and self.part.targets > 0
 
     def slots(self, config: CometConfig, after: bool) -> tuple[int, int]:
         """Global and temporary slots of a row in the memory before, or after, the run."""
@@ -42,8 +46,12 @@ class Run:
         return max(c.global_slots for c in clocks), max(c.temporary_slots for c in clocks)
 
 
-def plan(config: CometConfig, windows: Sequence[Window], schedule: str, ranks: int) -> list[Run]:
-    """All runs of a text. Pure: every rank makes the same plan."""
+def plan(config: CometConfig, windows: Sequence[Window], schedule: str, ranks: int, aligned: bool = False) -> list[Run]:
+    """All runs of a text. Pure: every rank makes the same plan.
+
+    Args:
+        aligned: each window begins on the first rank, with relays from where the one before ended.
+    """
     rows = len(windows[0].chunk_sizes) if windows else 0
     clocks = [RowClock(stride=config.compression_stride or NO_STRIDE)] * rows
     found: list[Run] = []
@@ -53,6 +61,8 @@ def plan(config: CometConfig, windows: Sequence[Window], schedule: str, ranks: i
             after = [_after(config, clock, sizes) for clock, sizes in zip(clocks, part.chunk_sizes, strict=True)]
             found.append(Run(len(found), number, part, clocks, after))
             clocks = after
+        while aligned and number < len(windows) - 1 and len(found) % ranks:
+            found.append(Run(len(found), number, None, clocks, clocks))
     return [*found[:-1], replace(found[-1], last=True)] if found else []
 
 
@@ -97,26 +107,35 @@ class Pipeline:
             num_items: divides the summed loss. keep_cache: the memory after the text is wanted too (in `cache`, on the last run's rank).
         """
         self.cache, self.holds_last = None, False
-        all_runs = plan(model.config, windows, self.schedule, self.ranks)
+        layerwise = self.shards is not None and self.shards.layerwise
+        all_runs = plan(model.config, windows, self.schedule, self.ranks, aligned=layerwise)
         mine = [[run for run in all_runs if run.window == w and run.number % self.ranks == self.index] for w in range(len(windows))]
         live = [[run for run in own if self._goes_on(model, run, all_runs, windows)] for own in mine]
-        # zero3: layers that are gathered beside data-parallel ranks that have more to read
-        back = [sum(run in out or run.part.targets > 0 for run in own) for own, out in zip(mine, live, strict=True)]
-        visits = [number for own, n in zip(mine, back, strict=True) for number in (len(own), n)]
-        most = self.shards.most(visits) if self.shards is not None and self.shards.layerwise else visits
+        # zero3: data-parallel ranks gather each layer together, also those that have less to read. They stand at the same place of their
+        # pipelines and windows, and a shorter text lacks the last runs of a window, the first to be gone back through: so none waits for ever.
+        ahead = [sum(run.part is not None for run in own) for own in mine]
+        back = [sum(run in out or run.labelled for run in own) for own, out in zip(mine, live, strict=True)]
+        numbers = [number for pair in zip(ahead, back, strict=True) for number in pair]
+        most = self.shards.most(numbers) if self.shards is not None and layerwise else numbers
         for w in range(len(most) // 2):
-            own = mine[w] if w < len(mine) else []
-            loss = self._window(model, own, live[w], all_runs, windows[w].targets > 0, num_items, keep_cache) if own else None
-            self._visit(most[2 * w] - len(own), backward=False)
+            own, out = (mine[w], live[w]) if w < len(windows) else ([], [])
+            loss = self._window(model, own, out, all_runs, windows[w].targets > 0, num_items, keep_cache) if own else None
+            if w < len(windows):
+                most[2 * w] -= ahead[w]
+                most[2 * w + 1] -= back[w]
+            self._visit(most[2 * w], backward=False)
+            self._visit(most[2 * w + 1], backward=True)
             yield loss
-            self._visit(most[2 * w + 1] - (back[w] if own else 0), backward=True)
         if self.ring is not None:
             self.ring.flush()
 
     def _goes_on(self, model: CometForCausalLM, run: Run, all_runs: list[Run], windows: Sequence[Window]) -> bool:
         """Whether gradients come back for the memory that a run leaves behind."""
-        same_window = not run.last and all_runs[run.number + 1].window == run.window
-        return same_window and windows[run.window].targets > 0 and sum(run.slots(model.config, after=True)) > 0
+        if run.last or run.part is None:
+            return False
+        after = all_runs[run.number + 1]
+        goes_on = after.window == run.window and after.part is not None
+        return goes_on and windows[run.window].targets > 0 and sum(run.slots(model.config, after=True)) > 0
 
     def _visit(self, times: int, backward: bool) -> None:
         for _ in range(times):
@@ -152,6 +171,11 @@ class Pipeline:
         try:
             model.walk = WALK[self.schedule]
             for run in mine:
+                if run.part is None:
+                    assert inbox is not None and self.ring is not None
+                    for _ in range(layers if sum(run.slots(model.config, after=True)) else 0):
+                        self.ring.to_next.send(inbox.take())
+                    continue
                 past = CometCache.at(run.before, layers, model.fingerprint)
                 if inbox is None or gradients is None:  # a pipeline of one: what comes in is what it left behind itself
                     past = self.cache.detach() if self.cache is not None else past
@@ -167,6 +191,8 @@ class Pipeline:
                 losses.append(output.loss)
         finally:
             model.seam, model.walk = kept, walk
+        if not losses:
+            return None
         loss = torch.stack(losses).sum()
         if ties:
             return p2p.tie(loss, ties, gradients if live else None)

@@ -6,6 +6,7 @@ chunks of them; pipelines read different rows.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -101,6 +102,8 @@ class LayerPipelineStrategy(DDPStrategy):
                 f"strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size {self.pipeline_size} of {self.world} devices "
                 "leaves one; allowed: zero2 (shards over all ranks), none, or a smaller strategy.pipeline_size"
             )
+        if self.sharding != "none" and self._start_method != "popen":
+            raise UserError(f"start_method: {self._start_method} given, but shards of weights cannot come back from it; allowed: popen")
         backend, device = self._get_process_group_backend(), self.root_device.type
         if (backend, device) in (("nccl", "cpu"), ("gloo", "cuda")):
             only = {"cpu": "gloo", "cuda": "nccl"}[device]
@@ -115,6 +118,9 @@ class LayerPipelineStrategy(DDPStrategy):
         advice = "Go on from the last checkpoint with resume=true."
         self.watch = Watch(default_store(), self.global_rank, self.world, self.silence, speakers=on_this_node, advice=advice)
         self.watch.start()
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":  # Lightning's: it would kill this process before the watch has said why
+                thread._child_processes = []  # type: ignore[attr-defined]
         size = self.pipeline_size
         rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
         ring = Ring.build(rings) if size > 1 else None

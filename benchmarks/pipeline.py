@@ -32,7 +32,7 @@ from rich.progress import track
 from shapes import SHAPES, Shape
 
 from comet_pl.errors import UserError, run_cli
-from comet_pl.parallel.schedule import SCHEDULES, compare, simulate
+from comet_pl.parallel.schedule import SCHEDULES, Timeline, compare, simulate
 
 HERE = Path(__file__).resolve().parent
 LEAST = 0.9  # of the simulated speed-up, at this machine's ceiling, that layer_level has to reach
@@ -62,6 +62,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(options, name, small if options.small else usual)
         if getattr(options, name) < least:
             raise UserError(f"--{name}: {getattr(options, name)} given, a whole number >= {least} is needed")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)  # now, not after the measurement
+    except OSError as error:
+        raise UserError(f"--out: {options.out} cannot be made: {error.strerror}") from None
     return options
 
 
@@ -87,7 +91,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "times": times,
         **found,
         "memory": memory,
-        "simulated": {"layers": SIMULATED_LAYERS, "rows": list(track(rows, description="simulating", transient=True))},
+        "simulated": {"layers": SIMULATED_LAYERS, "rows": rows},
         "steps": steps,
     }
 
@@ -117,17 +121,20 @@ def combine(entries: tuple[dict[str, Any], ...], transfer: float) -> dict[str, A
         "pings": [ping for entry in entries for ping in entry["pings"]],
     }
     if what in SCHEDULES:
-        idle = [{"waited": entry["waited"], "seconds": wall[2], **share} for entry, wall, share in zip(ran, walls, shares(events), strict=True)]
+        idle = [
+            {"waited": entry["waited"], "seconds": wall[2], **share} for entry, wall, share in zip(ran, walls, shares(events), strict=True)
+        ]
         step |= {"ranks": idle, **{key: max(entry[key] for entry in ran) for key in ("loss_differs", "gradients_differ")}}
     return step
 
 
 def best(steps: list[dict[str, Any]], what: str, clock: str, part: str = "step") -> float:
+    """Seconds of an arrangement's best round; part: step, forward, reduced (a step and the sum of all ranks' gradients)."""
     return min(step[clock][part] for step in steps if step["what"] == what)
 
 
 def cell_times(job: Job, steps: list[dict[str, Any]], transfer: float) -> dict[str, float]:
-    """What the simulator needs, by processor time. Embedding and head count as part of the cells: with so few ids they are next to nothing."""
+    """What the simulator needs, by processor time. Embedding and head, next to nothing with so few ids, count as part of the cells."""
     forward, step = (best(steps, ALONE, "processor", part) for part in ("forward", "step"))
     batch, slots, width = message_shape(job)
     return {
@@ -158,22 +165,28 @@ def findings(job: Job, steps: list[dict[str, Any]], times: dict[str, float]) -> 
             row["ranks"] = chosen["ranks"]
             row["predicted_wait"] = idle_before_the_end(timeline)
         found.append(row)
-    layered = next(row for row in found if row["what"] == "layer_level")
-    verdict = {}
-    for clock in ceiling:
-        bound, speedup = LEAST * ceiling[clock] / 2 * layered["predicted"], layered[clock]["step_speedup"]
-        verdict[clock] = {"speedup": speedup, "ceiling": ceiling[clock], "predicted": layered["predicted"], "bound": bound, "met": speedup >= bound}
     piped = [step for step in steps if step["what"] in SCHEDULES]
     agreement = {key: max(step[key] for step in piped) for key in ("loss_differs", "gradients_differ")}
     return {
         "arrangements": found,
-        "verdict": verdict,
+        "verdict": verdict(found, ceiling),
         "quiet": all(row["others"] <= QUIET for row in found if row["what"] in (ALONE, BOTH, "layer_level")),
         "agreement": agreement | {"tolerance": TOLERANCE, "met": max(agreement.values()) <= TOLERANCE},
     }
 
 
-def idle_before_the_end(timeline: Any) -> list[float]:
+def verdict(arrangements: list[dict[str, Any]], ceiling: dict[str, float]) -> dict[str, Any]:
+    """Whether layer_level gains as much as it has to: LEAST of the simulated speed-up, at the share of 2 that the machine has to give."""
+    row = next(row for row in arrangements if row["what"] == "layer_level")
+    found: dict[str, Any] = {}
+    for clock, most in ceiling.items():
+        bound, speedup = LEAST * most / 2 * row["predicted"], row[clock]["step_speedup"]
+        given = {"least": LEAST, "ceiling": most, "predicted": row["predicted"]}
+        found[clock] = {**given, "bound": bound, "speedup": speedup, "met": speedup >= bound}
+    return found
+
+
+def idle_before_the_end(timeline: Timeline) -> list[float]:
     """Of each rank of a simulated step: the share of the makespan in which it waits before its last task ends."""
     ends, work = [0.0] * timeline.ranks, [0.0] * timeline.ranks
     for task in timeline.tasks:
@@ -210,6 +223,8 @@ def main(argv: list[str]) -> None:
     report.write_json(options.out / f"{name}.json", result)
     pipeline_report.write_plots(options.out, name, result)
     pipeline_report.show(result)
+    if not result["agreement"]["met"]:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 
 class Event(NamedTuple):
-    """What a rank did with a message. Starts and ends: on the clock that all ranks share; processor time of the rank since the step began."""
+    """What a rank did with a message: start and end on the clock that all ranks share, and in processor time since its step began."""
 
     kind: str  # send, receive (the wait for it), flush (the wait until all that was sent has arrived)
     link: str  # memory, gradient
@@ -27,8 +27,8 @@ def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
     """Of each rank, given its events in order: the time in which it did not compute.
 
     Returns:
-        neighbour: waiting for a message that its sender had yet to compute. transfer: waiting for one under way, and at the end until all
-        that was sent has arrived. sending: starting to send.
+        neighbour: waiting for a message that its sender had yet to compute. transfer: waiting for one under way. sending: starting to send.
+        flushing: at the end, until all that was sent has arrived.
     """
     sent: dict[tuple[int, str], list[float]] = {}
     for rank, own in enumerate(events):
@@ -37,13 +37,13 @@ def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
                 sent.setdefault((rank, event.link), []).append(event.wall[0])
     found = []
     for rank, own in enumerate(events):
-        share, received = {"neighbour": 0.0, "transfer": 0.0, "sending": 0.0}, {"memory": 0, "gradient": 0}
+        share, received = dict.fromkeys(("neighbour", "transfer", "sending", "flushing"), 0.0), {"memory": 0, "gradient": 0}
         for event in own:
             start, end = event.wall
             if event.kind == "send":
                 share["sending"] += end - start
             elif event.kind == "flush":
-                share["transfer"] += end - start
+                share["flushing"] += end - start
             else:
                 at = sent[sender(rank, event.link, len(events)), event.link][received[event.link]]
                 received[event.link] += 1

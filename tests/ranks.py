@@ -30,7 +30,9 @@ def in_processes(world: int, function: Callable[..., Any], *args: Any, timeout: 
     context = multiprocessing.get_context("fork")
     start = _with_group if group else partial(_as_torchrun, port=_free_port())
     with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=_rank, args=(Path(folder), rank, world, start, function, args), daemon=True) for rank in range(world)]
+        ranks = [
+            context.Process(target=_rank, args=(Path(folder), rank, world, start, function, args), daemon=True) for rank in range(world)
+        ]
         for process in ranks:
             process.start()
         end = time.monotonic() + timeout

@@ -15,6 +15,7 @@ from ranks import in_processes
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
+from comet_pl.parallel.sharding import Shards, whole
 from comet_pl.windows import IGNORED, count_targets, cut_windows, split_rows
 
 CHUNK = 5  # of the tiny model
@@ -32,6 +33,7 @@ class Case:
     window: int | None = None
     accumulate: int = 1
     recompute: bool = False
+    sharding: str = "none"
     layers: int = 3
     dtype: torch.dtype = torch.float64
     comet: dict[str, Any] = field(default_factory=dict)
@@ -84,16 +86,25 @@ def gradients(model) -> dict[str, torch.Tensor]:
 def together(case: Case):
     """On one of data x ranks processes: (loss, gradients, last cache or None)."""
     pipelines = [list(range(d * case.ranks, (d + 1) * case.ranks)) for d in range(case.data)]
-    ring, model, me, total = Ring.build(pipelines), case.model(), dist.get_rank(), torch.zeros((), dtype=torch.float64)
+    ring = Ring.build(pipelines) if case.ranks > 1 else None
+    model, me, total = case.model(), dist.get_rank(), torch.zeros((), dtype=torch.float64)
     pipeline = Pipeline(ring, me % case.ranks, case.ranks, case.schedule)
+    if case.sharding != "none":
+        pipeline.shards = Shards.over(model, case.data, case.ranks, layerwise=case.sharding == "zero3")
+        pipeline.shards.gather(all_layers=case.sharding == "zero2")
     for windows in case.windows(me // case.ranks):
         for loss in pipeline.read(model, windows, case.targets, keep_cache=True):
             if loss is not None:
                 loss.backward()
                 total += loss.detach()
-    found = gradients(model)
-    for tensor in (total, *found.values()):
-        dist.all_reduce(tensor)
+    dist.all_reduce(total)
+    if pipeline.shards is not None:
+        pipeline.shards.reduce()
+        found = whole(gradients(model))
+    else:
+        found = gradients(model)
+        for gradient in found.values():
+            dist.all_reduce(gradient)
     assert (model.walk, model.seam) == (case.model().walk, case.model().seam)
     return float(total), found, pipeline.cache if pipeline.holds_last else None
 
@@ -165,12 +176,15 @@ def test_two_pipelines_of_two_ranks_are_one_process(name, schedule):
 def random_case(number: int) -> Case:
     """A shape drawn at random: any number of ranks, rows, chunks, windows; labels anywhere or nowhere."""
     draw = random.Random(number)
-    lengths = tuple(draw.randint(0, 60) for _ in range(draw.randint(1, 3)))
     start = draw.randint(0, 60)
+    ranks, data, sharding = draw.choice([(2, 1, "none"), (3, 1, "none"), (4, 1, "none"), (2, 2, "none"), (2, 1, "zero2"), (2, 2, "zero3")])
+    lengths = tuple(draw.randint(0 if row else 2, 60) for row in range(data * draw.randint(1, 3)))
     return Case(
-        ranks=draw.choice([2, 2, 3, 4]),
-        schedule=draw.choice(SCHEDULES),
-        lengths=(max(2, *lengths), *lengths[1:]) if len(lengths) > 1 else (max(2, *lengths, 2),),
+        ranks=ranks,
+        data=data,
+        sharding=sharding,
+        schedule=draw.choice([one for one in SCHEDULES if (sharding, one) != ("zero3", "chunk_level")]),
+        lengths=lengths,
         labelled=((start, start + draw.choice([1, 8, 1000])), (0, draw.choice([0, 0, 3]))),
         window=draw.choice([None, None, 1, 2, 3, 5]),
         accumulate=draw.choice([1, 1, 2, 3]),

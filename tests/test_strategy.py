@@ -248,6 +248,7 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(rank, tmp_
         (2, {"sharding": "zero3"}, r"^strategy\.sharding: zero3 shards over data-parallel ranks.*allowed: zero2"),
         (2, {"process_group_backend": "nccl"}, r"^strategy\.backend: nccl cannot send tensors of a cpu device; allowed: gloo$"),
         (2, {"schedule": "layer_leve"}, r"^strategy\.schedule: 'layer_leve' given, allowed: layer_level, interleaved, chunk_level$"),
+        (2, {"sharding": "zero3", "pipeline_size": 1, "schedule": "chunk_level"}, r"^strategy\.schedule: chunk_level given, but zero3"),
         (2, {"sharding": "zero2", "start_method": "fork"}, r"^start_method: fork given"),
     ],
 )

@@ -177,12 +177,12 @@ class Pipeline:
                         self.ring.to_next.send(inbox.take())
                     continue
                 past = CometCache.at(run.before, layers, model.fingerprint)
-                if inbox is None or gradients is None:  # a pipeline of one: what comes in is what it left behind itself
+                if self.ring is None or inbox is None:  # a pipeline of one: what comes in is what it left behind itself
                     past = self.cache.detach() if self.cache is not None else past
                 else:
                     live_in = learns and run.number > 0 and all_runs[run.number - 1].window == run.window
-                    ends = (self.ring, run, model.config, inbox, gradients if run in live else None, live_in, ties)
-                    model.seam = RunSeam(*ends).over
+                    seam = RunSeam(self.ring, run, model.config, inbox, gradients if run in live else None, live_in, ties)
+                    model.seam = seam.over  # type: ignore[assignment]
                 with torch.set_grad_enabled(learns):
                     output = model(
                         **run.part.inputs(), past_key_values=past, use_cache=keep_cache or not run.last, num_items_in_batch=num_items
@@ -208,7 +208,14 @@ class RunSeam:
     """
 
     def __init__(
-        self, ring: p2p.Ring, run: Run, config: CometConfig, inbox: p2p.Inbox, gradients: p2p.Inbox | None, live_in: bool, ties: list[Tensor]
+        self,
+        ring: p2p.Ring,
+        run: Run,
+        config: CometConfig,
+        inbox: p2p.Inbox,
+        gradients: p2p.Inbox | None,
+        live_in: bool,
+        ties: list[Tensor],
     ):
         self.ring, self.run, self.config, self.inbox = ring, run, config, inbox
         self.gradients, self.live_in, self.ties = gradients, live_in, ties

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._pytree import tree_leaves
 
@@ -34,17 +34,17 @@ class Shards:
     """
 
     def __init__(self, model: CometForCausalLM, mesh: DeviceMesh, layerwise: bool):
-        self.model, self.layerwise, self.data = model, layerwise, mesh.get_group(mesh.ndim - 1)
-        self.cells: list[Any] = list(model.model.layers)
+        self.layerwise, self.data, self.device = layerwise, mesh.get_group(mesh.ndim - 1), model.device
+        modules: list[Any] = [*model.model.layers, model]  # the last one: what is not in a layer
+        self.cells, self.root = modules[:-1], modules[-1]
         self.one_by_one = layerwise  # not while all layers are gathered
         self.here: int | None = None  # the layer whose weights are there, one by one
-        for module in (*self.cells, model):
+        for module in modules:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
-            assert isinstance(module, FSDPModule)
             module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is already divided by all targets
-        self.root: Any = model
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(False)
+        self.root._get_fsdp_state()._lazy_init()  # not at the first forward: a rank may have none
         warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor")  # nobody writes to it
         if layerwise:
             for layer, cell in enumerate(self.cells):
@@ -52,6 +52,14 @@ class Shards:
                 # The next layer's weights come while this one works. Explicitly: left to itself, FSDP2 goes by the order of calls.
                 cell.set_modules_to_forward_prefetch([self.cells[layer + 1]] if layer + 1 < len(self.cells) else [])
                 cell.set_modules_to_backward_prefetch([self.cells[layer - 1] if layer else self.root])
+
+    @classmethod
+    def over(cls, model: CometForCausalLM, data: int, pipeline: int, layerwise: bool) -> Shards:
+        """On the mesh of data x pipeline ranks (rank d * P + p)."""
+        kind, ranks = model.device.type, torch.arange(data * pipeline)
+        if layerwise:
+            return cls(model, DeviceMesh(kind, ranks.view(data, pipeline).T, mesh_dim_names=("pipeline", "data")), layerwise)
+        return cls(model, DeviceMesh(kind, ranks, mesh_dim_names=("all",)), layerwise)
 
     # ---- weights
 
@@ -88,10 +96,9 @@ class Shards:
 
     def most(self, numbers: list[int]) -> list[int]:
         """The greatest of each number, and of how many there are, over the data-parallel ranks."""
-        device = next(iter(self.model.parameters())).device
-        count = torch.tensor(len(numbers), device=device)
+        count = torch.tensor(len(numbers), device=self.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, self.data)
-        padded = torch.tensor(numbers + [0] * (int(count) - len(numbers)), device=device)
+        padded = torch.tensor(numbers + [0] * (int(count) - len(numbers)), device=self.device)
         dist.all_reduce(padded, dist.ReduceOp.MAX, self.data)
         found: list[int] = padded.tolist()
         return found
@@ -103,6 +110,8 @@ class Shards:
         self.root.set_requires_gradient_sync(True)
         for module in (*reversed(self.cells), self.root):
             for group in _groups(module):
+                if not all(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params):
+                    module.unshard()  # never used so far; the same on all ranks that share its shards
                 for parameter in group.fsdp_params:
                     whole = parameter.unsharded_param
                     if whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
@@ -149,5 +158,3 @@ def _like(parameter: nn.Parameter, value: Any) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-

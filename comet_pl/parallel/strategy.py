@@ -17,7 +17,6 @@ import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from comet_pl.errors import UserError
@@ -102,6 +101,8 @@ class LayerPipelineStrategy(DDPStrategy):
                 f"strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size {self.pipeline_size} of {self.world} devices "
                 "leaves one; allowed: zero2 (shards over all ranks), none, or a smaller strategy.pipeline_size"
             )
+        if self.sharding == "zero3" and self.schedule == "chunk_level":
+            raise UserError("strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: layer_level, interleaved")
         if self.sharding != "none" and self._start_method != "popen":
             raise UserError(f"start_method: {self._start_method} given, but shards of weights cannot come back from it; allowed: popen")
         backend, device = self._get_process_group_backend(), self.root_device.type
@@ -133,12 +134,8 @@ class LayerPipelineStrategy(DDPStrategy):
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 dist.broadcast(tensor, 0)
         if self.sharding != "none":
-            kind, ranks = self.root_device.type, torch.arange(self.world)
-            if self.sharding == "zero2":
-                mesh = DeviceMesh(kind, ranks, mesh_dim_names=("all",))
-            else:
-                mesh = DeviceMesh(kind, ranks.view(self.data_size, self.pipeline_size).T, mesh_dim_names=("pipeline", "data"))
-            self.shards = Shards(self.model.model, mesh, self.sharding == "zero3")  # type: ignore[arg-type]
+            module: Any = self.model
+            self.shards = Shards.over(module.model, self.data_size, self.pipeline_size, self.sharding == "zero3")
             assert self.pipeline is not None
             self.pipeline.shards = self.shards
 

@@ -119,6 +119,7 @@ def combine(entries: tuple[dict[str, Any], ...], transfer: float) -> dict[str, A
         "processor": {"step": chain, "forward": chain_forward, "reduced": chain + max(times[3] - times[2] for times in processor)},
         "others": others,
         "pings": [ping for entry in entries for ping in entry["pings"]],
+        "raw": {"marks": ["start", "forward", "step", "reduced"], "wall": walls, "processor": processor},  # of each rank
     }
     if what in SCHEDULES:
         idle = [

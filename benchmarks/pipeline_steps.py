@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -91,13 +91,17 @@ def machine_busy() -> float:
 
 @dataclass
 class Log:
-    """The events of a step."""
+    """The events of a step, from `begin` to `end`."""
 
-    events: list[Event]
+    events: list[Event] = field(default_factory=list)
     start: float = 0.0  # processor time at the step's beginning
 
     def begin(self) -> None:
         self.events, self.start = [], now()[1]
+
+    def end(self) -> list[Event]:
+        events, self.events = self.events, []  # what comes later, as a ping-pong, is no part of the step
+        return events
 
     def add(self, kind: str, link: str, before: tuple[float, float]) -> None:
         after = now()
@@ -143,7 +147,7 @@ class LoggedWork:
 def _measure(job: Job) -> list[dict[str, Any]]:
     """One entry a round and arrangement: times, events, how far loss and gradients lie from those of one process."""
     dist.init_process_group("gloo", timeout=PATIENCE)
-    me, log = dist.get_rank(), Log([])
+    me, log = dist.get_rank(), Log()
     ends = {"to_next": "memory", "from_previous": "memory", "gradient_to_previous": "gradient", "gradient_from_next": "gradient"}
     ring = Ring.build([[0, 1]])
     ring = Ring(**{end: LoggedChannel(getattr(ring, end), link, log) for end, link in ends.items()})
@@ -165,7 +169,7 @@ def _measure(job: Job) -> list[dict[str, Any]]:
                 part.backward()
                 loss += part.detach()
         clock.append(now())
-        found: dict[str, Any] = {"waited": ring.seconds - waited, "events": log.events, "forward_events": forward_events, "loss": loss}
+        found: dict[str, Any] = {"waited": ring.seconds - waited, "events": log.end(), "forward_events": forward_events, "loss": loss}
         if what not in (ALONE, BOTH):
             strategy.sum_gradients(parameters)
         clock.append(now())

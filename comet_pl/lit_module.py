@@ -44,7 +44,7 @@ class CometModule(lightning.LightningModule):
         self.skipped = self.skipped_in_a_row = 0
         self.grad_norm = 0.0  # of the last step, before clipping
         if train.recompute:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing = True
 
     def setup(self, stage: str) -> None:
         """Tells the data which rows are this rank's, before loaders are made."""

@@ -1,4 +1,4 @@
-"""LayerPipelineStrategy in Lightning's Trainer: any mesh, any sharding, the same training; checkpoints that do not know how many ranks there were."""
+"""LayerPipelineStrategy in a Trainer: any mesh and any sharding train alike; checkpoints do not know how many ranks there were."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ def test_after_fail_nothing_ends_the_process(launch):
         if rank == 1:
             until(lambda: len(list(ranks.folder.glob("ready?"))) == WORLD)
             watch.fail("mine")
-            until(lambda: not ranks.folder.joinpath("output0").read_text() == "")
+            until(lambda: ranks.folder.joinpath("output0").read_text() != "")
             time.sleep(TIMEOUT)
             watch.explain()
             watch.stop()

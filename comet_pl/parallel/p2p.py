@@ -21,7 +21,7 @@ from torch import Tensor
 class Channel:
     """One direction between this rank and a neighbour.
 
-    It has a process group of its own: NCCL serves a group's messages in order, so that two directions in one group would wait for each other.
+    It has a process group of its own: NCCL serves the messages of a group in order, and two directions in one would wait for each other.
     """
 
     group: dist.ProcessGroup

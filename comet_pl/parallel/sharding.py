@@ -88,20 +88,26 @@ class Shards:
             self.cells[self.here].reshard()
         self.here = layer
 
-    def visit(self, backward: bool) -> None:
+    def visit(self, times: int, backward: bool) -> None:
         """zero3: gathers layer by layer for nothing, beside data-parallel ranks that have a run to read, or to go back through."""
-        for layer in reversed(range(len(self.cells))) if backward else range(len(self.cells)):
+        order = range(len(self.cells))
+        for layer in [layer for _ in range(times) for layer in (reversed(order) if backward else order)]:
             self.cells[layer].unshard()
             self._enter(layer)
 
-    def most(self, numbers: list[int]) -> list[int]:
-        """The greatest of each number, and of how many there are, over the data-parallel ranks."""
-        count = torch.tensor(len(numbers), device=self.device)
+    def spare(self, ahead: list[int], back: list[int]) -> list[tuple[int, int]]:
+        """zero3: for each window, how many more runs than this rank some data-parallel rank has to read, and to go back through.
+
+        Args:
+            ahead, back: this rank's runs of each window. Others may have more windows.
+        """
+        count = torch.tensor(len(ahead), device=self.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, self.data)
-        padded = torch.tensor(numbers + [0] * (int(count) - len(numbers)), device=self.device)
-        dist.all_reduce(padded, dist.ReduceOp.MAX, self.data)
-        found: list[int] = padded.tolist()
-        return found
+        mine = torch.zeros(int(count), 2, dtype=torch.int64, device=self.device)
+        mine[: len(ahead)] = torch.tensor([ahead, back]).T
+        most = mine.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX, self.data)
+        return [(a, b) for a, b in (most - mine).tolist()]
 
     # ---- gradients
 

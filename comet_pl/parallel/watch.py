@@ -20,6 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 SHORT_SILENCE = 4  # beats; enough where a communication error says that some rank is gone
+NOBODY = "-"  # is lost; reading an empty value can hang
 LEFT = -1  # in place of a rank's count of beats: it has ended, its silence means nothing
 
 
@@ -129,7 +130,7 @@ class Watch:
         self.store.set(f"names/{self.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
         for key in self.keys:
             self.store.add(key, 0)  # reading a key that nobody has written would block
-        self.store.compare_set("lost", "", "")
+        self.store.compare_set("lost", "", NOBODY)
         if self.rank != self.host:
             self.line = _connect(self.store, self.beat)
 
@@ -144,7 +145,7 @@ class Watch:
         if new := [number for number, beat in enumerate(self.beats) if beat and number not in self.names]:
             names = self.store.multi_get([f"names/{number}" for number in new])
             self.names.update(zip(new, (name.decode() for name in names), strict=True))
-        if lost:
+        if lost.decode() != NOBODY:
             self._end_together(lost.decode())
 
     def _judge(self) -> None:
@@ -163,7 +164,7 @@ class Watch:
 
     def _name(self, culprit: int, what: str) -> str:
         """Says who is lost: the rank and a sentence. Returns what was said first, which holds for all."""
-        return self.store.compare_set("lost", "", f"{culprit} {self._who(culprit)} {what}").decode()
+        return self.store.compare_set("lost", NOBODY, f"{culprit} {self._who(culprit)} {what}").decode()
 
     def _leave(self, culprit: int, longest: float) -> None:
         """The last word. The store's host stays until all but the culprit have said theirs, `longest` seconds at most."""

@@ -225,6 +225,8 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
         UserError
     """
     strategy.check()
+    if config.strategy.sharding != "none" and config.trainer.precision == "16-mixed":
+        raise UserError("trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; allowed: bf16-mixed, bf16-true")
     data, size = config.data, config.model.chunk_size
     length = data.train_length if isinstance(data, PasskeyData) else data.max_length
     chunks = min(config.train.bptt_chunks or length, -(-length // size))

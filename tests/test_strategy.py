@@ -61,6 +61,17 @@ class Save(lightning.Callback):
     def __init__(self, folder):
         self.folder, self.losses, self.generated = folder, [], []
 
+    def on_train_start(self, trainer, module):
+        strategy = trainer.strategy
+        self.reductions, sum_gradients = 0, getattr(strategy, "sum_gradients", None)
+
+        def count(parameters):
+            self.reductions += 1
+            sum_gradients(parameters)
+
+        if sum_gradients is not None:
+            strategy.sum_gradients = count
+
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
@@ -73,6 +84,7 @@ class Save(lightning.Callback):
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if trainer.is_global_zero:
             values = {"losses": self.losses, "norm": module.grad_norm, "skipped": module.skipped, "generated": self.generated}
+            values["reductions"] = self.reductions
             values["val"] = float(trainer.callback_metrics["val/loss"])
             torch.save(values, self.folder / "values.pt")
 
@@ -206,7 +218,9 @@ def cases():
 @pytest.mark.parametrize(("mesh", "options"), list(cases()))
 def test_ranks_train_as_one_device(mesh, options, alone, tmp_path):
     devices, strategy = (TWO | FOUR)[mesh]
-    same(Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run"), alone(**OPTIONS[options]))
+    found = Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run")
+    same(found, alone(**OPTIONS[options]))
+    assert found[0]["reductions"] == STEPS  # once a step, however many micro-batches and windows it has
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ class StrategyConfig:
     sharding: str = key(
         "none", "of weights and optimizer: zero2 over all ranks; zero3 over data-parallel ranks, layer by layer", choices=SHARDING
     )
-    schedule: str = key("layer_level", "who runs which chunks when (python -m comet_pl.parallel.schedule compares)", choices=SCHEDULES)
+    schedule: str | None = key(None, "who runs which chunks when; null: interleaved, but layer_level with zero3", choices=SCHEDULES)
     timeout: float = key(60.0, "seconds within which a dead rank ends all others; longer than a rank may be too busy to answer", above=0)
     backend: str | None = key(None, "how ranks talk; null: nccl on GPUs, gloo on CPUs", choices=("gloo", "nccl"))
 

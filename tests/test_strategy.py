@@ -178,7 +178,7 @@ def alone(tmp_path_factory):
 
 TWO = {
     "pipeline": (2, {}),
-    "interleaved": (2, {"schedule": "interleaved"}),
+    "layer_level": (2, {"schedule": "layer_level"}),
     "data": (2, {"pipeline_size": 1}),
     "zero2 along the pipeline": (2, {"sharding": "zero2"}),
     "zero2": (2, {"sharding": "zero2", "pipeline_size": 1}),

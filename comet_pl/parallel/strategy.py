@@ -42,7 +42,8 @@ class LayerPipelineStrategy(DDPStrategy):
 
     Args:
         pipeline_size: P, ranks that share a text; None: all. sharding: none, zero2 or zero3 (see comet_pl/parallel/sharding.py).
-        schedule: one of comet_pl.parallel.schedule.SCHEDULES. timeout: seconds within which a dead rank ends all others.
+        schedule: one of comet_pl.parallel.schedule.SCHEDULES; None: interleaved, but layer_level with zero3, where each run of chunks has
+            to gather all layers. timeout: seconds within which a dead rank ends all others.
         process_group_backend: gloo or nccl; None: by device. others: Lightning's, see DDPStrategy.
 
     Raises:
@@ -55,13 +56,14 @@ class LayerPipelineStrategy(DDPStrategy):
         self,
         pipeline_size: int | None = None,
         sharding: str = "none",
-        schedule: str = "layer_level",
+        schedule: str | None = None,
         timeout: float = 60.0,
         process_group_backend: str | None = None,
         **lightning: Any,
     ):
         super().__init__(process_group_backend=process_group_backend, timeout=SLOWEST, **lightning)
-        self.asked_size, self.sharding, self.schedule, self.silence = pipeline_size, sharding, schedule, timeout
+        self.asked_size, self.sharding, self.silence = pipeline_size, sharding, timeout
+        self.schedule = schedule or ("layer_level" if sharding == "zero3" else "interleaved")
         self.pipeline: Pipeline | None = None
         self.shards: Shards | None = None
         self.watch: Watch | None = None

@@ -135,7 +135,7 @@ def test_live_bytes_counts_what_autograd_keeps_and_what_it_recomputes():
 # ---- the findings
 
 
-def steps(layer_level=2.5, gradients=1e-7):
+def steps(layer_level=2.5, gradients=1e-7, others=0.01):
     """One round with these seconds a step; a third of each is the forward pass."""
     ranks = [{"waited": 0.2, "seconds": 2.0, "neighbour": 0.1, "transfer": 0.05, "sending": 0.01, "flushing": 0.0}] * 2
     found = []
@@ -147,14 +147,13 @@ def steps(layer_level=2.5, gradients=1e-7):
         "layer_level": layer_level,
     }.items():
         clock = {"step": seconds, "forward": seconds / 3, "reduced": seconds + 0.5}
-        step = {"what": what, "wall": clock, "processor": clock, "others": 0.01}
+        step = {"what": what, "wall": clock, "processor": clock, "others": others}
         found.append(step | ({"ranks": ranks, "loss_differs": 0.0, "gradients_differ": gradients} if what in SCHEDULES else {}))
     return found
 
 
-def findings(*given, **more):
-    job = pipeline.Job(pipeline.SHAPE, 16)
-    found = steps(*given, **more)
+def findings(**given):
+    job, found = pipeline.Job(pipeline.SHAPE, 16), steps(**given)
     return pipeline.findings(job, found, pipeline.cell_times(job, found, transfer=0.0))
 
 
@@ -166,7 +165,8 @@ def test_verdict_by_hand():
         assert verdict["bound"] == pytest.approx(0.9 * 1.6 / 2 * 24 / 13)  # 1.329
         assert verdict["speedup"] == pytest.approx(1.6) and verdict["met"]
     assert not findings(layer_level=3.1)["verdict"]["wall"]["met"]  # 1.29
-    assert found["quiet"] and found["agreement"]["met"]
+    assert found["clock"] == "wall" and found["agreement"]["met"]
+    assert findings(others=0.2)["clock"] == "processor"
     assert not findings(gradients=1e-3)["agreement"]["met"]
 
 

@@ -40,11 +40,14 @@ def main(argv: list[str]) -> None:
     except TrainingStopped as stopped:
         keys = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
         again = shlex.join(["python", "train.py", *keys, f"run.name={config.run.name}", "resume=true"])
-        print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
+        if trainer.is_global_zero:
+            print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
         sys.exit(128 + stopped.number)
     except (UserError, MisconfigurationException) as error:
         if trainer.global_step == 0 and trainer.is_global_zero:
             run.discard()
+        if not trainer.is_global_zero and (isinstance(error, MisconfigurationException) or hasattr(error, "on_all_ranks")):
+            sys.exit(2)  # the first process tells
         # Lightning's: limits of which no batch is left
         raise error if isinstance(error, UserError) else UserError(f"trainer: {str(error).splitlines()[0]}") from None
     if trainer.is_global_zero:

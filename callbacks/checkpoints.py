@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, UserErrorOnAllRanks
 from comet_pl.schema import CheckpointConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -54,6 +54,7 @@ class RunCheckpoints(Checkpoint):
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.signal: int | None = None
+        self.tells = True
         self.handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -67,6 +68,7 @@ class RunCheckpoints(Checkpoint):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        self.tells = trainer.is_global_zero
         try:
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
         except ValueError:  # not the main thread: signals stay with whoever runs us
@@ -103,7 +105,8 @@ class RunCheckpoints(Checkpoint):
         number = self.signal
         if trainer.world_size > 1:  # clocks and signals differ: one rank's wish is all ranks' deed
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
-            number = signal.SIGTERM if trainer.strategy.reduce_boolean_decision(number is not None, all=False) else None
+            numbers = torch.tensor(number or 0, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(numbers, reduce_op="max")) or None
         if (due or number) and step > self.saved_step:
             self._save(trainer, "last.ckpt")
         if number:
@@ -112,7 +115,7 @@ class RunCheckpoints(Checkpoint):
     def _keep_best(self, trainer: lightning.Trainer) -> None:
         monitor, metrics = self.settings.monitor, trainer.callback_metrics
         if monitor not in metrics:
-            raise UserError(f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}")
+            raise UserErrorOnAllRanks(f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}")
         value, sign = float(metrics[monitor]), 1 if self.settings.mode == "min" else -1
         if value == value and (self.best is None or sign * value < sign * self.best):
             self.best = value
@@ -129,11 +132,13 @@ class RunCheckpoints(Checkpoint):
         if self.signal is not None:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step, with a checkpoint (once more: at once, without)", flush=True)
+        if self.tells:
+            print("\nstopping after this step, with a checkpoint (once more: at once, without)", flush=True)
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+            if signal.getsignal(number) == self._on_signal:  # else Lightning has put back what was there before its own
+                signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.handlers = {}
 
 

@@ -15,7 +15,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups
 from comet_pl.schema import TrainConfig
@@ -87,7 +87,7 @@ class CometModule(lightning.LightningModule):
             values = {"loss": loss_value, "lr": learning_rate, "grad_norm": self.grad_norm, "skipped": self.skipped}
             self.record({f"train/{name}": value for name, value in values.items()})
         if self.skipped_in_a_row >= self.settings.max_skipped:
-            raise UserError(
+            raise UserErrorOnAllRanks(
                 f"train.max_skipped: the gradient norm was not finite in {self.skipped_in_a_row} steps in a row, up to step "
                 f"{self.global_step}; try a smaller train.lr, more train.warmup_steps or another trainer.precision"
             )
@@ -128,7 +128,8 @@ class CometModule(lightning.LightningModule):
         if hasattr(strategy, "sum_gradients"):
             strategy.sum_gradients(parameters)
         elif self.trainer.world_size > 1 and targets:
-            for p in parameters:
+            used = strategy.reduce(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device), reduce_op="max")
+            for p in (one for one, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere):
                 gradient = torch.zeros_like(p) if p.grad is None else p.grad
                 p.grad = strategy.reduce(gradient, reduce_op="sum")
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

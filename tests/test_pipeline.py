@@ -137,6 +137,7 @@ CASES = {
     "a window without labels": Case(window=2, labelled=((24, 29),)),
     "accumulate": Case(accumulate=3, lengths=(40, 31, 22)),
     "float32": Case(dtype=torch.float32),
+    "zero2, float32": Case(dtype=torch.float32, sharding="zero2"),
     "no memory": Case(comet={"global_size": 0, "compression_stride": None}),
     "global memory only": Case(comet={"compression_stride": None}),
     "temporary memory only": Case(comet={"global_size": 0}),
@@ -154,6 +155,10 @@ def cases():
 @pytest.mark.parametrize(("name", "schedule"), list(cases()))
 def test_two_ranks_are_one_process(name, schedule):
     check(replace(CASES[name], schedule=schedule))
+
+
+def test_zero3_in_float32():
+    check(Case(ranks=1, data=2, sharding="zero3", dtype=torch.float32, lengths=(40, 17)))
 
 
 @pytest.mark.slow

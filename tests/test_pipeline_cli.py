@@ -63,13 +63,13 @@ def on_one(root, name, *keys):
     return folder_of(root, name)
 
 
-class OnTwo:
-    """train.py on two devices: rank 0 and what Lightning's launcher starts, in a session of their own. A context: it leaves no process."""
+class Training:
+    """train.py as rank 0, and what Lightning's launcher starts, in a session of their own. A context: it leaves no process."""
 
-    def __init__(self, root, name, *keys, script="train.py"):
+    def __init__(self, root, name, *keys, on=TWO, script="train.py"):
         root.mkdir(exist_ok=True)
         self.path, self.out, self.err = folder_of(root, name), root / f"{name}.out", root / f"{name}.err"
-        argv = [sys.executable, str(script), f"run.root={root}", f"run.name={name}", *KEYS, *TWO, *keys]
+        argv = [sys.executable, str(script), f"run.root={root}", f"run.name={name}", *KEYS, *on, *keys]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.main = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
 
@@ -84,7 +84,7 @@ class OnTwo:
         self.main.wait()
 
     def at_step(self, step):
-        """Waits until a step is shown; returns the processes of ranks 0 and 1."""
+        """Waits until a step is shown; returns the ranks' processes."""
         until(lambda: f"step {step}/" in self.out.read_text() or self.main.poll() is not None, 120)
         assert self.main.poll() is None, self.err.read_text()
         return [self.main.pid, *(set(processes(self.main.pid)) - {self.main.pid})]
@@ -173,7 +173,7 @@ def evaluated(folder):
 
 
 def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
-    with OnTwo(tmp_path, "two", "eval.after_fit=true") as run:
+    with Training(tmp_path, "two", "eval.after_fit=true") as run:
         folder = run.finished()
     straight = alone("eval.after_fit=true")
     same_run(folder, straight)
@@ -183,7 +183,7 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
     assert len(events) == 1, "one process writes curves"
     assert files - set(events) == expected - set(files_of_one)
     written = yaml.safe_load((folder / "config.yaml").read_text())["strategy"]
-    assert written == {"pipeline_size": None, "sharding": "none", "schedule": "layer_level", "timeout": 20.0, "backend": None}
+    assert (written["timeout"], written["sharding"]) == (TIMEOUT, "none")
     assert run.errors() == []
     assert run.out.read_text().count(f"step {STEPS}/{STEPS}") == 1
 
@@ -192,15 +192,15 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
 @pytest.mark.parametrize(
     "keys",
     [
-        ["strategy.schedule=interleaved"],
+        ["strategy.schedule=layer_level"],
         ["strategy.schedule=chunk_level"],
         ["strategy.sharding=zero2"],
         ["train.bptt_chunks=2", "train.accumulate=2"],
-        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=interleaved", "train.recompute=true"],
+        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=layer_level", "train.recompute=true"],
     ],
 )
 def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
-    with OnTwo(tmp_path, "two", "eval.after_fit=true", *keys) as run:
+    with Training(tmp_path, "two", "eval.after_fit=true", *keys) as run:
         folder = run.finished()
     straight = alone("eval.after_fit=true", *(key for key in keys if key.startswith("train.b") or key.startswith("train.a")))
     same_run(folder, straight)
@@ -216,60 +216,69 @@ def names_it(line, rank, pid, what):
     return line.startswith(who) and line.endswith("this run ends. Go on from the last checkpoint with resume=true.")
 
 
-def killed(root, victim, *keys):
-    """The folder of a run that has lost a rank in the middle."""
-    with OnTwo(root, "killed", *LONG, *keys) as run:
-        ranks = run.at_step(10)
+def kill(root, victim, step, *keys):
+    """Kills a rank after a step has been shown; the other ends in time and names it. Returns the run's folder."""
+    with Training(root, "killed", *LONG, *keys) as run:
+        ranks = run.at_step(step)
         os.kill(ranks[victim], signal.SIGKILL)
         assert run.ended(TIMEOUT) == (-signal.SIGKILL if victim == 0 else 1)
         (line,) = run.errors()
         assert names_it(line, victim, ranks[victim], "is gone"), line
-    assert 8 <= torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
     return run.path
 
 
+def killed_and_gone_on(root, victim, *keys):
+    """Loses a rank in the middle, then goes on with one device."""
+    path = kill(root, victim, 10, *keys)
+    assert 8 <= torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
+    return on_one(root, "killed", *LONG, "resume=true")
+
+
 def test_rank_1_is_killed_and_one_device_goes_on(alone, tmp_path):
-    killed(tmp_path, 1)
-    same_run(on_one(tmp_path, "killed", *LONG, "resume=true"), alone(*LONG))
+    same_run(killed_and_gone_on(tmp_path, 1), alone(*LONG))
 
 
 def test_rank_0_is_killed_and_one_device_goes_on_without_shards(alone, tmp_path):
-    killed(tmp_path, 0, "strategy.sharding=zero2")
-    same_run(on_one(tmp_path, "killed", *LONG, "resume=true"), alone(*LONG))
+    same_run(killed_and_gone_on(tmp_path, 0, "strategy.sharding=zero2"), alone(*LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_at_its_first_step_is_named(tmp_path, victim):
+    """Before the first second is over."""
+    kill(tmp_path, victim, 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["none", "zero2"])
 def test_two_devices_go_on(alone, tmp_path, sharding):
-    killed(tmp_path, 1)
-    with OnTwo(tmp_path, "killed", *LONG, "resume=true", f"strategy.sharding={sharding}") as run:
+    kill(tmp_path, 1, 10)
+    with Training(tmp_path, "killed", *LONG, "resume=true", f"strategy.sharding={sharding}") as run:
         same_run(run.finished(), alone(*LONG))
 
 
 @pytest.mark.slow
 def test_two_devices_go_on_where_one_stopped(alone, tmp_path):
-    """The one was stopped by a signal, too."""
-    with OnTwo(tmp_path, "stopped", *LONG, *ONE) as run:
+    with Training(tmp_path, "stopped", *LONG, on=ONE) as run:
         run.at_step(10)
         os.kill(run.main.pid, signal.SIGTERM)
         assert run.ended(TIMEOUT) == 128 + signal.SIGTERM
-    with OnTwo(tmp_path, "stopped", *LONG, "resume=true") as run:
+    with Training(tmp_path, "stopped", *LONG, "resume=true") as run:
         same_run(run.finished(), alone(*LONG))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
-    with OnTwo(tmp_path, "hangs", *ENDLESS) as run:
-        ranks = run.at_step(3)
+    with Training(tmp_path, "hangs", *ENDLESS) as run:
+        ranks = run.at_step(60)  # seconds: they know each other's names
         os.kill(ranks[victim], signal.SIGSTOP)
         assert run.ended(TIMEOUT, but=[ranks[victim]]) in (1, None)
         (line,) = run.errors()
         assert names_it(line, victim, ranks[victim], "has not answered for "), line
         os.kill(ranks[victim], signal.SIGCONT)
         assert run.ended(TIMEOUT) == 1
-        (_, line) = run.errors()
-        assert line.startswith("error: the others gave this process up: "), line
+        assert len(run.errors()) == 2  # its own line: that it did not run, or that it finds the other gone
 
 
 FAULTY = """
@@ -296,7 +305,7 @@ run_cli(train.main)
 def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(root=str(ROOT), rank=victim))
-    with OnTwo(tmp_path / "runs", "fails", *ENDLESS, script=script) as run:
+    with Training(tmp_path / "runs", "fails", *ENDLESS, script=script) as run:
         ranks = run.at_step(1)
         assert run.ended(TIMEOUT + 10) == (2 if victim == 0 else 1)
         own, named = sorted(run.errors(), key=lambda line: line.startswith(f"error: rank {victim}"))
@@ -308,7 +317,7 @@ def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
 def test_a_rank_that_fails_before_it_has_met_the_other_ends_it(tmp_path):
     book = tmp_path / "book.txt"
     book.write_text("The rain in the north falls on the town. " * 500)
-    with OnTwo(tmp_path, "early", *ENDLESS, f"data.haystack={book}") as run:
+    with Training(tmp_path, "early", *ENDLESS, f"data.haystack={book}") as run:
         until(lambda: "starts:" in run.out.read_text(), 120, run.err)
         book.unlink()  # rank 0 has read it
         assert run.ended(60) != 0
@@ -319,7 +328,7 @@ def test_a_rank_that_fails_before_it_has_met_the_other_ends_it(tmp_path):
 
 
 def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
-    with OnTwo(tmp_path, "x", *ENDLESS) as run:
+    with Training(tmp_path, "x", *ENDLESS) as run:
         run.at_step(4)
         os.killpg(run.main.pid, signal.SIGINT)
         assert run.ended(TIMEOUT) == 128 + signal.SIGINT
@@ -359,10 +368,11 @@ def test_mistakes_are_one_line_before_any_group_exists(tmp_path, keys, match):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("keys", [MISTAKES[0][0], *(pytest.param(keys, marks=pytest.mark.slow) for keys, _ in MISTAKES[1:])], ids=" ".join)
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [keys for keys, _ in MISTAKES], ids=" ".join)
 def test_mistakes_end_with_code_2_before_another_process_is_started(tmp_path, keys):
     seen = set()
-    with OnTwo(tmp_path, "x", *keys) as run:
+    with Training(tmp_path, "x", *keys) as run:
         until(lambda: seen.update(processes(run.main.pid)) or run.main.poll() is not None, 60)
         assert run.main.returncode == 2
         assert seen == {run.main.pid}
@@ -386,7 +396,7 @@ def test_idle_ranks_are_warned_of(tmp_path, capsys, keys):
 
 @pytest.mark.slow
 def test_a_rank_without_chunks_does_no_harm(alone, tmp_path):
-    with OnTwo(tmp_path, "two", *SHORT) as run:
+    with Training(tmp_path, "two", *SHORT) as run:
         same_run(run.finished(), alone(*SHORT))
     (line,) = run.errors()
     assert line.startswith(WARNING)

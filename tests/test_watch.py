@@ -21,7 +21,9 @@ import torch.distributed as dist
 from comet_pl.parallel.watch import Watch, default_store
 
 WORLD = 3
-TIMEOUT = 3.0  # seconds: a beat is 0.3, silence is noticed after 1.5
+TIMEOUT = 2.0  # seconds; silence is noticed after half of it
+BEAT = 0.2
+SILENT = r"(has not answered for 1\.\d s|is gone)"  # gone: another that ends for it was the first to notice
 ADVICE = "Go on with resume=true."
 ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
 
@@ -43,6 +45,7 @@ class Ranks:
             os.dup2(os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
         sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
         torch.set_num_threads(1)
+        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # the store looks up who connects: 5 s where no name server answers
         port = self.folder / "port"
         if rank:
             until(port.exists)
@@ -62,7 +65,9 @@ class Ranks:
         return watch
 
     def new_watch(self, rank: int) -> Watch:
-        return Watch(default_store(), rank, WORLD, self.timeout, next(node for node in self.nodes if rank in node), ADVICE)
+        watch = Watch(default_store(), rank, WORLD, self.timeout, next(node for node in self.nodes if rank in node), ADVICE)
+        watch.beat = BEAT
+        return watch
 
     def mark(self, word: str, rank: int) -> None:
         (self.folder / f"{word}{rank}").touch()
@@ -158,22 +163,21 @@ def test_a_killed_rank_is_named(launch):
     groups = [launch(blocked(victim), nodes=nodes) for victim, nodes in ((0, ONE_NODE), (1, ONE_NODE), (2, ONE_NODE), (1, TWO_NODES))]
     times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((0, 1, 2, 1), groups, strict=True)]
     groups[0].check(0, "is gone", times[0])
-    groups[1].check(1, r"has not answered for 1\.\d s", times[1])
-    groups[2].check(2, r"has not answered for 1\.\d s", times[2])
-    groups[3].check(1, r"has not answered for 1\.\d s", times[3])
+    groups[1].check(1, SILENT, times[1])
+    groups[2].check(2, SILENT, times[2])
+    groups[3].check(1, SILENT, times[3])
 
 
 def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(launch):
     groups = [launch(blocked(victim)) for victim in (0, 1)]
     times = [ranks.ready().send(signal.SIGSTOP, victim) for victim, ranks in enumerate(groups)]
     for victim, ranks in enumerate(groups):
-        ranks.check(victim, r"has not answered for 1\.\d s", times[victim])
+        ranks.check(victim, SILENT, times[victim])
     times = [ranks.send(signal.SIGCONT, victim) for victim, ranks in enumerate(groups)]
     for victim, ranks in enumerate(groups):
         assert ranks.codes(victim, within=TIMEOUT, since=times[victim]) == [1]
         (line,) = ranks.lines(victim)
-        what = ("did not run", "has not answered")[victim]  # rank 0 holds the store: nobody could tell it
-        assert re.fullmatch(rf"error: the others gave this process up: rank {victim} \(.*\) {what} for .* s; it ends too.*", line), line
+        assert re.fullmatch(rf"error: rank {victim} \(pid .*\) did not run for .* s; the others have ended, and so does .*", line), line
 
 
 def test_a_rank_that_holds_the_interpreter_is_named(launch):
@@ -187,7 +191,7 @@ def test_a_rank_that_holds_the_interpreter_is_named(launch):
         time.sleep(60)
 
     ranks = launch(act).ready()
-    ranks.check(0, r"has not answered for 1\.\d s", time.monotonic(), within=TIMEOUT + 0.5)
+    ranks.check(0, SILENT, time.monotonic(), within=TIMEOUT + 0.5)
 
 
 def test_sockets_kept_open_by_a_child_hide_nothing(launch):
@@ -207,7 +211,7 @@ def test_sockets_kept_open_by_a_child_hide_nothing(launch):
 
     ranks = launch(act).ready().ready("forked", 1)
     try:
-        ranks.check(0, r"has not answered for 1\.\d s", ranks.send(signal.SIGKILL, 0))
+        ranks.check(0, SILENT, ranks.send(signal.SIGKILL, 0))
     finally:
         os.kill(int((ranks.folder / "child").read_text()), signal.SIGKILL)
 
@@ -225,7 +229,7 @@ def test_a_failure_is_told_at_once(launch, culprit):
             dist.all_reduce(torch.zeros(1))
 
     ranks = launch(act, timeout=20, nodes=TWO_NODES).ready()
-    ranks.check(culprit, "failed: ValueError: no such thing", time.monotonic(), within=6)  # the silence of a dead rank: 10 s
+    ranks.check(culprit, "failed: ValueError: no such thing", time.monotonic(), within=5)  # the silence of a dead rank: 10 s
     assert ranks.codes(culprit, within=6, since=time.monotonic()) == [5]
     assert ranks.lines(culprit) == []
 
@@ -237,7 +241,7 @@ def test_after_fail_nothing_ends_the_process(launch):
             until(lambda: len(list(ranks.folder.glob("ready?"))) == WORLD)
             watch.fail("mine")
             until(lambda: ranks.folder.joinpath("output0").read_text() != "")
-            time.sleep(TIMEOUT)
+            time.sleep(0.6 * TIMEOUT)
             watch.explain()
             watch.stop()
             os._exit(5)
@@ -256,8 +260,8 @@ def test_a_communication_error_is_explained_before_the_full_silence(launch):
 
     groups = [launch(act, timeout=20) for _ in range(2)]  # silence: 10 s
     times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((1, 2), groups, strict=True)]
-    groups[0].check(1, "is gone", times[0], within=8)
-    groups[1].check(2, "is gone", times[1], within=8)
+    groups[0].check(1, "is gone", times[0], within=5)
+    groups[1].check(2, "is gone", times[1], within=5)
 
 
 def test_explain_returns_if_all_answer(launch):
@@ -276,16 +280,17 @@ def test_explain_returns_if_all_answer(launch):
 def test_a_regular_end_is_silent(launch):
     """Whoever stops first or last, rank 0 with the store included; a second watch on the same store starts afresh."""
 
-    def act(order):
+    def act(pauses):
         def do(ranks, rank):
-            for watch in (ranks.watch(rank), ranks.watch(rank)):
+            for _ in range(2):
+                watch = ranks.watch(rank)
                 dist.barrier()
-                time.sleep(0.5 * order.index(rank))
+                time.sleep(pauses[rank] * TIMEOUT)
                 watch.stop()
 
         return do
 
-    groups = [launch(act(order)) for order in ((0, 1, 2), (2, 1, 0))]
+    groups = [launch(act(pauses)) for pauses in ((0, 0.15, 0.3), (0.8, 0.4, 0))]
     for ranks in groups:
         assert ranks.codes(0, 1, 2, within=20, since=time.monotonic()) == [0, 0, 0], ranks.lines(0, 1, 2)
         assert ranks.lines(0, 1, 2) == []
@@ -303,7 +308,7 @@ def test_stop_does_not_wait_for_the_dead(launch):
         since = ranks.send(number, victim)
         ranks.mark("killed", victim)
         others = [rank for rank in range(WORLD) if rank != victim]
-        assert ranks.codes(*others, within=TIMEOUT, since=since) == [0, 0]
+        assert ranks.codes(*others, within=2 * TIMEOUT, since=since) == [0, 0]
         assert ranks.lines(*others) == []
 
 
@@ -326,7 +331,7 @@ def test_a_late_rank_has_the_whole_timeout(launch):
     assert never.codes(0, 2, within=2 * TIMEOUT, since=since) == [1, 1]
     assert time.monotonic() - since > TIMEOUT - 0.5
     (line,) = never.lines(0, 2)
-    assert re.fullmatch(rf"error: rank 1 has not started within [34]\.\d s; this run ends. {ADVICE}", line), line
+    assert re.fullmatch(rf"error: rank 1 has not started within [23]\.\d s; this run ends. {ADVICE}", line), line
 
 
 def test_a_suspended_run_goes_on(launch):
@@ -335,13 +340,13 @@ def test_a_suspended_run_goes_on(launch):
     def act(ranks, rank):
         watch = ranks.watch(rank)
         ranks.ready("continued", 1)
-        time.sleep(TIMEOUT)
+        time.sleep(0.75 * TIMEOUT)
         dist.barrier()
         watch.stop()
 
     ranks = launch(act).ready()
     ranks.send(signal.SIGSTOP, 0, 1, 2)
-    time.sleep(TIMEOUT)
+    time.sleep(0.75 * TIMEOUT)
     since = ranks.send(signal.SIGCONT, 2, 1, 0)
     ranks.mark("continued", 0)
     assert ranks.codes(0, 1, 2, within=3 * TIMEOUT, since=since) == [0, 0, 0], ranks.lines(0, 1, 2)

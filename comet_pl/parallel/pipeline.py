@@ -51,7 +51,7 @@ class Pipeline:
         # pipelines and windows, and what a shorter text lacks are a window's last runs, the first to be gone back through: no waiting in
         # circles.
         ahead = [sum(run.part is not None for run in mine) for mine in own]
-        back = [sum(run.goes_back for run in mine) for mine in own]
+        back = [sum(run.learns for run in mine) for mine in own]
         spare = layerwise.spare(ahead, back) if layerwise is not None else [(0, 0)] * len(own)
         for w, (visits_ahead, visits_back) in enumerate(spare):
             loss = self._window(model, own[w], num_items, keep_cache) if w < len(own) and own[w] else None
@@ -97,7 +97,7 @@ class Pipeline:
                 losses.append(output.loss)
         finally:
             model.seam, model.walk = seam, walk
-        if not losses or not mine[0].learns:
+        if not any(run.learns for run in mine):
             return None
         loss = torch.stack(losses).sum()
         if desk is not None and desk.ties:

@@ -27,13 +27,12 @@ class Run:
     clocks: list[RowClock]  # the rows' as the run starts
     receives: Slots  # from the run before
     sends: Slots  # to the run after; none after the last run
-    learns: bool  # its window has targets
-    live_in: bool = False  # a gradient of what it receives goes back: the run before is in the same window
+    live_in: bool = False  # a gradient of what it receives goes back: it or a later run of its window has targets
     live_out: bool = False  # a gradient of what it sends comes back
     last: bool = False  # of the text
 
     @property
-    def goes_back(self) -> bool:
+    def learns(self) -> bool:
         """Whether the backward pass comes through its layers."""
         return self.live_out or (self.part is not None and self.part.targets > 0)
 
@@ -50,7 +49,7 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
     def add(window: int, part: Window | None) -> None:
         nonlocal clocks
         after = clocks if part is None else [_after(config, *row) for row in zip(clocks, part.chunk_sizes, strict=True)]
-        plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after), windows[window].targets > 0))
+        plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after
 
     for number, window in enumerate(windows):
@@ -58,10 +57,10 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
             add(number, window.part(start, end))
         while aligned and number < len(windows) - 1 and len(plan) % ranks:
             add(number, None)
-    for before, after in zip(range(len(plan)), range(1, len(plan)), strict=False):
-        one, other = plan[before], plan[after]
-        live = one.learns and one.window == other.window and other.part is not None and any(one.sends)
-        plan[before], plan[after] = replace(one, live_out=live), replace(other, live_in=live)
+    for after in range(len(plan) - 1, 0, -1):
+        one, other = plan[after - 1], plan[after]
+        live = one.window == other.window and other.learns and any(one.sends)
+        plan[after - 1], plan[after] = replace(one, live_out=live), replace(other, live_in=live)
     if plan:
         plan[-1] = replace(plan[-1], sends=(0, 0), last=True)
     return plan

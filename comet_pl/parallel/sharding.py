@@ -42,6 +42,7 @@ class Shards:
         for module in modules:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
             module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is already divided by all targets
+            module.set_force_sum_reduction_for_comms(True)  # not by a product with 1.0, which gloo does not know
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(False)
         self.root._get_fsdp_state()._lazy_init()  # not at the first forward: a rank may have none
@@ -113,26 +114,34 @@ class Shards:
 
     def reduce(self) -> None:
         """Sums the gradients of all ranks into shards, and releases the weights."""
+        groups = [group for module in (*reversed(self.cells), self.root) for group in self._ready(module)]
+        parameters = [parameter for group in groups for parameter in group.fsdp_params]
+        here = [one.unsharded_param.grad is not None or one.unsharded_accumulated_grad is not None for one in parameters]
+        for parameter, mine, somewhere in zip(parameters, here, used_somewhere(here, self.device), strict=True):
+            if somewhere and not mine:  # all ranks have to reduce the same parameters
+                parameter.unsharded_param.grad = torch.zeros_like(parameter.unsharded_param)
         self.root.set_requires_gradient_sync(True)
-        for module in (*reversed(self.cells), self.root):
-            for group in _groups(module):
-                if not all(hasattr(parameter, "_unsharded_param") for parameter in group.fsdp_params):
-                    module.unshard()  # never used so far; the same on all ranks that share its shards
-                for parameter in group.fsdp_params:
-                    whole = parameter.unsharded_param
-                    if whole.requires_grad and whole.grad is None and parameter.unsharded_accumulated_grad is None:
-                        whole.grad = torch.zeros_like(whole)  # all ranks have to reduce the same parameters
-                group.post_backward()
-                group.finalize_backward()
+        for group in groups:
+            group.post_backward()
+            group.finalize_backward()
         self.root.set_requires_gradient_sync(False)
         self.release()
 
+    def _ready(self, module: Any) -> list[Any]:
+        """FSDP2's parameter groups of a module (one; torch 2.11 has no plural), which have been whole at least once."""
+        state = module._get_fsdp_state()
+        found = getattr(state, "_fsdp_param_groups", None)
+        groups = [state._fsdp_param_group] if found is None else found
+        if not all(hasattr(parameter, "_unsharded_param") for group in groups for parameter in group.fsdp_params):
+            module.unshard()  # never used so far; the same on all ranks that share its shards
+        return groups
 
-def _groups(module: Any) -> list[Any]:
-    """FSDP2's parameter groups of a module (one; torch 2.11 has no plural)."""
-    state = module._get_fsdp_state()
-    found = getattr(state, "_fsdp_param_groups", None)
-    return [state._fsdp_param_group] if found is None else found
+
+def used_somewhere(here: list[bool], device: torch.device) -> list[bool]:
+    """Which parameters have a gradient on some rank. On none, they keep none: zeros would move an optimizer's averages."""
+    flags = torch.tensor(here, dtype=torch.uint8, device=device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in flags.tolist()]
 
 
 # ---- what a checkpoint holds: whole tensors, as without shards

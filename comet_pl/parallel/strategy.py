@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,7 @@ from comet_pl.model.comet import CometForCausalLM
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
-from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
+from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, used_somewhere, whole
 from comet_pl.parallel.watch import Watch, default_store
 from comet_pl.schema import SHARDING
 from comet_pl.windows import Window
@@ -156,12 +157,14 @@ class LayerPipelineStrategy(DDPStrategy):
         yield
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sums the gradients over all ranks; a missing one counts as zero."""
+        """Sums the gradients over all ranks; one that some ranks miss counts as zero there."""
         if self.shards is not None:
             self.shards.reduce()
             return
+        everything = list(parameters)
+        used = used_somewhere([parameter.grad is not None for parameter in everything], self.root_device)
         bucket: list[nn.Parameter] = []
-        for parameter in parameters:
+        for parameter in (one for one, somewhere in zip(everything, used, strict=True) if somewhere):
             if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
                 _reduce(bucket)
                 bucket = []
@@ -204,7 +207,7 @@ class LayerPipelineStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """A rank that fails tells the others; one that lost a neighbour finds out whom."""
-        if self.watch is None or getattr(exception, "on_all_ranks", False):
+        if self.watch is None or isinstance(exception, MisconfigurationException) or getattr(exception, "on_all_ranks", False):
             return
         self.failed = True
         if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(exception, torch.OutOfMemoryError):

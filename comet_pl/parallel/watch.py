@@ -20,7 +20,7 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 SHORT_SILENCE = 4  # beats; enough where a communication error says that some rank is gone
-NOBODY = "-"  # is lost; reading an empty value can hang
+NOBODY = "-"  # is lost; an empty value is never answered by torch's older store backend
 LEFT = -1  # in place of a rank's count of beats: it has ended, its silence means nothing
 
 
@@ -50,9 +50,9 @@ class Watch:
         self.answered = 0.0  # when the store last did
         self.slept = self.woke = 0.0  # for how long this process was last stopped, and until when by our clock
         self.line: socket.socket | None = None
-        self.evidence = self.ending = False
+        self.evidence = self.leaving = self.ending = False
         self.reason = ""
-        self.leaving, self.lock = threading.Event(), threading.Lock()
+        self.next_beat, self.lock = threading.Event(), threading.Lock()
         self.talker, self.ticker = (threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick))
 
     def start(self) -> None:
@@ -77,7 +77,9 @@ class Watch:
         Returns after a few beats if the others go on answering; after `timeout` at most, while some rank has not started.
         """
         begin, self.evidence = self.clock, True
-        while self.talker.is_alive() and (self.clock - begin < 2 * SHORT_SILENCE * self.beat or self._silent(2 * self.beat)):
+        while self.talker.is_alive() and (
+            self.clock - begin < 2 * SHORT_SILENCE * self.beat or self._silent(2 * self.beat) or not all(self.beats)
+        ):
             time.sleep(self.beat / 4)
         self.evidence = False
 
@@ -86,14 +88,20 @@ class Watch:
     def _talk(self) -> None:
         try:
             self._introduce()
-            while not self.leaving.wait(self.beat):
+            while self._turn():
                 self._exchange()
                 self._judge()
             if self.reason:
-                self._name(self.rank, self.reason)
+                self._tell(self.rank, f"{self._who(self.rank)} {self.reason}")
             self._leave(self.rank, SHORT_SILENCE * self.beat if self.reason else self.timeout / 2)
         except RuntimeError:  # torch.distributed's: the connection is closed
-            self._end(self.host, f"{self._who(self.host)} is gone")
+            self._end(*self._verdict(self.host, "is gone"))
+
+    def _turn(self) -> bool:
+        """Waits for the next beat, before which the ticker has looked whether the store is there; False: it is time to leave."""
+        self.next_beat.wait()
+        self.next_beat.clear()
+        return not self.leaving
 
     def _tick(self) -> None:
         """Keeps the clock, and an eye on the store's host: no call to the store returns while that is stopped."""
@@ -106,14 +114,15 @@ class Watch:
                 self.slept, self.woke = elapsed, self.clock
             if hung_up:
                 self.line = None
-                self._end(self.host, f"{self._who(self.host)} is gone")
+                self._end(*self._verdict(self.host, "is gone"))
             elif self.clock - self.answered > self._limit():
-                self._end(self.host, f"{self._who(self.host)} {self._silence(self.answered)}")
+                self._end(*self._verdict(self.host, self._silence(self.answered)))
+            self.next_beat.set()
 
     def _hung_up(self) -> bool:
-        """Waits for half a beat, or until the connection to the store's host is closed."""
+        """Waits for a beat, or until the connection to the store's host is closed."""
         if self.line is None:
-            time.sleep(self.beat / 2)
+            time.sleep(self.beat)
             return False
         try:
             return not self.line.recv(1)
@@ -150,21 +159,16 @@ class Watch:
 
     def _judge(self) -> None:
         """Names the rank that has been silent for longest, if that is too long."""
-        gone = [number for number in self._silent(self._limit()) if self.beats[number] or self.clock > self.timeout]
-        if not gone:
-            return
-        culprit = min(gone, key=lambda number: self.heard[number])
-        if not self.beats[culprit]:
-            what = f"has not started within {_seconds(self.clock)}"
-        elif self.slept and self.heard[culprit] <= self.woke + 2 * self.beat:  # as the store's host: they have ended, and could not say why
-            culprit, what = self.rank, f"did not run for {_seconds(self.slept)}"
-        else:
-            what = self._silence(self.heard[culprit])
-        self._end_together(self._name(culprit, what))
+        gone = self._silent(self._limit())
+        if gone:
+            culprit = min(gone, key=lambda number: self.heard[number])
+            started = self.beats[culprit] > 0
+            what = self._silence(self.heard[culprit]) if started else f"has not started within {_seconds(self.clock)}"
+            self._end_together(self._tell(*self._verdict(culprit, what)))
 
-    def _name(self, culprit: int, what: str) -> str:
-        """Says who is lost: the rank and a sentence. Returns what was said first, which holds for all."""
-        return self.store.compare_set("lost", NOBODY, f"{culprit} {self._who(culprit)} {what}").decode()
+    def _tell(self, culprit: int | None, sentence: str) -> str:
+        """Says who is lost. Returns what was said first, which holds for all."""
+        return self.store.compare_set("lost", NOBODY, f"{culprit} {sentence}").decode()
 
     def _leave(self, culprit: int, longest: float) -> None:
         """The last word. The store's host stays until all but the culprit have said theirs, `longest` seconds at most."""
@@ -184,10 +188,24 @@ class Watch:
         return [number for number in others if self.beats[number] != LEFT and self.answered - self.heard[number] > limit]
 
     def _limit(self) -> float:
+        """Seconds of silence after which a rank is gone.
+
+        Until all have started it is longer: the store looks up the names of those who connect, and a name server that does not answer
+        holds it up for 5 s each time.
+        """
+        if not all(self.beats):
+            return self.timeout
         return SHORT_SILENCE * self.beat if self.evidence else self.timeout / 2
 
     def _silence(self, since: float) -> str:
         return "is gone" if self.evidence else f"has not answered for {_seconds(self.clock - since)}"
+
+    def _verdict(self, culprit: int | None, what: str) -> tuple[int | None, str]:
+        """Whom to name, and the sentence: ourselves if we were stopped and have heard nobody since, for the others have given us up."""
+        last = max((heard for number, heard in enumerate(self.heard) if number != self.rank), default=0.0)
+        if self.slept and last <= self.woke + 2 * self.beat:  # what they said before they ended may come in late
+            culprit, what = self.rank, f"did not run for {_seconds(self.slept)}"
+        return culprit, f"{self._who(culprit)} {what}"
 
     def _who(self, number: int | None) -> str:
         if number is None:
@@ -198,9 +216,9 @@ class Watch:
 
     def _depart(self, reason: str) -> None:
         with self.lock:
-            if not self.leaving.is_set():
-                self.reason = reason
-                self.leaving.set()
+            if not self.leaving:
+                self.reason, self.leaving = reason, True
+        self.next_beat.set()
         if self.talker.ident is not None:
             self.talker.join(self.timeout / 2 + 2 * self.beat)  # it takes longer only if the store does not answer
 
@@ -211,20 +229,19 @@ class Watch:
     def _end(self, culprit: int | None, sentence: str, together: bool = False) -> None:
         """Prints the line if that is up to us, and ends the process. Does nothing where that has begun or stop() or fail() was called."""
         with self.lock:
-            if self.ending or self.leaving.is_set():
+            if self.ending or self.leaving:
                 return
             self.ending = True
         # Whatever blocks below, a pipe that nobody reads or the store, the process ends.
-        threading.Timer((SHORT_SILENCE + 1) * self.beat, os._exit, [1]).start()
+        threading.Timer(3 * self.beat, os._exit, [1]).start()
         left = [number for number in self.speakers if number != culprit and number not in self._silent(self._limit() - self.beat)]
-        if culprit == self.rank:
-            sentence = f"the others gave this process up: {sentence}; it ends too"
         if self.rank in (culprit, min(left, default=None)):
-            sys.stderr.write(f"error: {sentence}; this run ends. {self.advice}".rstrip() + "\n")  # one write: lines of ranks don't mix
+            end = "the others have ended, and so does this process" if culprit == self.rank else "this run ends"
+            sys.stderr.write(f"error: {sentence}; {end}. {self.advice}".rstrip() + "\n")  # one write: lines of ranks don't mix
             sys.stderr.flush()
         if together and culprit is not None:
             with suppress(RuntimeError):
-                self._leave(culprit, SHORT_SILENCE * self.beat)
+                self._leave(culprit, 2 * self.beat)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(1)
@@ -236,7 +253,7 @@ def default_store() -> Store:
     Raises:
         ValueError: there is no process group.
     """
-    return _get_default_store().clone()
+    return _get_default_store().clone()  # type: ignore[attr-defined]
 
 
 def _connect(store: Store, patience: float) -> socket.socket | None:
@@ -249,7 +266,7 @@ def _connect(store: Store, patience: float) -> socket.socket | None:
         line = socket.create_connection((store.host, store.port), timeout=patience)
     except OSError:
         return None
-    line.settimeout(patience / 2)
+    line.settimeout(patience)
     return line
 
 

@@ -233,8 +233,8 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
     idle = strategy.pipeline_size - chunks
     if idle > 0 and strategy.global_rank == 0:
         print(
-            f"warning: strategy.pipeline_size: {strategy.pipeline_size} ranks share a text, but no more than {chunks} of its chunks "
-            f"are read together, so that {idle} of them are always idle; fewer ranks, longer texts, smaller chunks or a larger train.bptt_chunks help",
+            f"warning: strategy.pipeline_size: {strategy.pipeline_size} ranks share a text, of which {chunks} chunk(s) at most are read "
+            f"together, so that {idle} of them are always idle; fewer ranks, longer texts, smaller chunks or more train.bptt_chunks help",
             file=sys.stderr,
             flush=True,
         )

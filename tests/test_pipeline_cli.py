@@ -382,7 +382,7 @@ def test_mistakes_end_with_code_2_before_another_process_is_started(tmp_path, ke
     assert not run.path.exists()
 
 
-WARNING = "warning: strategy.pipeline_size: 2 ranks share a text, but at most 1 "
+WARNING = "warning: strategy.pipeline_size: 2 ranks share a text, of which 1 chunk(s) at most "
 SHORT = ["model.chunk_size=128"]  # one chunk
 
 

@@ -26,14 +26,14 @@ STEPS = 3
 class Rows:
     """Ragged rows with some labels; a pure function of the index."""
 
-    def __init__(self, count):
-        self.count = count
+    def __init__(self, count, short=0):
+        self.count, self.short = count, short  # the first rows have one chunk only
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        length = [33, 40, 11, 26, 38, 7][index % 6]
+        length = 4 if index < self.short else [33, 40, 11, 26, 38, 7][index % 6]
         ids = text(1, length, seed=index)[0].numpy()
         labels = np.where(np.arange(length) >= length // 2, ids, IGNORED)
         return ids, labels
@@ -42,13 +42,13 @@ class Rows:
 class Data(lightning.LightningDataModule):
     """`total` rows a step over all data-parallel ranks."""
 
-    def __init__(self, total):
+    def __init__(self, total, short):
         super().__init__()
-        self.total, self.rank, self.world = total, 0, 1
+        self.total, self.short, self.rank, self.world = total, short, 0, 1
         self.val_rank, self.val_world = 0, 1
 
     def train_dataloader(self):
-        rows = Rows(self.total * STEPS * 2)
+        rows = Rows(self.total * STEPS * 2, self.short)
         return ResumableLoader(rows, self.total // self.world, partial(pad_rows, pad_token=0), rank=self.rank, world=self.world)
 
     def val_dataloader(self):
@@ -113,6 +113,7 @@ class Run:
     poison: int | None = None
     steps: int = STEPS
     total: int = 6
+    short: int = 0
 
     def fit(self, folder, ckpt=None):
         """(values, checkpoint) of the run, made by as many processes as it needs."""
@@ -146,7 +147,7 @@ class Run:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(module, datamodule=Data(self.total), ckpt_path=ckpt)
+            trainer.fit(module, datamodule=Data(self.total, self.short), ckpt_path=ckpt)
 
 
 def same(found, expected):
@@ -158,6 +159,7 @@ def same(found, expected):
     torch.testing.assert_close(checkpoint["state_dict"], checkpoint2["state_dict"], rtol=1e-7, atol=1e-9)
     (state,), (state2,) = checkpoint["optimizer_states"], checkpoint2["optimizer_states"]
     assert [group["params"] for group in state["param_groups"]] == [group["params"] for group in state2["param_groups"]]
+    assert set(state["state"]) == set(state2["state"])
     for number in state2["state"]:
         torch.testing.assert_close(state["state"][number], state2["state"][number], rtol=1e-6, atol=1e-12)
 
@@ -221,6 +223,13 @@ def test_ranks_train_as_one_device(mesh, options, alone, tmp_path):
     found = Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run")
     same(found, alone(**OPTIONS[options]))
     assert found[0]["reductions"] == STEPS  # once a step, however many micro-batches and windows it has
+
+
+@pytest.mark.parametrize("mesh", ["pipeline", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_weights_without_a_gradient_stay_as_they_are(mesh, tmp_path):
+    """A first step of texts of one chunk: no memory is read, so that its weights, and AdamW's averages and counts, do not move."""
+    options = {"train": {"weight_decay": 0.1}, "short": 6}
+    same(Run(*TWO[mesh], **options).fit(tmp_path / "run"), Run(**options).fit(tmp_path / "alone"))
 
 
 @pytest.mark.parametrize(

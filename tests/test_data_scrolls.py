@@ -188,7 +188,7 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
         assert "logits_to_keep" not in batch
     assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, "each question once"
-    module.rank, module.world = 2, 3
+    module.val_rank, module.val_world = 2, 3
     (idle,) = module.val_dataloader()
     assert (idle["labels"] == -100).all(), "two questions, three ranks: the last one reads what does not count"
 

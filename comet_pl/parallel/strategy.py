@@ -162,7 +162,7 @@ class LayerPipelineStrategy(DDPStrategy):
             self.shards.reduce()
             return
         everything = list(parameters)
-        used = used_somewhere([parameter.grad is not None for parameter in everything], self.root_device)
+        used = used_somewhere([parameter.grad is not None for parameter in everything], everything[0].device) if everything else []
         bucket: list[nn.Parameter] = []
         for parameter in (one for one, somewhere in zip(everything, used, strict=True) if somewhere):
             if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):

@@ -76,8 +76,10 @@ class Ranks:
 
     def ready(self, word: str = "ready", count: int = WORLD) -> Ranks:
         def marks() -> bool:
-            assert all(process.exitcode is None for process in self.processes), self.lines(0, 1, 2)
-            return len(list(self.folder.glob(f"{word}?"))) == count
+            ended = [process.exitcode for process in self.processes]
+            found = len(list(self.folder.glob(f"{word}?"))) == count
+            assert found or not any(ended), self.lines(0, 1, 2)
+            return found
 
         until(marks)
         return self
@@ -262,6 +264,26 @@ def test_a_communication_error_is_explained_before_the_full_silence(launch):
     times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((1, 2), groups, strict=True)]
     groups[0].check(1, "is gone", times[0], within=5)
     groups[1].check(2, "is gone", times[1], within=5)
+
+
+def test_a_rank_that_dies_at_its_start_is_explained_too(launch):
+    """It has never been heard, and has 20 s to start; the error tells that it will not."""
+    victim = 2
+
+    def act(ranks, rank):
+        watch = ranks.new_watch(rank)
+        if rank == victim:
+            dist.barrier()
+            os.kill(os.getpid(), signal.SIGKILL)
+        watch.start()
+        dist.barrier()
+        with explaining(watch):
+            dist.recv(torch.zeros(1), src=victim)
+        time.sleep(60)
+
+    ranks, since = launch(act, timeout=20), time.monotonic()
+    assert ranks.codes(0, 1, within=10, since=since) == [1, 1]
+    assert ranks.lines(0, 1) == [f"error: rank {victim} is gone; this run ends. {ADVICE}"]
 
 
 def test_explain_returns_if_all_answer(launch):

@@ -27,9 +27,9 @@ LEFT = -1  # in place of a rank's count of beats: it has ended, its silence mean
 class Watch:
     """Ends this process (exit code 1) when another rank of the run is gone. All ranks make theirs equally often.
 
-    A rank is gone when its beats stop for timeout / 2 (a few beats during explain()), or when it has not started within `timeout`. So no
-    rank may hold the interpreter's lock for timeout / 2 at a stretch. While this process itself is stopped, its clock stands still: a
-    whole run may be suspended and continued.
+    A rank is gone when its beats stop for timeout / 2, or when it has not started within `timeout`; a few beats are enough during
+    explain(). So no rank may hold the interpreter's lock for timeout / 2 at a stretch. Silence counts only while we listen: this process
+    may be stopped, the whole run suspended and continued, the store held up.
 
     Args:
         store: all ranks' store, by a connection of our own: default_store().
@@ -45,12 +45,13 @@ class Watch:
         self.host = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0  # the rank whose process holds the store
         self.keys = [f"beats/{number}" for number in range(world)]
         self.names: dict[int, str] = {}
-        self.beats, self.heard = [0] * world, [0.0] * world  # each rank's count, and when it last moved by our clock
-        self.clock = 0.0  # seconds that this process has run since start()
-        self.answered = 0.0  # when the store last did
-        self.slept = self.woke = 0.0  # for how long this process was last stopped, and until when by our clock
+        self.clock = self.answered = 0.0  # seconds that this process has run since start(); when the store last answered
+        self.listened = 0.0  # seconds that we have listened to the others, at most two beats an answer
+        self.beats, self.heard = [0] * world, [0.0] * world  # each rank's count, and `listened` when it last moved
+        self.slept = self.woke = 0.0  # for how long this process was last stopped; `listened` when it went on
+        self.asked: float | None = None  # `listened` at explain()
         self.line: socket.socket | None = None
-        self.evidence = self.leaving = self.ending = False
+        self.leaving = self.ending = False
         self.reason = ""
         self.next_beat, self.lock = threading.Event(), threading.Lock()
         self.talker, self.ticker = (threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick))
@@ -74,14 +75,12 @@ class Watch:
     def explain(self) -> None:
         """After a communication error: finds out which rank is gone and ends this process.
 
-        Returns after a few beats if the others go on answering; after `timeout` at most, while some rank has not started.
+        Returns after ten beats (a beat: timeout / 10, at most 1 s) if all others go on answering or have ended regularly.
         """
-        begin, self.evidence = self.clock, True
-        while self.talker.is_alive() and (
-            self.clock - begin < 2 * SHORT_SILENCE * self.beat or self._silent(2 * self.beat) or not all(self.beats)
-        ):
+        began = self.asked = self.listened
+        while self.talker.is_alive() and (self.listened - began < (2 * SHORT_SILENCE + 2) * self.beat or self._silent(2 * self.beat)):
             time.sleep(self.beat / 4)
-        self.evidence = False
+        self.asked = None
 
     # ---- two threads: one talks to the store, the other never waits for it
 
@@ -111,20 +110,23 @@ class Watch:
             elapsed, last = time.monotonic() - last, time.monotonic()
             self.clock += min(elapsed, 2 * self.beat)
             if elapsed > self.timeout / 2:
-                self.slept, self.woke = elapsed, self.clock
+                self.slept, self.woke = elapsed, self.listened
             if hung_up:
                 self.line = None
                 self._end(*self._verdict(self.host, "is gone"))
-            elif self.clock - self.answered > self._limit():
-                self._end(*self._verdict(self.host, self._silence(self.answered)))
+            elif self.clock - self.answered > (self._limit() if all(self.beats) else self.timeout):
+                # At first it is longer: the store looks up who connects, for 5 s each where no name server answers.
+                self._end(*self._verdict(self.host, self._silence(self.clock - self.answered)))
             self.next_beat.set()
 
     def _hung_up(self) -> bool:
-        """Waits for a beat, or until the connection to the store's host is closed."""
+        """Waits for a beat, less until all have started, or until the connection to the store's host is closed."""
+        pause = self.beat if all(self.beats) else self.beat / 10
         if self.line is None:
-            time.sleep(self.beat)
+            time.sleep(pause)
             return False
         try:
+            self.line.settimeout(pause)
             return not self.line.recv(1)
         except TimeoutError:
             return False
@@ -137,8 +139,8 @@ class Watch:
         time_of_run = self.store.add(f"watch/starts/{self.rank}", 1)  # one store may see several watches, one after the other
         self.store = PrefixStore(f"watch/{time_of_run}", self.store)
         self.store.set(f"names/{self.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
-        for key in self.keys:
-            self.store.add(key, 0)  # reading a key that nobody has written would block
+        for number, key in enumerate(self.keys):
+            self.store.add(key, int(number == self.rank))  # all keys: reading one that nobody has written would block
         self.store.compare_set("lost", "", NOBODY)
         if self.rank != self.host:
             self.line = _connect(self.store, self.beat)
@@ -147,10 +149,11 @@ class Watch:
         """One beat, and everyone's."""
         self.store.add(self.keys[self.rank], 1)
         *beats, lost = self.store.multi_get([*self.keys, "lost"])
+        self.listened += min(self.clock - self.answered, 2 * self.beat)
         self.answered = self.clock
         for number, beat in enumerate(map(int, beats)):
             if beat != self.beats[number]:
-                self.beats[number], self.heard[number] = beat, self.clock
+                self.beats[number], self.heard[number] = beat, self.listened
         if new := [number for number, beat in enumerate(self.beats) if beat and number not in self.names]:
             names = self.store.multi_get([f"names/{number}" for number in new])
             self.names.update(zip(new, (name.decode() for name in names), strict=True))
@@ -158,13 +161,19 @@ class Watch:
             self._end_together(lost.decode())
 
     def _judge(self) -> None:
-        """Names the rank that has been silent for longest, if that is too long."""
+        """Names the rank that has been silent for longest, if that is too long; if none has, one that has never been heard."""
         gone = self._silent(self._limit())
+        never = [number for number, beat in enumerate(self.beats) if not beat]
         if gone:
             culprit = min(gone, key=lambda number: self.heard[number])
-            started = self.beats[culprit] > 0
-            what = self._silence(self.heard[culprit]) if started else f"has not started within {_seconds(self.clock)}"
-            self._end_together(self._tell(*self._verdict(culprit, what)))
+            what = self._silence(self.listened - self.heard[culprit])
+        elif never and self.listened > self.timeout:
+            culprit, what = never[0], f"has not started within {_seconds(self.timeout)}"
+        elif never and self.asked is not None and self.listened - self.asked > 2 * SHORT_SILENCE * self.beat:
+            culprit, what = never[0], "is gone"
+        else:
+            return
+        self._end_together(self._tell(*self._verdict(culprit, what)))
 
     def _tell(self, culprit: int | None, sentence: str) -> str:
         """Says who is lost. Returns what was said first, which holds for all."""
@@ -183,22 +192,16 @@ class Watch:
     # ---- what we know
 
     def _silent(self, limit: float) -> list[int]:
-        """The others that had been silent for more than `limit` seconds when the store last answered."""
+        """The others that have started and been silent for more than `limit` seconds."""
         others = (number for number in range(len(self.keys)) if number != self.rank)
-        return [number for number in others if self.beats[number] != LEFT and self.answered - self.heard[number] > limit]
+        return [number for number in others if self.beats[number] > 0 and self.listened - self.heard[number] > limit]
 
     def _limit(self) -> float:
-        """Seconds of silence after which a rank is gone.
+        """Seconds of silence after which a rank is gone."""
+        return self.timeout / 2 if self.asked is None else SHORT_SILENCE * self.beat
 
-        Until all have started it is longer: the store looks up the names of those who connect, and a name server that does not answer
-        holds it up for 5 s each time.
-        """
-        if not all(self.beats):
-            return self.timeout
-        return SHORT_SILENCE * self.beat if self.evidence else self.timeout / 2
-
-    def _silence(self, since: float) -> str:
-        return "is gone" if self.evidence else f"has not answered for {_seconds(self.clock - since)}"
+    def _silence(self, seconds: float) -> str:
+        return f"has not answered for {_seconds(seconds)}" if self.asked is None else "is gone"
 
     def _verdict(self, culprit: int | None, what: str) -> tuple[int | None, str]:
         """Whom to name, and the sentence: ourselves if we were stopped and have heard nobody since, for the others have given us up."""
@@ -263,11 +266,9 @@ def _connect(store: Store, patience: float) -> socket.socket | None:
     if not isinstance(store, TCPStore):
         return None
     try:
-        line = socket.create_connection((store.host, store.port), timeout=patience)
+        return socket.create_connection((store.host, store.port), timeout=patience)
     except OSError:
         return None
-    line.settimeout(patience)
-    return line
 
 
 def _seconds(value: float) -> str:

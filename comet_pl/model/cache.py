@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
-from comet_pl.model.chunking import NO_STRIDE, RowClock, compression_tokens
+from comet_pl.errors import TooLittleMemory
+from comet_pl.model.chunking import NO_STRIDE, RowClock, open_tokens
 from comet_pl.model.config import CometConfig
 
 
@@ -33,6 +34,15 @@ class LayerMemory(NamedTuple):
     keys: Tensor | None = None  # open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position
     values: Tensor | None = None
     pending: Tensor | None = None  # open chunk: outputs X at its compression tokens (B, n, d)
+
+
+LENGTH_AXIS = {"state": 1, "temporary": 1, "keys": 2, "values": 2, "pending": 1}
+
+
+def wrong_rows(held: int, given: int) -> str:
+    """What is wrong with a cache for another number of rows."""
+    repeat = f"; CometCache.batch_repeat_interleave({given // held}) repeats each of them" if held and given % held == 0 else ""
+    return f"past_key_values: the cache holds {held} rows, input_ids has {given}{repeat}"
 
 
 class CometCache(Cache):
@@ -49,6 +59,7 @@ class CometCache(Cache):
         self.fingerprint: str | None = None  # of the configuration it was made with
         self.weights: str | None = None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
         self.model: Any = None  # the model that filled it; knows the digest of its weights
+        self.notes: dict[str, Any] = {}  # what `save` was given to keep beside the memory
 
     @classmethod
     def at(cls, rows: list[RowClock], layers: int, fingerprint: str) -> CometCache:
@@ -59,8 +70,9 @@ class CometCache(Cache):
 
     # ---- what the model calls
 
-    def begin(self, config: CometConfig, batch: int, fingerprint: str) -> CometCache:
-        """Checks that this cache fits; starts the rows' clocks of an empty one."""
+    def begin(self, config: CometConfig, batch: int, fingerprint: str, like: Tensor | None = None) -> CometCache:
+        """Checks that this cache fits a call on `batch` rows (and `like`, one of the model's weights); starts the rows' clocks of an empty
+        one. Raises ValueError."""
         if self.fingerprint is None:
             self.fingerprint = fingerprint
             self.memories = [LayerMemory() for _ in range(config.backbone_config.num_hidden_layers)]
@@ -68,8 +80,39 @@ class CometCache(Cache):
         if self.fingerprint != fingerprint:
             raise ValueError("past_key_values: this cache was made by a model of another configuration")
         if len(self.rows) != batch:
-            raise ValueError(f"past_key_values: the cache holds {len(self.rows)} rows, input_ids has {batch}")
+            raise ValueError(wrong_rows(len(self.rows), batch))
+        if like is not None and self.preallocated:
+            held = next(iter(self._tensors()), like)
+            for what, given, wanted in (("on", held.device, like.device), ("of", held.dtype, like.dtype)):
+                if given != wanted:
+                    raise ValueError(
+                        f"past_key_values: a cache {what} {given} given, the model is {what} {wanted}; CometCache.to changes it"
+                    )
+        if self.weights is not None and self.model is None:
+            self._check_shapes(config)
         return self
+
+    def _check_shapes(self, config: CometConfig) -> None:
+        """Of a cache that came from a file: every row's entries are there, and each tensor has this model's sizes."""
+        rows = len(self.rows)
+        shapes = config.cache_shapes(rows, least_stride(self.rows))
+        needed = {name: 0 for name in LayerMemory._fields}
+        for row in self.rows:
+            own = open_tokens(row.fill, row.stride)
+            entries = {"state": row.global_slots, "temporary": row.temporary_slots, "pending": own - row.fill}
+            entries["keys"] = entries["values"] = row.memory + own if row.fill else 0
+            needed = {name: max(count, entries[name]) for name, count in needed.items()}
+        for i, memory in enumerate(self.memories):
+            for name, tensor in memory._asdict().items():
+                axis = LENGTH_AXIS[name]
+                have = [0] if tensor is None else list(tensor.shape)
+                want = list(shapes[name]) if name in shapes else [0]
+                length = have.pop(axis) if len(have) > axis else 0
+                fits = tensor is None or (len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :])
+                if length < needed[name] or not fits:
+                    raise ValueError(
+                        f"past_key_values: damaged: {name} of layer {i} has the shape {None if tensor is None else [*tensor.shape]}"
+                    )
 
     def functional_copy(self) -> CometCache:
         """A cache for a call with gradients: shares nothing that a later call could write to."""
@@ -81,12 +124,13 @@ class CometCache(Cache):
         return new
 
     def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates every buffer at its full size and copies what is there."""
+        """Allocates every buffer at its full size and copies what is there. Raises TooLittleMemory."""
         if self.preallocated:
             if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in self._tensors()):
                 self._map(Tensor.clone)  # made under inference_mode, where buffers cannot be written to outside of it
             return
-        shapes = full_shapes(config, self.rows)
+        check_room(config, len(self.rows), dtype, device, least_stride(self.rows))
+        shapes = config.cache_shapes(len(self.rows), least_stride(self.rows))
         self.memories = [_fill(shapes, memory, dtype, device) for memory in self.memories]
         self.preallocated = True
 
@@ -126,6 +170,10 @@ class CometCache(Cache):
         """The same memory, cut off from the graph that made it."""
         return self._copy((lambda t: t.detach().clone()) if self.preallocated else Tensor.detach)
 
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CometCache:
+        """A copy on another device or in another precision, for a model that is there or has it."""
+        return self._copy(lambda t: t.detach().to(device=device, dtype=dtype, copy=True))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
@@ -145,8 +193,8 @@ class CometCache(Cache):
     def crop(self, *args: Any) -> None:
         raise ValueError("CometCache: what was read cannot be unread; clone() the cache before reading on")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the cache to a safetensors file, atomically."""
+    def save(self, path: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> None:
+        """Writes the cache to a safetensors file, atomically. notes: JSON-able, come back as `.notes`."""
         tensors = {
             f"{i}.{name}": t.detach().contiguous()
             for i, memory in enumerate(self.memories)
@@ -155,7 +203,8 @@ class CometCache(Cache):
         }
         weights = self.weights if self.model is None else self.model.weight_digest()
         facts = {"rows": [asdict(r) for r in self.rows], "columns": self.columns, "layers": len(self.memories),
-                 "preallocated": self.preallocated, "fingerprint": self.fingerprint, "weights": weights}  # fmt: skip
+                 "preallocated": self.preallocated, "fingerprint": self.fingerprint, "weights": weights,
+                 "notes": self.notes if notes is None else notes}  # fmt: skip
         beside = Path(f"{path}.{os.getpid()}.part")
         try:
             save_file(tensors, beside, metadata={"comet_cache": json.dumps(facts)})
@@ -170,17 +219,18 @@ class CometCache(Cache):
         Raises:
             ValueError: not a file, or not a whole one, that `save` wrote.
         """
+        cache = cls()
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})["comet_cache"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not a readable CometCache file ({error})") from None
-        cache = cls()
-        cache.memories = [LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields)) for i in range(facts["layers"])]
-        cache.rows = [RowClock(**row) for row in facts["rows"]]
-        cache.columns, cache.preallocated = facts["columns"], facts["preallocated"]
-        cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
+            cache.memories = [LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields)) for i in range(facts["layers"])]
+            cache.rows = [RowClock(**row) for row in facts["rows"]]
+            cache.columns, cache.preallocated, cache.notes = facts["columns"], facts["preallocated"], facts.get("notes", {})
+            cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            why = f"no {error} in it" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path}: not a readable CometCache file ({why})") from None
         return cache
 
     # ---- helpers
@@ -201,32 +251,37 @@ class CometCache(Cache):
         return new
 
 
-def key_columns(config: CometConfig, rows: list[RowClock]) -> int:
-    """Key columns of an open chunk at its fullest, and one where ragged batches put what nobody reads."""
-    own = config.chunk_size + compression_tokens(config.chunk_size, min(r.stride for r in rows))
-    memory = config.global_size + (config.temporary_capacity if config.compression_stride else 0)
-    return memory + own + config.global_size + 1
+def least_stride(rows: list[RowClock]) -> int:
+    """Decides how many compression tokens a chunk can have."""
+    return min((row.stride for row in rows), default=NO_STRIDE)
 
 
-def full_shapes(config: CometConfig, rows: list[RowClock]) -> dict[str, tuple[int, ...]]:
-    """The full size of each of a layer's tensors that exists."""
-    backbone, B, m = config.backbone_config, len(rows), config.global_size
-    d = backbone.hidden_size
-    head = getattr(backbone, "head_dim", None) or d // backbone.num_attention_heads
-    keys = (B, backbone.num_key_value_heads, key_columns(config, rows), head)
-    shapes: dict[str, tuple[int, ...]] = {"keys": keys, "values": keys}
-    if m:
-        shapes["state"] = (B, m, d)
-    if config.compression_stride:
-        shapes["temporary"] = (B, config.temporary_capacity, d)
-        shapes["pending"] = (B, compression_tokens(config.chunk_size, min(r.stride for r in rows)) + 1, d)
-    return shapes
+def free_bytes(device: torch.device) -> int | None:
+    """Bytes that can still be allocated; None: not known here."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+    return None
+
+
+def check_room(config: CometConfig, batch: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> None:
+    """Raises TooLittleMemory if a cache for `batch` texts does not fit into what is free on the device."""
+    needed, free = config.cache_bytes(batch, dtype, stride), free_bytes(device)
+    if free is not None and needed > free:
+        one = needed / batch / 2**20
+        raise TooLittleMemory(
+            f"the memory of {batch} texts takes {needed / 2**20:,.0f} MiB ({one:,.1f} each, whatever their length), but {free / 2**20:,.0f} "
+            f"MiB are free on {device}: read at most {free // (needed // batch)} at once, or choose smaller memories or chunks"
+        )
 
 
 def _fill(shapes: dict[str, tuple[int, ...]], memory: LayerMemory, dtype: torch.dtype, device: torch.device) -> LayerMemory:
     buffers = {}
     for name, shape in shapes.items():
-        axis, old = 2 if name in ("keys", "values") else 1, getattr(memory, name)
+        axis, old = LENGTH_AXIS[name], getattr(memory, name)
         if old is not None and old.shape[axis] > shape[axis]:  # an open chunk that had outgrown C (rollover=false)
             shape = tuple(old.shape)
         buffers[name] = torch.zeros(shape, dtype=dtype, device=device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comet_pl.model.cache import CometCache
+from comet_pl.model.cache import CometCache, wrong_rows
 from comet_pl.model.chunking import NO_STRIDE, RowClock, Segment, plan_row
 from comet_pl.model.config import CometConfig
 from comet_pl.model.step import Step, build_step
@@ -81,10 +81,11 @@ class Call:
             raise ValueError(f"logits_to_keep: {logits_to_keep!r} given, a whole number >= 0 is needed")
         rows, width = input_ids.shape
         real = real_columns(attention_mask, rows, width, cache)
+        check_ids(input_ids, real, config)
         columns = [np.flatnonzero(r) for r in real]
         known = list(cache.rows) if cache is not None and cache.rows else [RowClock(stride=config.compression_stride or NO_STRIDE)] * rows
         if len(known) != rows:
-            raise ValueError(f"past_key_values: the cache holds {len(known)} rows, input_ids has {rows}")
+            raise ValueError(wrong_rows(len(known), rows))
         clocks = with_strides(known, strides, config)
         sizes, flags = per_row(chunk_sizes, resets, [len(c) for c in columns])
         plans = [
@@ -123,13 +124,54 @@ def real_columns(mask: Tensor | None, rows: int, width: int, cache: CometCache |
     if mask.ndim != 2 or len(mask) != rows or mask.shape[1] not in allowed:
         shapes = " or ".join(f"({rows}, {n})" for n in sorted(allowed))
         raise ValueError(f"attention_mask: shape {tuple(mask.shape)} given, {shapes} is needed")
-    real = mask[:, mask.shape[1] - width :].cpu().numpy().astype(bool)
+    given = mask[:, mask.shape[1] - width :].cpu().numpy()
+    real = given.astype(bool)
+    if (given != real).any():
+        raise ValueError(f"attention_mask: {given[given != real][0]} given, 1 (text) or 0 (padding) is needed")
     if cache is None or not cache.columns:
         edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
         holes = np.flatnonzero((edges == 1).sum(1) > 1)
         if len(holes):
             raise ValueError(f"attention_mask: row {holes[0]} has padding between its tokens; only padding on the left or right is allowed")
     return real
+
+
+def check_ids(input_ids: Tensor, real: np.ndarray, config: CometConfig) -> None:
+    """Refuses ids that are not text. Padding may be anything. Single tokens on a GPU are the model's own: looking would wait for it."""
+    if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(f"input_ids: {input_ids.dtype} given, whole numbers are needed")
+    if input_ids.device.type != "cpu" and input_ids.shape[1] == 1:
+        return
+    ids = input_ids.cpu().numpy()
+    wrong = np.argwhere(real & ((ids < 0) | (ids >= config.first_new_id)))
+    if len(wrong):
+        row, column = wrong[0]
+        given, text = int(ids[row, column]), f"0 to {config.first_new_id - 1}"
+        ours = 0 <= given < config.vocab_size
+        why = "; the ids behind are compression and readout tokens, which the model sets itself" if ours else ""
+        raise ValueError(f"input_ids: {given} given (row {row}, column {column}), allowed: {text}{why}")
+
+
+def check_prompt(input_ids: Tensor, new: int | None, mask: Tensor | None, cache: CometCache | None) -> None:
+    """Refuses a prompt for `generate` that leaves nothing to go on from.
+
+    Args:
+        new: how many last columns of input_ids the cache has not read; None: all.
+    """
+    rows, columns = input_ids.shape
+    read = cache.columns if isinstance(cache, CometCache) else 0
+    if new is not None and new <= 0:
+        raise ValueError(
+            f"input_ids: {columns} columns given, but past_key_values has read {read} already; give all ids so far and at least one more, "
+            f"or only the new ids with an attention_mask over {read} + new columns"
+        )
+    if columns == 0:
+        raise ValueError("input_ids: an empty prompt given, at least one token is needed")
+    known = cache.num_tokens if isinstance(cache, CometCache) and cache.rows else torch.zeros(rows)
+    if mask is not None and mask.ndim == 2 and len(known) == rows:
+        empty = (mask[:, -(new or columns) :].sum(1).cpu() == 0) & (known == 0)
+        if empty.any():
+            raise ValueError(f"attention_mask: row {int(empty.nonzero()[0])} of the prompt has no token, at least one is needed")
 
 
 def with_strides(clocks: list[RowClock], strides: Any, config: CometConfig) -> list[RowClock]:

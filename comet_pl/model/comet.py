@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from comet_pl import checkpoint as formats
 from comet_pl.loss import summed_cross_entropy
-from comet_pl.model.backbone import Decoder, check_backbone
+from comet_pl.model.backbone import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.call import Call
+from comet_pl.model.call import Call, check_prompt
 from comet_pl.model.config import CometConfig
 from comet_pl.model.memory import GateProjection
 from comet_pl.model.step import Step
@@ -44,6 +44,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: CometConfig, decoder: PreTrainedModel | None = None):
         """From scratch; or around a loaded `decoder`, whose modules are taken over as they are."""
         check_backbone(config.backbone_config)
+        check_positions(config.backbone_config, config.positions())
         super().__init__(config)
         backbone = config.backbone_config
         self.model = Decoder(AutoModel.from_config(backbone) if decoder is None else decoder.model, config)
@@ -166,7 +167,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         in_place = use_cache and not torch.is_grad_enabled()
         if not in_place:
             cache = cache.functional_copy()
-        cache.begin(self.config, len(input_ids), self.fingerprint)
+        cache.begin(self.config, len(input_ids), self.fingerprint, self.lm_head.weight)
         made_with = cache.weights if cache.model is None or cache.model is self else cache.model.weight_digest()
         if made_with is not None and made_with != self.weight_digest():
             raise ValueError("past_key_values: this cache was made by a model with other weights")
@@ -208,6 +209,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                     yield out.flatten(0, 1)[step.selected], step.target
 
     def _rope(self, step: Step) -> Step:
+        check_positions(self.config.backbone_config, step.columns)
         like = self.model.embed_tokens.weight
         step.rope = self.model.rotary_emb(like, step.positions)
         if step.slot_positions is not None:
@@ -273,6 +275,21 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def gate_values(self) -> list[list[Tensor]]:
         """For each layer, g (B, m, 1 or d) of each chunk after the first of the last forward, detached."""
         return [list(cell.global_memory.gate_values or []) for cell in self.model.layers if cell.global_memory is not None]
+
+    # ---- generation: Hugging Face's
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hugging Face's, after a look at the prompt.
+
+        Raises:
+            ValueError: a prompt, or a row of it, without a token that the cache has not read yet.
+        """
+        if is_first_iteration:
+            check_prompt(input_ids, next_sequence_length, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
+        more = {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration, **kwargs}
+        return super().prepare_inputs_for_generation(input_ids, **more)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
+
+from comet_pl.model.chunking import NO_STRIDE, compression_tokens
 
 GATES = ("scalar", "elementwise", "none")
 WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")  # these shape the weights: they cannot be overridden on a loaded checkpoint
@@ -114,6 +118,32 @@ class CometConfig(PretrainedConfig):
         if self.compression_stride is not None and self.compression_token_id is None:
             raise ValueError("comet['compression_stride']: this checkpoint was made without a compression token")
         self.readout_token_ids = self.readout_token_ids[: self.global_size]
+
+    def positions(self, stride: int | None = None) -> int:
+        """The most positions that a chunk of C text tokens takes: m + K slots, text, compression and readout tokens. stride: instead of s."""
+        stride = stride or self.compression_stride or NO_STRIDE
+        slots = self.global_size + (self.temporary_capacity if self.compression_stride else 0)
+        return slots + self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
+
+    def cache_shapes(self, batch: int, stride: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor that one layer of a preallocated CometCache holds. stride: the least of its rows', instead of s."""
+        backbone, s = self.backbone_config, stride or self.compression_stride or NO_STRIDE
+        width, heads = backbone.hidden_size, backbone.num_key_value_heads
+        head = getattr(backbone, "head_dim", None) or width // backbone.num_attention_heads
+        keys = (batch, heads, self.positions(s) + 1, head)  # one column more, where ragged batches put what nobody reads
+        shapes: dict[str, tuple[int, ...]] = {"keys": keys, "values": keys}
+        if self.global_size:
+            shapes["state"] = (batch, self.global_size, width)
+        if self.compression_stride:
+            shapes["temporary"] = (batch, self.temporary_capacity, width)
+            shapes["pending"] = (batch, compression_tokens(self.chunk_size, s) + 1, width)
+        return shapes
+
+    def cache_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32, stride: int | None = None) -> int:
+        """Bytes of a CometCache for `batch` texts of any length: CometCache.nbytes, known beforehand. stride: the least of its rows', if they
+        have their own."""
+        elements = sum(math.prod(shape) for shape in self.cache_shapes(batch, stride).values())
+        return elements * dtype.itemsize * self.backbone_config.num_hidden_layers
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
         return self.backbone_config

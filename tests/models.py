@@ -22,6 +22,7 @@ def backbone(family="qwen3", layers=2, **more):
         "head_dim": 4,
     }
     rest = {"intermediate_size": 24, "initializer_range": 0.2, "tie_word_embeddings": False, "max_position_embeddings": 512}
+    rest |= {"bos_token_id": None, "eos_token_id": None}  # nothing ends by itself
     own = {"mistral": {"sliding_window": None}, "smollm3": {"no_rope_layers": [1, 0, 1, 1][:layers], "pad_token_id": None}}.get(family, {})
     return FAMILIES[family](**sizes, **rest, **own | more)
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import FAMILIES, VOCABULARY, backbone, chunk_plans, memories, same_cache, text, tiny
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model import attention as kernels
-from models import FAMILIES, VOCABULARY, backbone, chunk_plans, memories, same_cache, text, tiny
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
 some = settings(max_examples=max(60, settings().max_examples), deadline=None)  # the wide profile asks for more

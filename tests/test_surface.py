@@ -1,65 +1,19 @@
-"""The public surface: configuration, loading and saving, generation, the cache on disk, and what is refused."""
+"""The public surface: configuration, loading and saving, the cache on disk, and what is refused. Generation: test_generation.py."""
 
 import json
 
 import pytest
 import torch
-from models import VOCABULARY, backbone, same_cache, text, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, VOCABULARY, backbone, memories, same_cache, text, tiny
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM
-
-
-def greedy_reference(model, ids, count):
-    """Repeated full forward passes, new ids suppressed."""
-    with torch.no_grad():
-        for _ in range(count):
-            logits = model(ids, use_cache=False).logits[:, -1]
-            logits[:, model.config.new_token_ids] = -torch.inf
-            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids
-
-
-# ---- generation
-
-
-@pytest.mark.parametrize("comet", [{}, {"global_size": 0}, {"compression_stride": None}, {"chunk_size": 3, "compression_stride": 5}])
-def test_greedy_generation_equals_repeated_passes_through_roll_overs(comet):
-    model, prompt = tiny(**comet), text(1, 13)
-    out = model.generate(prompt, max_new_tokens=20, do_sample=False)
-    assert torch.equal(out, greedy_reference(model, prompt, 20))
-
-
-def test_a_left_padded_batch_generates_like_its_rows():
-    model = tiny()
-    prompts = [text(1, n, seed=n) for n in (4, 11, 7)]
-    ids = torch.stack([torch.nn.functional.pad(p[0], (11 - p.shape[1], 0)) for p in prompts])
-    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(p[0]), (11 - p.shape[1], 0)) for p in prompts])
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=17, do_sample=False)
-    for row, prompt in zip(out, prompts, strict=True):
-        assert torch.equal(row[11:], greedy_reference(model, prompt, 17)[0, prompt.shape[1] :])
-
-
-def test_sampling_is_reproducible_and_never_emits_new_ids():
-    model, prompt = tiny(), text(3, 5)
-    torch.manual_seed(1)
-    one = model.generate(prompt, max_new_tokens=30, do_sample=True, temperature=5.0)
-    torch.manual_seed(1)
-    assert torch.equal(one, model.generate(prompt, max_new_tokens=30, do_sample=True, temperature=5.0))
-    assert one.max() < VOCABULARY
-    assert len(one.unique()) > 5
-
-
-def test_generation_goes_on_from_a_cache():
-    """A text is read once (its document in listed chunks), then asked."""
-    model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
-    with torch.no_grad():
-        cache = model(document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1).past_key_values
-    ids = torch.cat([document, question], 1)
-    first = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
-    again = model.generate(question, attention_mask=torch.ones_like(ids), past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
-    assert torch.equal(first[:, 24:], again[:, 4:])
-
+from comet_pl.model import cache as cache_module
+from comet_pl.model.backbone import SUPPORTED
 
 # ---- folders
 
@@ -140,7 +94,133 @@ def test_count_of_new_parameters():
     assert modules < 3.95e6 < modules + 513 * 2560
 
 
+@pytest.mark.parametrize("kind", ["ours", "authors", "decoder"])
+def test_dtype_shards_and_attention_are_as_asked_for(kind, tmp_path):
+    from test_reference import GOLDEN
+
+    if kind == "authors":
+        tmp_path = GOLDEN / "fixed"
+    elif kind == "ours":
+        tiny(dtype=torch.float32).save_pretrained(tmp_path, max_shard_size="5KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    else:
+        AutoModelForCausalLM.from_config(backbone()).save_pretrained(tmp_path, max_shard_size="5KB")
+    for dtype in (torch.bfloat16, torch.float32):
+        model = CometForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager")
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert model.config.backbone_config._attn_implementation == "eager"
+        with torch.no_grad():
+            out = model(text(1, 9), use_cache=True)
+        assert out.logits.dtype == dtype and out.logits.isfinite().all()
+        assert {t.dtype for memory in out.past_key_values.memories for t in memory if t is not None} == {dtype}
+
+
+def test_gradient_checkpointing_flag_recomputes_every_cell():
+    """Hugging Face's switch: cells run again in the backward pass, gradients stay."""
+    calls, grads = [], []
+    for recompute in (False, True):
+        model, ids = tiny().train(), text(2, 14)
+        if recompute:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        seen = [0]
+        for cell in model.model.layers:
+            cell.self_attn.q_proj.register_forward_hook(lambda *_, seen=seen: seen.__setitem__(0, seen[0] + 1))
+        model(ids, labels=ids).loss.backward()
+        calls.append(seen[0])
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    assert calls[1] == 2 * calls[0]
+    torch.testing.assert_close(*grads, atol=1e-12, rtol=1e-12)
+
+
 # ---- the cache
+
+
+@settings(max_examples=60)
+@given(comet=memories(), batch=st.integers(1, 4), stride=st.sampled_from([None, 1, 2, 5]), tokens=st.integers(1, 30), data=st.data())
+def test_cache_bytes_are_known_beforehand(comet, batch, stride, tokens, data, tmp_path_factory):
+    dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    stride = stride if comet["compression_stride"] else None
+    model = tiny(dtype=dtype, **comet)
+    with torch.no_grad():
+        cache = model(text(batch, tokens), use_cache=True, strides=stride and [stride] * batch).past_key_values
+    assert cache.nbytes == model.config.cache_bytes(batch, dtype, stride)
+    file = tmp_path_factory.mktemp("cache") / "memory.safetensors"
+    cache.save(file, notes={"of": "a text"})
+    header = int.from_bytes(file.read_bytes()[:8], "little")
+    assert file.stat().st_size == cache.nbytes + 8 + header
+    assert CometCache.load(file).notes == {"of": "a text"}
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(cache_module, "free_bytes", lambda device: model.config.cache_bytes(3, torch.float64))
+    with torch.no_grad():
+        assert model(text(3, 4), use_cache=True).past_key_values.nbytes
+        model.model.embed_tokens.register_forward_hook(lambda *_: pytest.fail("computed"))
+        for kind in (ValueError, MemoryError):
+            with pytest.raises(kind, match=r"memory of 4 texts takes .* MiB are free on cpu: read at most 3 at once"):
+                model(text(4, 4), use_cache=True)
+    monkeypatch.undo()
+    assert (cache_module.free_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
+
+
+def test_a_cache_of_another_precision_is_refused_and_to_changes_it():
+    ids = text(2, 9)
+    with torch.no_grad():
+        cache = tiny()(ids, use_cache=True).past_key_values
+        other = tiny().float()
+        with pytest.raises(ValueError, match=r"a cache of torch.float64 given, the model is of torch.float32; CometCache.to"):
+            other(ids, past_key_values=cache)
+        moved = cache.to(dtype=torch.float32)
+        assert moved.nbytes == cache.nbytes // 2
+        torch.testing.assert_close(
+            other(ids, past_key_values=moved).logits.double(), tiny()(ids, past_key_values=cache).logits, atol=1e-4, rtol=0
+        )
+
+
+def rewrite(path, change):
+    """A cache file with other facts or tensors, still a whole safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        facts, tensors = json.loads(file.metadata()["comet_cache"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata = change(facts, tensors)
+    save_file(tensors, path, metadata={"comet_cache": json.dumps(facts)} if metadata is None else metadata)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts, tensors: {}, "not a readable CometCache file .no 'comet_cache' in it"),
+        (lambda facts, tensors: facts.pop("rows") and None, "not a readable CometCache file .no 'rows' in it"),
+        (lambda facts, tensors: facts["rows"][0].update(colour=1), "not a readable CometCache file"),
+        (lambda facts, tensors: facts.update(layers="two"), "not a readable CometCache file"),
+        (lambda facts, tensors: [tensors.pop("1.state")] and None, "damaged: state of layer 1 has the shape None"),
+        (lambda facts, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :1].clone()}), "damaged: keys of layer 0"),
+        (lambda facts, tensors: tensors.update({"0.temporary": tensors["0.temporary"][:, :1].clone()}), "damaged: temporary of layer 0"),
+        (lambda facts, tensors: tensors.update({"1.values": tensors["1.values"].flatten()}), "damaged: values of layer 1"),
+    ],
+)
+def test_damaged_memory_files_are_refused(change, message, tmp_path):
+    model, file = tiny(), tmp_path / "memory.safetensors"
+    with torch.no_grad():
+        model(text(2, 13), use_cache=True).past_key_values.save(file)
+        rewrite(file, change)
+        with pytest.raises(ValueError, match=message):
+            model(text(2, 2), past_key_values=CometCache.load(file))
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    with torch.no_grad():
+        cache = tiny()(text(1, 9), use_cache=True).past_key_values
+    file = tmp_path / "memory.safetensors"
+    cache.save(file)
+    before = file.read_bytes()
+    with pytest.raises(TypeError):
+        cache.save(file, notes={"not": object()})
+    with pytest.raises(Exception, match="No such file"):
+        cache.save(tmp_path / "nowhere" / "memory.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+    assert file.read_bytes() == before
 
 
 def test_cache_on_disk_goes_on_exactly(tmp_path):
@@ -278,11 +358,31 @@ def test_logits_to_keep():
         ({"logits_to_keep": -1}, "logits_to_keep"),
         ({"strides": [2, 0]}, "strides"),
         ({"past_key_values": ()}, "CometCache is needed"),
+        ({"attention_mask": torch.tensor([[1.0] * 8, [0.0, -1e9] * 4])}, "attention_mask: -1000000000.0 given, 1"),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny()(text(2, 8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (99, r"input_ids: 99 given \(row 1, column 2\), allowed: 0 to 39$"),
+        (-1, r"input_ids: -1 given \(row 1, column 2\), allowed: 0 to 39$"),
+        (41, r"41 given .* the ids behind are compression and readout tokens"),
+    ],
+)
+def test_ids_that_are_no_text_are_refused_unless_they_are_padding(wrong, message):
+    model, ids, mask = tiny(), text(2, 5), torch.ones(2, 5, dtype=torch.long)
+    ids[1, 2] = wrong
+    with pytest.raises(ValueError, match=message):
+        model(ids)
+    mask[1, 2:] = 0
+    assert model(ids, attention_mask=mask).logits.isfinite().all()
+    with pytest.raises(ValueError, match="whole numbers are needed"):
+        model(ids.float())
 
 
 @pytest.mark.parametrize(
@@ -294,12 +394,37 @@ def test_impossible_configurations_name_their_key(key, value):
         CometConfig(backbone_config=backbone(), **{key: value})
 
 
-def test_foreign_decoders_and_sliding_windows_are_refused():
-    with pytest.raises(ValueError, match=r"gpt2.*supported: llama, qwen3"):
-        CometForCausalLM(CometConfig(backbone_config=GPT2Config(vocab_size=30, n_embd=8, n_head=2, n_layer=1)))
-    config = backbone(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    with pytest.raises(ValueError, match="sliding window"):
-        CometForCausalLM(CometConfig(backbone_config=config))
+def test_foreign_decoders_are_refused_with_what_is_supported():
+    assert set(SUPPORTED) == set(FAMILIES)
+    with pytest.raises(ValueError, match=r"gpt2.*supported: llama \(Llama 2 and 3, SmolLM2\); mistral.*backbone.py"):
+        CometForCausalLM(
+            CometConfig(backbone_config=GPT2Config(vocab_size=30, n_embd=8, n_head=2, n_layer=1, bos_token_id=0, eos_token_id=0))
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "window", "way_out"),
+    [
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window=False"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window=False"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=False"),
+        ("mistral", {"sliding_window": 8}, "sliding_window=None"),
+    ],
+)
+def test_a_sliding_window_is_refused_with_the_reason_and_the_way_out(family, window, way_out, tmp_path):
+    plain = AutoModelForCausalLM.from_config(backbone(family, **window))
+    plain.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"sliding window of 8 tokens would cut the memory slots off; set {way_out}"):
+        CometForCausalLM.from_pretrained(tmp_path)
+    key, _, value = way_out.partition("=")
+    more = {"layer_types": ["full_attention"] * 2} if family != "mistral" else {}
+    model = CometForCausalLM.from_pretrained(tmp_path, comet={"chunk_size": 4}, **{key: None if value == "None" else False}, **more)
+    assert model(text(1, 9)).logits.shape[1] == 9
+
+
+def test_attention_dropout_is_refused():
+    with pytest.raises(ValueError, match=r"attention_dropout: .* given, but"):
+        CometForCausalLM(CometConfig(backbone_config=backbone(attention_dropout=0.1)))
 
 
 def test_the_configuration_survives_json(tmp_path):

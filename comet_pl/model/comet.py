@@ -289,7 +289,9 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         if is_first_iteration:
             check_prompt(input_ids, next_sequence_length, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         more = {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration, **kwargs}
-        return super().prepare_inputs_for_generation(input_ids, **more)
+        inputs = super().prepare_inputs_for_generation(input_ids, **more)
+        inputs.pop("tokenizer", None)  # of stop_strings
+        return inputs
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
 
     from callbacks.checkpoints import TrainingStopped, read_checkpoint
     from comet_pl import build
+    from comet_pl.adapters import count_parameters, describe, merge_adapters
     from comet_pl.run import plan_run
     from comet_pl.trained import checkpoint_content, restore_tokenizer
 
@@ -32,9 +33,8 @@ def main(argv: list[str]) -> None:
     trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
     if trainer.is_global_zero:
         run.create()
-        memory = sum(parameter.numel() for _, parameter in model.memory_parameters())
         start = f"goes on from step {run.step}" if run.checkpoint else "starts"
-        print(f"{run.path} {start}: {model.num_parameters():,} weights, {memory:,} of them in memory modules", flush=True)
+        print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
     try:
         trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except TrainingStopped as stopped:
@@ -57,6 +57,7 @@ def main(argv: list[str]) -> None:
 
             if config.strategy.sharding != "none":  # this process holds a part of the weights only
                 model, _, _ = build.load_checkpoint(run.checkpoints / "last.ckpt", [])
+            merge_adapters(model)
             model.to(build.device_of(config))  # type: ignore[arg-type]
             evaluate(model, tokenizer, config, run.path)
 

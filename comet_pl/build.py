@@ -74,18 +74,33 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
     """A pre-trained decoder with memory plugged in, a CoMeT folder, or a decoder from scratch; weights drawn from the current random state.
 
+    What train.parameters leaves out is frozen, and LoRA is in place.
+
     Raises:
         UserError: an impossible combination of keys; backbone.path cannot be loaded.
     """
+    from comet_pl.adapters import add_adapters
+
+    model = _plain_model(config, tokenizer)
+    add_adapters(model, config.train)
+    return model
+
+
+def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
+    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     from comet_pl import CometConfig, CometForCausalLM
 
     backbone, comet = config.backbone, asdict(config.model)
     if backbone.path is not None:
+        # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not be lost in bf16 weights.
+        dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
         try:
-            return CometForCausalLM.from_pretrained(backbone.path, comet=comet, attn_implementation=backbone.attn_implementation)
-        except (OSError, ValueError, KeyError) as error:
+            return CometForCausalLM.from_pretrained(
+                backbone.path, comet=comet, attn_implementation=backbone.attn_implementation, dtype=dtype
+            )
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"backbone.path: {backbone.path}: {_first_line(error)}") from None
     try:
         decoder = AutoConfig.for_model(

@@ -237,3 +237,18 @@ def _check_together(config: Config, command: str) -> None:
         raise UserError(f"backbone.head_dim: {b.head_dim} given, allowed: an even number (rotary embedding)")
     if isinstance(config.data, PasskeyData) and config.eval.examples is None:
         raise UserError("eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a cell)")
+    if command == "train":
+        _check_parameters(config)
+
+
+def _check_parameters(config: Config) -> None:
+    """train.parameters fits the model, and its companions have an effect."""
+    train, default = config.train, TrainConfig()
+    lora = [name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(train, name) != getattr(default, name)]
+    if lora and "lora" not in train.parameters:
+        raise UserError(f"train.{lora[0]}: given, but train.parameters is {train.parameters}; it needs lora or memory+lora")
+    if "memory" in train.parameters and not config.model.global_size and config.model.compression_stride is None:
+        raise UserError(
+            f"train.parameters: {train.parameters} given, but model.global_size=0 and model.compression_stride=null leave no memory to "
+            "train, allowed: all, lora"
+        )

@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]
     """AdamW's groups: the memory modules at a multiple of the learning rate; no decay on norms, biases and whatever else has one dimension.
 
     Args:
-        memory: (name, parameter) of the memory modules. The new tokens' rows are part of the embedding and learn at the backbone's rate.
+        model: its frozen parameters are in no group. memory: (name, parameter) of the memory modules. The new tokens' rows, part of the
+            embedding or beside it, and LoRA learn at the backbone's rate.
     """
     ids = {id(parameter) for _, parameter in memory}
     groups: dict[str, dict[str, Any]] = {}

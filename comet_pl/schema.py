@@ -11,6 +11,7 @@ from typing import Any
 
 from comet_pl.parallel.schedule import SCHEDULES
 
+PARAMETERS = ("all", "memory", "lora", "memory+lora")
 SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
@@ -83,7 +84,7 @@ class ModelConfig:
 @dataclass(frozen=True)
 class BackboneConfig:
     path: str | None = key(None, "folder or hub id of a pre-trained decoder or a CoMeT; null: from scratch, with the keys below")
-    model_type: str = key("qwen3", "from scratch: decoder family", choices=("qwen3", "llama"))
+    model_type: str = key("qwen3", "from scratch: decoder family", choices=("qwen3", "qwen2", "llama", "mistral", "smollm3"))
     hidden_size: int = key(128, "from scratch: width (d)", min=1)
     num_hidden_layers: int = key(2, "from scratch: layers (L)", min=1)
     num_attention_heads: int = key(4, "from scratch: query heads", min=1)
@@ -135,7 +136,13 @@ DATA_KINDS: dict[str, type] = {"passkey": PasskeyData, "scrolls": ScrollsData}
 
 @dataclass(frozen=True)
 class TrainConfig:
-    lr: float = key(3e-4, "peak learning rate of the backbone", above=0)
+    parameters: str = key(
+        "all", "what learns; memory: its modules and the rows of new tokens; lora: low-rank updates of the decoder", choices=PARAMETERS
+    )
+    lora_rank: int = key(8, "with lora: rank of the updates", min=1)
+    lora_alpha: float = key(16.0, "with lora: the updates are scaled by lora_alpha / lora_rank", above=0)
+    lora_dropout: float = key(0.0, "with lora: share of the inputs to the updates that is dropped", min=0, below=1)
+    lr: float = key(3e-4, "peak learning rate of all but the memory modules", above=0)
     memory_lr_factor: float = key(5.0, "the memory modules' learning rate, as a multiple of lr (paper: 5)", min=0)
     betas: list[float] = key([0.9, 0.999], "AdamW's betas", min=0, below=1, check=_pair, needs="two numbers >= 0 and < 1")
     weight_decay: float = key(0.0, "AdamW's weight decay; norms and biases are never decayed", min=0)

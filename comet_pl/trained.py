@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comet_pl.config import load, to_dict
+from comet_pl.config import from_dict, load, to_dict
 from comet_pl.errors import UserError
 from comet_pl.schema import Config
 
@@ -64,6 +64,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the command line's keys over it.
 
+    LoRA and separately trained rows are merged: the weights are plain.
+
     Args:
         path: a .ckpt file; a run's folder (then its last.ckpt, else its best.ckpt); or a folder that save_pretrained wrote.
         argv: arguments of eval.py; model.* keys that don't shape the weights take effect.
@@ -82,11 +84,13 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
 
     from callbacks.checkpoints import read_checkpoint
     from comet_pl import CometConfig, CometForCausalLM
+    from comet_pl.adapters import add_adapters, merge_adapters, new_rows
 
     checkpoint = read_checkpoint(path, mmap=True)
     content = checkpoint["comet"]
     config = load(argv, "eval", base=content["config"])
     settings = CometConfig.from_dict(json.loads(content["model"]))
+    rows = new_rows(settings)  # before keys leave some of them out
     trained, asked = content["config"]["model"], dataclasses.asdict(config.model)
     try:
         settings.override({key: value for key, value in asked.items() if value != trained.get(key, value)})
@@ -95,11 +99,13 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     settings._attn_implementation = config.backbone.attn_implementation
     weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("model.")}
     model = CometForCausalLM(settings)
+    add_adapters(model, from_dict(content["config"]).train, rows)
     model = model.to(next(iter(weights.values())).dtype)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}") from None
+    merge_adapters(model)
     return model.eval(), restore_tokenizer(content), config
 
 
@@ -114,6 +120,7 @@ def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> st
 
 def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A Hugging Face folder: the configuration is the conf's and the command line's."""
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     from comet_pl import CometForCausalLM
@@ -124,5 +131,5 @@ def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
     try:
         model = CometForCausalLM.from_pretrained(path, comet=comet, attn_implementation=config.backbone.attn_implementation)
         return model.eval(), AutoTokenizer.from_pretrained(path), config
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"ckpt: {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None

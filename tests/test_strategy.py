@@ -14,6 +14,7 @@ import torch
 from models import text, tiny
 from ranks import in_processes
 
+from comet_pl.adapters import add_adapters
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
 from comet_pl.parallel.strategy import LayerPipelineStrategy
@@ -126,7 +127,9 @@ class Run:
 
     def train_here(self, folder, ckpt):
         strategy = "auto" if self.strategy is None else LayerPipelineStrategy(timeout=20, **self.strategy)
-        module = CometModule(tiny(layers=3).train(), TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train), max_steps=10)
+        model, settings = tiny(layers=3), TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train)
+        add_adapters(model, settings)
+        module = CometModule(model.train(), settings, max_steps=10)
         callbacks = [Save(folder)] + ([] if self.poison is None else [Poison(self.poison)])
         trainer = lightning.Trainer(
             accelerator="cpu",
@@ -199,6 +202,7 @@ OPTIONS = {
     "windows": {"bptt_chunks": 3},
     "accumulated": {"accumulate": 3},
     "recomputed": {"recompute": True},
+    "memory+lora": {"parameters": "memory+lora"},
 }
 
 
@@ -208,6 +212,7 @@ CORE = [
     ("pipeline", "accumulated"),
     ("zero2 along the pipeline", "accumulated"),
     ("zero3", "recomputed"),
+    ("pipeline", "memory+lora"),
 ]
 
 

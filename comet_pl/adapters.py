@@ -1,0 +1,126 @@
+"""What is trained: all weights, the memory alone, LoRA on the decoder, or both; by peft, in place, and back to plain weights.
+
+The model stays a CometForCausalLM with its cells: single modules in it are wrapped, so that only parts of names change
+(`q_proj.weight` -> `q_proj.base_layer.weight`). `merge_adapters` gives the plain names back.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.config import CometConfig
+from comet_pl.schema import TrainConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Whole names: the memory modules have projections of the same last names.
+DECODER_LINEARS = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+ROWS = "trainable_tokens_delta"  # in the names of peft's parameters
+LORA = ("lora_A", "lora_B")
+
+
+def add_adapters(model: CometForCausalLM, train: TrainConfig, rows: Sequence[int] | None = None) -> None:
+    """Leaves to learn what train.parameters names, and freezes the rest.
+
+    - all: everything learns; the model is left as it is.
+    - memory: the memory modules and the new tokens' rows of the embedding, which a tied head shares. An untied head is frozen: no new
+      token is ever a target.
+    - lora: low-rank matrices beside the decoder's attention and MLP projections.
+    - memory+lora: both.
+
+    A checkpoint's weights are loaded after this, a plain model's before.
+
+    Args:
+        rows: ids of the new tokens; None: those of the model's configuration (a checkpoint may have been trained with more).
+    """
+    parts = train.parameters.split("+")
+    if "all" in parts:
+        return
+    from peft import LoraConfig, TrainableTokensConfig
+
+    rows = new_rows(model.config) if rows is None else rows
+    if "memory" in parts and rows:
+        _inject(model, TrainableTokensConfig(token_indices=list(rows), target_modules=["embed_tokens"]))
+    if "lora" in parts:
+        alpha: Any = train.lora_alpha  # peft takes any number
+        _inject(model, LoraConfig(target_modules=DECODER_LINEARS, r=train.lora_rank, lora_alpha=alpha, lora_dropout=train.lora_dropout))
+    model.requires_grad_(False)
+    learning = [p for name, p in model.named_parameters() if _is_adapter(name)]
+    if "memory" in parts:
+        learning += [p for _, p in model.memory_parameters()]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+
+
+def _inject(model: CometForCausalLM, settings: PeftConfig) -> None:
+    from peft import inject_adapter_in_model
+
+    with warnings.catch_warnings():  # that nothing ties the head's rows to the embedding's: TrainableTokensConfig does
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
+        inject_adapter_in_model(settings, model)
+    del model.peft_config  # or peft takes the next kind of adapter for a mistake
+
+
+def merge_adapters(model: CometForCausalLM) -> None:
+    """Writes LoRA and new rows into the weights that they belong to; no module of peft is left, and all weights may learn again.
+
+    A model without adapters is left as it is.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    for name, layer in found:
+        layer.merge()
+        plain = layer.get_base_layer()
+        assert isinstance(plain, nn.Module)
+        model.set_submodule(name, plain)
+    if found:
+        model.requires_grad_(True)
+
+
+def count_parameters(model: CometForCausalLM) -> dict[str, int]:
+    """Numbers of weights, with adapters or without; tied ones count once.
+
+    For Qwen3-4B's shape the memory modules have 3,317,760 and, with the 513 new rows of the embedding, 4,631,040; the paper's 3.95 M lies
+    between the two.
+
+    Returns:
+        decoder (without the new rows), memory (its modules), rows (of new tokens, in the embedding), lora; and learning, those of all of
+        them that are not frozen.
+    """
+    memory = sum(p.numel() for _, p in model.memory_parameters())
+    rows = len(new_rows(model.config)) * model.config.backbone_config.hidden_size
+    lora = sum(p.numel() for name, p in model.named_parameters() if _is_adapter(name) and ROWS not in name)
+    plain = sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name))
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {"decoder": plain - memory - rows, "memory": memory, "rows": rows, "lora": lora, "learning": learning}
+
+
+def describe(counts: dict[str, int]) -> str:
+    """One line for people."""
+    total = sum(counts.values()) - counts["learning"]
+    parts = [
+        f"{counts['decoder']:,} weights of the decoder{' (frozen)' if counts['learning'] < total else ''}",
+        f"{counts['memory']:,} in memory modules",
+        f"{counts['rows']:,} in rows of new tokens",
+    ]
+    if counts["lora"]:
+        parts.append(f"{counts['lora']:,} in LoRA")
+    return f"{', '.join(parts)}: {counts['learning']:,} learn ({100 * counts['learning'] / total:.3g} %)"
+
+
+def new_rows(config: CometConfig) -> list[int]:
+    """The new tokens that the model puts between the text's."""
+    compression = [config.compression_token_id] if config.compression_stride is not None else []
+    return [row for row in (*compression, *config.readout_token_ids) if row is not None]
+
+
+def _is_adapter(name: str) -> bool:
+    parts = name.split(".")
+    return ROWS in parts or any(part in parts for part in LORA)

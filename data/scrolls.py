@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import ScrollsData
+from comet_pl.conversation import frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
 from comet_pl.values import nearest
@@ -138,7 +139,7 @@ class Corpus:
 
     def __post_init__(self) -> None:
         self.stop = stop_token(self.tokenizer)
-        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in _frame(self.tokenizer))
+        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(self.tokenizer))
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
         data, complaints = self.data, Complaints(self.data.on_error)
         for task in tasks(data):
@@ -202,17 +203,6 @@ class Corpus:
         found = list(merged.values())
         count = len(found) if count is None else min(count, len(found))
         return [found[place] for place in np.linspace(0, len(found) - 1, count).round().astype(int)]
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids before and after what a user says and the model answers."""
-    if tokenizer.chat_template is None:
-        return [], encode(tokenizer, "\n\nAnswer:\n")
-    mark = "\u2063CONTENT\u2063"
-    chat = [{"role": "user", "content": mark}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    before, _, after = str(text).partition(mark)
-    return tokenizer(before, add_special_tokens=False)["input_ids"], tokenizer(after, add_special_tokens=False)["input_ids"]
 
 
 def _digest(text: str) -> bytes:

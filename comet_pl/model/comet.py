@@ -278,7 +278,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- generation: Hugging Face's
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         """Hugging Face's, after a look at the prompt.
@@ -289,7 +289,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         if is_first_iteration:
             check_prompt(input_ids, next_sequence_length, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         more = {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration, **kwargs}
-        inputs = super().prepare_inputs_for_generation(input_ids, **more)
+        inputs = super().prepare_inputs_for_generation(input_ids, **more)  # type: ignore[misc, arg-type]
         inputs.pop("tokenizer", None)  # of stop_strings
         return inputs
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -56,9 +55,10 @@ class Step:
     rope: Rope = field(default=None, repr=False)  # type: ignore[assignment]
     slot_rope: Rope | None = field(default=None, repr=False)
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
-        """(B, 1, W, L) or (W, L): True where a token sees a column."""
+        """(B, 1, W, L) or (W, L): True where a token sees a column. Made anew for each layer: little beside what it masks, and torch.compile
+        then sees one kind of step instead of two."""
         columns = torch.arange(self.columns, device=self.positions.device)
         seen = columns <= self.positions[:, :, None]
         return seen[0] if self.uniform else seen[:, None]

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 import transformers
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from comet_pl.errors import UserError
+
 NAMES = {"comet": "CoMeT", "slots_in_full": "slots in full", "full_attention": "full attention"}
-COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red"}
+COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red", "in_place": "tab:pink"}
 FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
 
 
@@ -33,16 +36,28 @@ def machine(device: str) -> dict[str, Any]:
     return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def flatness(lengths: list[dict[str, Any]]) -> dict[str, float] | None:
-    """How far CoMeT's peaks at FLAT_FROM tokens and more lie apart: (highest - lowest) / lowest; None with fewer than two of them."""
+def flatness(lengths: list[dict[str, Any]], keys: Sequence[str] = ("peak_mib", "reading_mib")) -> dict[str, float] | None:
+    """How far CoMeT's figures at FLAT_FROM tokens and more lie apart: (highest - lowest) / lowest; None with fewer than two of them."""
     found = [one for one in lengths if one["what"] == "comet" and one["length"] >= FLAT_FROM]
     if len({one["length"] for one in found}) < 2:
         return None
     spread = {}
-    for key in ("peak_mib", "reading_mib"):
+    for key in keys:
         values = [one[key] for one in found]
         spread[key] = (max(values) - min(values)) / min(values)
     return spread
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder of the results: before the measurement, not after it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be made: {error.strerror}") from None
 
 
 def write(path: Path, save: Callable[[Path], Any]) -> None:
@@ -72,19 +87,7 @@ def plot(result: dict[str, Any]) -> Figure:
     time = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
     panels = ((time, f"ms a token ({result['clock']} time)"), ("peak_mib", "peak memory, MiB"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        for what, name in NAMES.items():
-            points = sorted((one["length"], one[key]) for one in result["lengths"] if one["what"] == what)
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what])
-        ticks = sorted({one["length"] for one in result["lengths"]})
-        axes.set(xscale="log", yscale="log", xlabel="tokens read", ylabel=label)
-        axes.set_xticks(ticks, [short(n) for n in ticks])
-        axes.minorticks_off()
-        values = [one[key] for one in result["lengths"]]
-        steps = [s * 10.0**e for e in range(-4, 8) for s in (1, 2, 5)]
-        shown = [v for v in steps if min(values) / 2.5 <= v <= max(values) * 2.5]
-        axes.set_yticks(shown, [f"{v:g}" for v in shown])
-        axes.grid(alpha=0.3)
+        curves(axes, result["lengths"], NAMES, key, label, "tokens read")
     figure.axes[0].legend(frameon=False)
     ratio = result["ratio"]
     figure.suptitle(
@@ -93,6 +96,23 @@ def plot(result: dict[str, Any]) -> Figure:
         fontsize=10,
     )
     return figure
+
+
+def curves(axes: Axes, found: Sequence[Mapping[str, Any]], names: Mapping[str, str], key: str, label: str, xlabel: str) -> None:
+    """A line for each of `names` that was found: `key` against "length", both axes logarithmic with plain numbers."""
+    for what, name in names.items():
+        points = sorted((one["length"], one[key]) for one in found if one["what"] == what)
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what])
+    ticks = sorted({one["length"] for one in found})
+    axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
+    axes.set_xticks(ticks, [short(n) for n in ticks])
+    axes.minorticks_off()
+    values = [one[key] for one in found]
+    steps = [s * 10.0**e for e in range(-4, 8) for s in (1, 2, 5)]
+    shown = [v for v in steps if min(values) / 2.5 <= v <= max(values) * 2.5]
+    axes.set_yticks(shown, [f"{v:g}" for v in shown])
+    axes.grid(alpha=0.3)
 
 
 def short(tokens: int) -> str:

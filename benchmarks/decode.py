@@ -1,0 +1,236 @@
+"""What decoding costs after a context of any length: ms a token and bytes of the cache, ours and Hugging Face's full attention.
+
+    python benchmarks/decode.py            a quarter of an hour on one core, 16 GB: SmolLM2-135M, C = 512, m = 64, s = 8, K = 512
+    python benchmarks/decode.py --full     with the memory of the paper (C = 2048, m = 512, K = 2048)
+    python benchmarks/decode.py --small    a tiny random model, some seconds: a look, no measurement
+
+Same weights, one row, greedy, each token by one call of the model (`past_key_values`, `logits_to_keep=1`, the head included, under
+inference_mode; generate() would add its own cost to all alike). Three sides:
+
+- CoMeT, over whole cycles of C tokens, each with exactly one closing of a chunk (compression token, readout tokens, memory update, keys and
+  values of all slots for the next chunk); the cost a token is the mean over cycles, the closing step is also shown alone;
+- full attention: sdpa and DynamicCache, which copies all keys and values at each token;
+- the same with a cache that is written in place: what full attention costs at least. Both for --tokens steps right after the context.
+
+All lanes (a side after a context) run in one process in turn, a slice of each, so that the machine's moods meet all of them; with one
+thread on a CPU processor time counts, which leaves out what other programs took. Contexts up to --read tokens are read; longer ones are
+caches filled with noise, which changes no cost. What does not fit into memory is skipped, with the reason.
+Results: benchmarks/results/decode*.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import decode_report
+import measure_decode
+import report
+import torch
+from measure_decode import KINDS, ROOT, SMOLLM2_135M, TINY, USUAL_MODEL, Lane
+from prefill import DTYPES, Parser
+
+from comet_pl.errors import UserError, run_cli
+from comet_pl.results import Bar
+
+HERE = Path(__file__).resolve().parent
+FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
+SLICES = 8  # a cycle
+SIZES: dict[str | None, dict[str, Any]] = {
+    None: {"chunk_size": 512, "global_size": 64, "stride": 8, "capacity": 512, "cycles": 2, "tokens": 64, "read": 1024},
+    "full": {"chunk_size": 2048, "global_size": 512, "stride": 8, "capacity": 2048, "cycles": 1, "tokens": 64, "read": 4096},
+    "small": {"chunk_size": 32, "global_size": 4, "stride": 4, "capacity": 16, "cycles": 1, "tokens": 16, "read": 64},
+}
+CONTEXTS = {None: [256, 1024, 4096, 16384, 131072], "full": [1024, 4096, 16384, 131072], "small": [16, 64, 16384, 32768]}
+LEAST = {"global_size": 0}  # everything else: 1
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", dest="size", action="store_const", const="small", help="a tiny random model")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="the paper's memory sizes")
+    parser.add_argument("--model", metavar="FOLDER", help="a plain decoder (default: models/smollm2_135m; else its shape at random)")
+    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens before the first one measured")
+    helps = {
+        "chunk_size": "C, text tokens a chunk and steps a cycle",
+        "global_size": "m, global slots; 0: none",
+        "stride": "s, text tokens a compression token",
+        "capacity": "K, temporary slots",
+        "cycles": "of C tokens that ours is measured for",
+        "tokens": "that full attention is measured for",
+        "read": "contexts up to so many tokens are read, longer ones filled with noise",
+    }
+    for name, text in helps.items():
+        kind = {"chunk_size": "C", "global_size": "M", "stride": "S", "capacity": "K"}.get(name, "N")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=kind, help=f"{text} (default: {SIZES[None][name]})")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
+    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    options = parser.parse_args(argv)
+    options.contexts = sorted(set(options.contexts or CONTEXTS[options.size]))
+    for name, usual in SIZES[options.size].items():
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
+    for name in ("contexts", "threads", *helps):
+        value, least = getattr(options, name), LEAST.get(name, 1)
+        value = min(value) if isinstance(value, list) else value
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda given, but torch sees no GPU here; use --device cpu")
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    report.make_folder(options.out)
+    return options
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, with what they depend on, and the verdicts."""
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    machine, device = report.machine(options.device), options.device
+    comet = {"chunk_size": options.chunk_size, "global_size": options.global_size}
+    comet |= {"compression_stride": options.stride, "temporary_capacity": options.capacity}
+    name, decoder = the_decoder(options)
+    decoder = decoder.to(device, getattr(torch, options.dtype)).eval()
+    model = measure_decode.plug_in(decoder, comet)
+
+    tokens = {"comet": options.cycles * options.chunk_size, "full_attention": options.tokens, "in_place": options.tokens}
+    wanted = [(what, n) for what in ("full_attention", "in_place") for n in options.contexts]
+    kept, skipped = measure_decode.affordable(wanted, measure_decode.token_bytes(decoder), measure_decode.free_bytes(device))
+    room = measure_decode.WARM_UP + options.tokens
+    with Bar(len(options.contexts) * tokens["comet"] + len(kept) * options.tokens) as bar:
+        bar.live.auto_refresh = False  # a thread that draws would count as ours
+        bar.name("reading, filling")
+        bar.refresh()
+        lanes = [measure_decode.open_lane("comet", model, n, options.read, room) for n in options.contexts]
+        lanes += [measure_decode.open_lane(what, decoder, n, options.read, room) for what, n in kept]
+        bar.name("decoding")
+        for done in measure_decode.measure(lanes, tokens, options.cycles * SLICES, device):
+            bar.add(done)
+            bar.refresh()
+
+    clock = "processor" if (device, options.threads) == ("cpu", 1) else "wall"
+    found = [summary(lane, clock) for lane in lanes]
+    return {
+        "model": name,
+        "parameters": decoder.num_parameters(),
+        "comet": comet,
+        "threads": options.threads,
+        "device": device,
+        "dtype": options.dtype,
+        "clock": clock,
+        "machine": machine,
+        "cycles": options.cycles,
+        "read": options.read,
+        "verdict": verdict(found, time_key(clock)),
+        "skipped": skipped,
+        "lengths": found,
+    }
+
+
+def the_decoder(options: argparse.Namespace) -> tuple[str, Any]:
+    """(what it is, the decoder)."""
+    if options.model is not None:
+        return options.model, measure_decode.load_decoder(options.model)
+    if options.size == "small":
+        return "a tiny random decoder", measure_decode.random_decoder(TINY, 256)
+    if USUAL_MODEL.is_dir():
+        return str(USUAL_MODEL.relative_to(ROOT)), measure_decode.load_decoder(USUAL_MODEL)
+    return "random weights of SmolLM2-135M's shape", measure_decode.random_decoder(SMOLLM2_135M, 49152)
+
+
+# ---- what was measured
+
+
+def time_key(clock: str) -> str:
+    return "ms_per_token" if clock == "wall" else "processor_ms_per_token"
+
+
+def summary(lane: Lane, clock: str) -> dict[str, Any]:
+    """A lane in numbers. Means are over all steps, in both clocks; single steps are in `clock`, milliseconds."""
+    walls, processor = ([step[k] * 1e3 for step in lane.steps] for k in (1, 2))
+    single = walls if clock == "wall" else processor
+    kinds = {}
+    for kind in KINDS:
+        times = [ms for ms, step in zip(single, lane.steps, strict=True) if step[0] == kind]
+        if times:
+            kinds[kind] = {"steps": len(times), "median_ms": statistics.median(times), "share": sum(times) / sum(single)}
+    return {
+        "what": lane.what,
+        "length": lane.length,
+        "filled": lane.filled,
+        "tokens": len(lane.steps),
+        "ms_per_token": statistics.fmean(walls),
+        "processor_ms_per_token": statistics.fmean(processor),
+        "median_ms": statistics.median(single),
+        "p99_ms": percentile(single, 0.99),
+        "closing_ms": kinds.get("closing", {}).get("median_ms"),
+        "kinds": kinds,
+        "cache_bytes": lane.bytes,
+    }
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of all do not exceed."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def verdict(found: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """Is ours flat, and from which context on is it cheaper than each kind of full attention."""
+    curves = {what: [(one["length"], one[key]) for one in found if one["what"] == what] for what in ("comet", "full_attention", "in_place")}
+    flat = report.flatness(found, (key, "cache_bytes"))
+    return {
+        "flat_from": report.FLAT_FROM,
+        "flat_within": FLAT_WITHIN,
+        "flatness": flat,
+        "flat": None if flat is None else max(flat.values()) <= FLAT_WITHIN,
+        "cheaper_from": {what: crossover(curves["comet"], curves[what]) for what in ("full_attention", "in_place")},
+    }
+
+
+def crossover(ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+    """The context from which on ours stays cheaper.
+
+    Args:
+        ours, full: (length, ms a token) each.
+
+    Returns:
+        {"tokens", "how"}: interpolated between measured lengths; extrapolated beyond the longest; "at most" the shortest, if ours is
+        cheaper everywhere. None: no length in common, or the lines do not meet.
+    """
+    costs = dict(full)
+    gaps = sorted((n, costs[n] - ms) for n, ms in ours if n in costs)  # > 0: ours is cheaper
+    dearer = [i for i, (_, gap) in enumerate(gaps) if gap <= 0]
+    if not gaps:
+        return None
+    if not dearer:
+        return {"tokens": gaps[0][0], "how": "at most: ours is cheaper at the shortest context already"}
+    i, how = dearer[-1], "interpolated linearly"
+    if i == len(gaps) - 1:
+        i, how = i - 1, "extrapolated linearly"
+    if i < 0 or gaps[i + 1][1] <= gaps[i][1]:
+        return None
+    (n, gap), (n2, gap2) = gaps[i : i + 2]
+    return {"tokens": round(n - gap * (n2 - n) / (gap2 - gap)), "how": f"{how} from {n} and {n2}"}
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    with torch.inference_mode():
+        result = {"command": " ".join(["python benchmarks/decode.py", *argv]), **benchmark(options)}
+    name = "-".join(["decode", *filter(None, [options.size, "cuda" if options.device == "cuda" else None])])
+    report.write_json(options.out / f"{name}.json", result)
+    decode_report.write_plot(options.out / f"{name}.png", result)
+    decode_report.show(result)
+
+
+if __name__ == "__main__":
+    run_cli(main)

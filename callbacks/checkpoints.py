@@ -181,7 +181,7 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{path}: cannot be read, perhaps cut short: {error.strerror or error}") from None
     except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
         raise UserError(f"{path}: not a readable checkpoint: truncated, or something else") from None
     if not isinstance(checkpoint, dict) or "comet" not in checkpoint:

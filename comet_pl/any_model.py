@@ -17,7 +17,7 @@ import yaml
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from comet_pl.checkpoint import kind
+from comet_pl.checkpoint import check_built, kind
 from comet_pl.conversation import Conversation
 from comet_pl.errors import UserError
 from comet_pl.model.cache import CometCache
@@ -111,6 +111,7 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
     """
     path = Path(name).expanduser()
     here = path.exists()
+    check_built(name, "MODEL")
     if not here and (name.startswith((".", "/", "~")) or name.endswith(".ckpt") or name.count("/") > 1):
         raise UserError(f"MODEL: no such file or folder: {name}")
     transformers.logging.set_verbosity_error()

@@ -61,6 +61,9 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if path is not None:
         from transformers import AutoTokenizer
 
+        from comet_pl.checkpoint import check_built
+
+        check_built(path, "backbone.path")
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
@@ -107,24 +110,18 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
             backbone.model_type,
             **{key: getattr(backbone, key) for key in FROM_SCRATCH},
             vocab_size=len(tokenizer),
-            max_position_embeddings=_positions(config),
+            sliding_window=None,  # Mistral's default is one
             rope_parameters={"rope_type": "default", "rope_theta": backbone.rope_theta},
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
         )
         settings = CometConfig(backbone_config=decoder, **comet)
+        settings.backbone_config.max_position_embeddings = settings.positions()
         settings._attn_implementation = backbone.attn_implementation
         return CometForCausalLM(settings)
     except ValueError as error:
         raise UserError(f"model or backbone: {_first_line(error)}") from None
-
-
-def _positions(config: Config) -> int:
-    """The most positions that a chunk can take: slots, text, compression and readout tokens."""
-    model = config.model
-    memory = 2 * model.global_size + (model.temporary_capacity if model.compression_stride else 0)
-    return memory + model.chunk_size + -(-model.chunk_size // (model.compression_stride or model.chunk_size))
 
 
 def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.LightningDataModule:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
+from comet_pl.errors import UserError
 from comet_pl.model.config import CometConfig
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ AUTHORS_NAMES = {
     "temp_memory_net.0.": "temporary_memory.norm.",
     "temp_memory_net.1.": "temporary_memory.adapter.",
 }
+
+
+def check_built(path: str, key: str) -> None:
+    """Raises UserError for a folder that this project builds itself, before anyone looks for it on the hub."""
+    if path.rstrip("/") == "models/smollm2_135m" and not Path(path).is_dir():
+        raise UserError(f"{key}: {path} is not there yet; `make smollm2` builds it")
 
 
 def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:

@@ -89,10 +89,10 @@ class Bar(Progress):
     """Tokens read, tokens/s and time left, of one evaluation; where there is no terminal, only the lines that are noted.
 
     Args:
-        total: tokens to read.
+        total: tokens to read; None: not known yet.
     """
 
-    def __init__(self, total: int):
+    def __init__(self, total: int | None):
         columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), _Speed()]
         times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
         console = Console()

@@ -22,13 +22,14 @@ SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 def checkpoint_content(config: Config, tokenizer: PreTrainedTokenizerBase, model: CometForCausalLM) -> dict[str, Any]:
     """The checkpoint's key "comet": plain types from which everything but the weights can be built again.
 
-    config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder may be gone); tokenizer: tokenizer.json;
-    special_tokens: their texts by role, and the chat template.
+    config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder may be gone); generation: how that
+    decoder ends and samples its texts; tokenizer: tokenizer.json; special_tokens: their texts by role, and the chat template.
     """
     special = {name: getattr(tokenizer, name) for name in SPECIAL if getattr(tokenizer, name, None) is not None}
     return {
         "config": to_dict(config),
         "model": model.config.to_json_string(use_diff=False),
+        "generation": model.generation_config.to_dict(),
         "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
         "special_tokens": {**special, "chat_template": tokenizer.chat_template},
     }
@@ -82,6 +83,8 @@ def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
 def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     import json
 
+    from transformers import GenerationConfig
+
     from callbacks.checkpoints import read_checkpoint
     from comet_pl import CometConfig, CometForCausalLM
     from comet_pl.adapters import add_adapters, merge_adapters, new_rows
@@ -106,6 +109,9 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     except RuntimeError as error:
         raise UserError(f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}") from None
     merge_adapters(model)
+    if "generation" in content:
+        model.generation_config = GenerationConfig.from_dict(content["generation"])
+        model.suppress_new_ids()
     return model.eval(), restore_tokenizer(content), config
 
 

@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import PasskeyData
+from comet_pl.conversation import encode
 from comet_pl.errors import UserError
-from data.base import IGNORED, ResumableLoader, encode, nothing, stop_token, validation_loader
+from data.base import IGNORED, ResumableLoader, nothing, stop_token, validation_loader
 from data.filler import sentences
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."

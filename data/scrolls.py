@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import ScrollsData
-from comet_pl.conversation import frame
+from comet_pl.conversation import encode, frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
 from comet_pl.values import nearest
-from data.base import IGNORED, ResumableLoader, encode, pad_rows, pad_token, say, stop_token, validation_loader
+from data.base import IGNORED, ResumableLoader, pad_rows, pad_token, say, stop_token, validation_loader
 from data.jsonl import Complaints, Row, find, hub_rows, read
 
 MAX_NEW_TOKENS = {

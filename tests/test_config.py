@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from comet_pl.config import (
     CONF_DIR,
     DATA_KINDS,
+    BackboneConfig,
     Config,
     PasskeyData,
     ScrollsData,
@@ -440,3 +441,29 @@ def test_the_configuration_needs_neither_torch_nor_lightning():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_type"].metadata["choices"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_can_be_built_from_scratch(family):
+    from comet_pl.build import build_model
+    from comet_pl.model.backbone import SUPPORTED
+    from data.base import train_tokenizer
+
+    assert set(SUPPORTED) == set(FAMILIES)
+    sizes = ["hidden_size=16", "head_dim=8", "num_attention_heads=2", "num_key_value_heads=2", "intermediate_size=24"]
+    config = load([f"backbone.model_type={family}", *(f"backbone.{size}" for size in sizes)])
+    model = build_model(config, train_tokenizer(["a b c"], 300))
+    assert model.config.backbone_config.model_type == family
+    assert model.config.backbone_config.max_position_embeddings == 8 + 16 + 64 + 8 + 8  # m + K + C + C/s + m of conf=passkey
+
+
+def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatch):
+    from comet_pl.build import build_tokenizer
+
+    config = load(["backbone=smollm2_135m"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"backbone.path: models/smollm2_135m is not there yet; `make smollm2` builds it"):
+        build_tokenizer(config)

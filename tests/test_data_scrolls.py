@@ -13,10 +13,11 @@ import pytest
 import zstandard
 
 from comet_pl.config import ScrollsData
+from comet_pl.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
 from data import jsonl
-from data.base import encode, train_tokenizer
+from data.base import train_tokenizer
 from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, split_input, tasks, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}

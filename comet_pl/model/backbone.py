@@ -17,8 +17,8 @@ from comet_pl.model.config import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
 from comet_pl.model.step import Rope, Step
 
-# model_type -> who uses it. What these layers have in common is the cell: norm, q/k/v/o projections, RoPE, norm, MLP. Where they differ (biases,
-# norms of queries and keys, layers without RoPE) the modules taken over, or Cell.__init__, already know.
+# model_type -> who uses it. What these layers have in common is the cell: norm, q/k/v/o projections, RoPE, norm, MLP. Where they differ
+# (biases, norms of queries and keys, layers without RoPE) the modules taken over, or Cell.__init__, already know.
 SUPPORTED = {
     "llama": "Llama 2 and 3, SmolLM2",
     "mistral": "Mistral without sliding window",
@@ -34,8 +34,8 @@ def check_backbone(config: PretrainedConfig) -> None:
     if config.model_type not in SUPPORTED:
         known = "; ".join(f"{name} ({users})" for name, users in SUPPORTED.items())
         raise ValueError(
-            f"backbone model_type {config.model_type!r} is not supported; supported: {known}. A decoder with the same kind of layer needs a "
-            "line in SUPPORTED, any other its own Cell.project and Cell.forward: both are in comet_pl/model/backbone.py"
+            f"backbone model_type {config.model_type!r} is not supported; supported: {known}. A decoder with the same kind of layer needs "
+            "a line in SUPPORTED, any other its own Cell.project and Cell.forward: both are in comet_pl/model/backbone.py"
         )
     window = getattr(config, "sliding_window", None)
     sliding = window is not None and getattr(config, "use_sliding_window", True)

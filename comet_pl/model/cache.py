@@ -96,7 +96,7 @@ class CometCache(Cache):
         """Of a cache that came from a file: every row's entries are there, and each tensor has this model's sizes."""
         rows = len(self.rows)
         shapes = config.cache_shapes(rows, least_stride(self.rows))
-        needed = {name: 0 for name in LayerMemory._fields}
+        needed = dict.fromkeys(LayerMemory._fields, 0)
         for row in self.rows:
             own = open_tokens(row.fill, row.stride)
             entries = {"state": row.global_slots, "temporary": row.temporary_slots, "pending": own - row.fill}
@@ -208,6 +208,8 @@ class CometCache(Cache):
         beside = Path(f"{path}.{os.getpid()}.part")
         try:
             save_file(tensors, beside, metadata={"comet_cache": json.dumps(facts)})
+            os.umask(mask := os.umask(0))
+            os.chmod(beside, 0o666 & ~mask)  # safetensors writes for its owner alone
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
@@ -271,10 +273,11 @@ def check_room(config: CometConfig, batch: int, dtype: torch.dtype, device: torc
     """Raises TooLittleMemory if a cache for `batch` texts does not fit into what is free on the device."""
     needed, free = config.cache_bytes(batch, dtype, stride), free_bytes(device)
     if free is not None and needed > free:
-        one = needed / batch / 2**20
+        fit = free // (needed // batch)
+        advice = f"read at most {fit} at once, or choose" if fit else "choose"
         raise TooLittleMemory(
-            f"the memory of {batch} texts takes {needed / 2**20:,.0f} MiB ({one:,.1f} each, whatever their length), but {free / 2**20:,.0f} "
-            f"MiB are free on {device}: read at most {free // (needed // batch)} at once, or choose smaller memories or chunks"
+            f"the memory of {batch} text(s) takes {needed / 2**20:,.0f} MiB, whatever their length, but {free / 2**20:,.0f} MiB are free "
+            f"on {device}: {advice} smaller memories or chunks"
         )
 
 

@@ -58,14 +58,15 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 parameter._is_hf_initialized = not is_memory(name)  # type: ignore[attr-defined]
             self.to(device=weight.device, dtype=weight.dtype)
         self.post_init()
-        self._suppress_new_ids()
+        self.suppress_new_ids()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, GateProjection) and module.start_bias is not None:
             init.constant_(module.bias, module.start_bias)
 
-    def _suppress_new_ids(self) -> None:
+    def suppress_new_ids(self) -> None:
+        """Generation never says a compression or readout token."""
         if self.generation_config is not None:
             self.generation_config.suppress_tokens = self.config.new_token_ids or None
 
@@ -91,7 +92,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             decoder = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
             model = cls.from_decoder(decoder, comet or {})
-        model._suppress_new_ids()
+        model.suppress_new_ids()
         return model
 
     @classmethod

@@ -120,7 +120,7 @@ class CometConfig(PretrainedConfig):
         self.readout_token_ids = self.readout_token_ids[: self.global_size]
 
     def positions(self, stride: int | None = None) -> int:
-        """The most positions that a chunk of C text tokens takes: m + K slots, text, compression and readout tokens. stride: instead of s."""
+        """The most positions that a chunk of C text tokens takes: m + K slots, text, compression, readout tokens. stride: instead of s."""
         stride = stride or self.compression_stride or NO_STRIDE
         slots = self.global_size + (self.temporary_capacity if self.compression_stride else 0)
         return slots + self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
@@ -140,8 +140,8 @@ class CometConfig(PretrainedConfig):
         return shapes
 
     def cache_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32, stride: int | None = None) -> int:
-        """Bytes of a CometCache for `batch` texts of any length: CometCache.nbytes, known beforehand. stride: the least of its rows', if they
-        have their own."""
+        """Bytes of a CometCache for `batch` texts of any length: CometCache.nbytes, known beforehand. stride: the least of its rows', if
+        they have their own."""
         elements = sum(math.prod(shape) for shape in self.cache_shapes(batch, stride).values())
         return elements * dtype.itemsize * self.backbone_config.num_hidden_layers
 

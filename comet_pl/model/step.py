@@ -57,8 +57,8 @@ class Step:
 
     @property
     def mask(self) -> Tensor:
-        """(B, 1, W, L) or (W, L): True where a token sees a column. Made anew for each layer: little beside what it masks, and torch.compile
-        then sees one kind of step instead of two."""
+        """(B, 1, W, L) or (W, L): True where a token sees a column. Made anew for each layer: little beside what it masks, and
+        torch.compile then sees one kind of step instead of two."""
         columns = torch.arange(self.columns, device=self.positions.device)
         seen = columns <= self.positions[:, :, None]
         return seen[0] if self.uniform else seen[:, None]

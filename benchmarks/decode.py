@@ -34,9 +34,9 @@ import measure_decode
 import report
 import torch
 from measure_decode import KINDS, ROOT, SMOLLM2_135M, TINY, USUAL_MODEL, Lane
-from prefill import DTYPES, Parser
+from prefill import DTYPES
 
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.results import Bar
 
 HERE = Path(__file__).resolve().parent
@@ -52,7 +52,7 @@ LEAST = {"global_size": 0}  # everything else: 1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="size", action="store_const", const="small", help="a tiny random model")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="the paper's memory sizes")

@@ -8,7 +8,6 @@ from typing import Any
 import matplotlib
 import report
 from matplotlib.figure import Figure
-from pipeline_report import new_table
 from rich.console import Console
 from rich.table import Table
 
@@ -76,7 +75,7 @@ def show(result: dict[str, Any]) -> None:
 def time_table(result: dict[str, Any]) -> Table:
     """A context a row: ms a token of each side, single steps of ours, both caches."""
     heads = ("context", "CoMeT", "median", "p99", "closing", "full", "in place", "MiB: CoMeT", "full")
-    table = new_table(f"{result['clock']} time, ms", *heads)
+    table = report.new_table(f"{result['clock']} time, ms", *heads)
     found = {(one["what"], one["length"]): one for one in result["lengths"]}
     key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
     for n in sorted({length for _, length in found}):
@@ -91,7 +90,7 @@ def time_table(result: dict[str, Any]) -> Table:
 
 def kind_table(result: dict[str, Any]) -> Table:
     """CoMeT's steps by what they process."""
-    table = new_table("CoMeT's steps: median ms and share of the time", "context", *KINDS.values())
+    table = report.new_table("CoMeT's steps: median ms and share of the time", "context", *KINDS.values())
     for one in result["lengths"]:
         if one["what"] == "comet":
             kinds = [one["kinds"].get(kind) for kind in KINDS]

@@ -31,22 +31,23 @@ Read = Callable[[Tensor], Tensor]
 PIECE = 4  # chunks
 
 
-def full_cache(model: CometForCausalLM, shape: Shape) -> CometCache:
-    """A cache as after many chunks: every slot taken. What stands in the slots (noise) does not change what reading costs."""
+def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> CometCache:
+    """A cache of one text that was read up to `clock`, filled with noise: what stands in it does not change what going on costs."""
     cache = CometCache().begin(model.config, 1, model.fingerprint)
-    cache.rows = [RowClock(stride=shape.stride, global_slots=shape.global_size, temporary_slots=shape.capacity)]
+    cache.rows, cache.columns = [clock], columns
     cache.reserve(model.config, model.dtype, model.device)
     for memory in cache.memories:
-        for slots in (memory.state, memory.temporary):
-            assert slots is not None
-            slots.normal_()
+        for buffer in memory:
+            if buffer is not None:
+                buffer.normal_()
     return cache
 
 
 def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Read]:
     """Ours and the reference, with the same weights and the same full memory; each call reads chunks of C tokens and goes on from there."""
     model = CometForCausalLM(shape.comet()).to(device, dtype).eval()
-    cache, reference = full_cache(model, shape), SlotsInFull(model)
+    full = RowClock(stride=shape.stride, global_slots=shape.global_size, temporary_slots=shape.capacity)
+    cache, reference = noise_cache(model, full), SlotsInFull(model)
     for i, memory in enumerate(cache.memories):
         reference.states[i], reference.temporary[i] = memory.state.clone(), memory.temporary.clone()  # type: ignore[union-attr]
 

@@ -16,7 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-from measure import timed
+from measure import noise_cache, timed
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -115,18 +115,11 @@ def filled_attention_cache(decoder: PreTrainedModel, length: int, in_place: bool
     return cache
 
 
-def filled_comet_cache(model: CometForCausalLM, length: int) -> CometCache:
-    """As after `length` tokens in one go: the clock that reading would leave, noise in every buffer."""
+def clock_after(model: CometForCausalLM, length: int) -> RowClock:
+    """The clock that reading `length` tokens in one go would leave."""
     config = model.config
     sizes = {"chunk_size": config.chunk_size, "global_size": config.global_size, "capacity": config.temporary_capacity}
-    cache = CometCache().begin(config, 1, model.fingerprint)
-    cache.rows, cache.columns = [plan_row(RowClock(stride=config.compression_stride or NO_STRIDE), length, **sizes)[1]], length
-    cache.reserve(config, model.dtype, model.device)
-    for memory in cache.memories:
-        for buffer in memory:
-            if buffer is not None:
-                buffer.normal_()
-    return cache
+    return plan_row(RowClock(stride=config.compression_stride or NO_STRIDE), length, **sizes)[1]
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -215,7 +208,7 @@ def open_lane(what: str, model: PreTrainedModel, length: int, read: int, room: i
     """
     filled = length > read
     if isinstance(model, CometForCausalLM):
-        cache: Cache = filled_comet_cache(model, length) if filled else CometCache()
+        cache: Cache = noise_cache(model, clock_after(model, length), length) if filled else CometCache()
     elif filled:
         cache = filled_attention_cache(model, length, what == "in_place", room)
     else:

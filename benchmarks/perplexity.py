@@ -32,12 +32,10 @@ import report
 import torch
 from matplotlib.figure import Figure
 from measure_decode import ROOT, USUAL_MODEL, load_decoder, plug_in
-from pipeline_report import new_table
-from prefill import Parser
 from rich.console import Console
 from torch import Tensor
 
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.model.chunking import fixed_chunks
 from comet_pl.results import PLAIN, Bar
 
@@ -49,7 +47,7 @@ Loss = Callable[[Tensor], float]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, nargs="+", metavar="BOOK", help="text files, UTF-8")
     parser.add_argument("--model", metavar="FOLDER", help="the plain decoder (default: models/smollm2_135m)")
     parser.add_argument("--ckpt", type=Path, metavar="RUN", help="a run, a checkpoint or a saved folder, fine-tuned from that decoder")
@@ -233,7 +231,9 @@ def plot(result: dict[str, Any]) -> Figure:
 
 def show(result: dict[str, Any]) -> None:
     console = Console()
-    table = new_table(f"{result['pieces']} pieces of {result['tokens']} tokens", "", "perplexity", "loss, nats a token", "minus plain")
+    table = report.new_table(
+        f"{result['pieces']} pieces of {result['tokens']} tokens", "", "perplexity", "loss, nats a token", "minus plain"
+    )
     for one in result["models"]:
         loss, more = (f"{one[key]:{sign}.4f} +/- {one[f'{key}_error']:.4f}" for key, sign in (("loss", ""), ("difference", "+")))
         table.add_row(one["name"], f"{one['perplexity']:.3f}", loss, more if one["name"] != "plain" else "")

@@ -28,11 +28,10 @@ import pipeline_report
 import report
 from pipeline_clock import longest_chain, shares
 from pipeline_steps import ALONE, ARRANGEMENTS, BOTH, Job, measure, message_shape, peak_memory
-from prefill import Parser
 from rich.progress import track
 from shapes import SHAPES, Shape
 
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.parallel.schedule import SCHEDULES, Timeline, compare, simulate
 
 HERE = Path(__file__).resolve().parent
@@ -51,7 +50,7 @@ TRANSFERS = (0.1, 0.5, 1.0, 2.0)  # forward cells that a message takes, besides 
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a small model, a short text, one round")
     parser.add_argument("--rounds", type=int, metavar="N", help="how often each arrangement runs (default: 5; --small: 1)")
     parser.add_argument("--layers", type=int, metavar="L", help="default: 12; --small: 3")
@@ -63,10 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
             setattr(options, name, small if options.small else usual)
         if getattr(options, name) < least:
             raise UserError(f"--{name}: {getattr(options, name)} given, a whole number >= {least} is needed")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)  # now, not after the measurement
-    except OSError as error:
-        raise UserError(f"--out: {options.out} cannot be made: {error.strerror}") from None
+    report.make_folder(options.out)
     return options
 
 

@@ -134,16 +134,9 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def new_table(title: str, *heads: str) -> Table:
-    table = Table(title=title, padding=0)  # so that it fits 80 columns
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left", min_width=0 if head else 11)
-    return table
-
-
 def time_table(result: dict[str, Any]) -> Table:
     title = f"a step of {result['chunks']} chunks x {result['shape']['layers']} layers, seconds, best of {result['rounds']}"
-    table = new_table(title, "", "step", "forward", "sum of gradients", "processor time", "taken by others")
+    table = report.new_table(title, "", "step", "forward", "sum of gradients", "processor time", "taken by others")
     for row in result["arrangements"]:
         wall = row["wall"]
         cells = (wall["step"], wall["forward"], wall["reduced"] - wall["step"], row["processor"]["step"])
@@ -153,7 +146,7 @@ def time_table(result: dict[str, Any]) -> Table:
 
 def speed_table(result: dict[str, Any]) -> Table:
     heads = ("step", "processor time", "simulated", "with sum of gradients", "forward only", "simulated")
-    table = new_table("speed-up over one process", "", *heads)
+    table = report.new_table("speed-up over one process", "", *heads)
     for row in piped(result):
         wall, by_processor = row["wall"], row["processor"]["step_speedup"]
         found = (wall["step_speedup"], by_processor, row["predicted"], wall["reduced_speedup"], wall["forward_speedup"])
@@ -164,7 +157,7 @@ def speed_table(result: dict[str, Any]) -> Table:
 def wait_table(result: dict[str, Any]) -> Table:
     """Shares of each rank's time in the best round. Waiting and communication: by the messages' times, not by the simulator."""
     heads = ("rank", "computing", "waits for neighbour", "simulated", "communi- cation", "Ring. seconds")
-    table = new_table("where a rank's time goes; communication: transfers, sending", "", *heads)
+    table = report.new_table("where a rank's time goes; communication: transfers, sending", "", *heads)
     for row in piped(result):
         for rank, (one, idle) in enumerate(zip(row["ranks"], row["predicted_wait"], strict=True)):
             computing, neighbour, communication = (seconds / one["seconds"] for seconds in parts(one).values())
@@ -175,7 +168,7 @@ def wait_table(result: dict[str, Any]) -> Table:
 
 def memory_table(result: dict[str, Any]) -> Table:
     title = "peak memory of the fullest rank beyond weights and gradients, MiB (layer_level)"
-    table = new_table(title, "P", "all kept", "of P = 1", "recomputed", "of P = 1")
+    table = report.new_table(title, "P", "all kept", "of P = 1", "recomputed", "of P = 1")
     peaks = {(one["ranks"], one["recompute"]): max(one["mib"]) for one in result["memory"]}
     for ranks in sorted({ranks for ranks, _ in peaks}):
         cells = [(peaks[ranks, how], peaks[ranks, how] / peaks[1, how]) for how in (False, True)]

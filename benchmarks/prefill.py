@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -27,7 +27,7 @@ import torch
 from rich.progress import track
 from shapes import FORMULA, SHAPES, floor
 
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import Parser, UserError, run_cli
 
 HERE = Path(__file__).resolve().parent
 MARGIN = 1.15  # ours may take this much more than the floor
@@ -35,13 +35,8 @@ LIMITS = {"comet": 1 << 40, "slots_in_full": 65536, "full_attention": 32768}  # 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="size", action="store_const", const="small", help="everything at a sixteenth of the paper's shape")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="lengths at the paper's shape")

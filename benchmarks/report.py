@@ -142,3 +142,10 @@ def show(result: dict[str, Any]) -> None:
         met = "met" if flat["peak_mib"] <= FLAT_WITHIN else "MISSED"
         console.print(f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}")
         console.print(f"  (what reading adds to the process differs by {flat['reading_mib']:.1%})")
+
+
+def new_table(title: str, *heads: str) -> Table:
+    table = Table(title=title, padding=0)  # so that it fits 80 columns
+    for head in heads:
+        table.add_column(head, justify="right" if head else "left", min_width=0 if head else 11)
+    return table

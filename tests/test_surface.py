@@ -122,7 +122,7 @@ def test_gradient_checkpointing_flag_recomputes_every_cell():
         model, ids = tiny().train(), text(2, 14)
         if recompute:
             model.gradient_checkpointing_enable()
-            assert model.is_gradient_checkpointing
+            assert model.gradient_checkpointing
         seen = [0]
         for cell in model.model.layers:
             cell.self_attn.q_proj.register_forward_hook(lambda *_, seen=seen: seen.__setitem__(0, seen[0] + 1))

@@ -128,6 +128,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         strides: Sequence[int] | Tensor | None = None,
         resets: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
         return_dict: bool | None = None,
+        **others: Any,
     ) -> CausalLMOutputWithPast:
         """Reads N more columns of B texts.
 
@@ -142,6 +143,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: divides the summed loss (default: this call's targets).
             strides: (B,) compression stride of each row, kept in the cache. resets: a bool for each listed chunk; True empties the row's
                 memory before it.
+            others: what libraries around a decoder pass along as None or False, such as inputs_embeds.
 
         Returns:
             .loss, .logits (B, n, V) (zeros' logits at padding: undefined), .past_key_values
@@ -149,6 +151,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments that contradict each other; the message names the argument, what was given and what is allowed.
         """
+        if strange := [name for name, value in others.items() if value is not None and value is not False]:
+            raise ValueError(f"{strange[0]}: given, but a CoMeT's forward has no such argument")
         if use_cache is None:
             use_cache = past_key_values is not None or not self.training
         call = Call.prepare(

@@ -65,8 +65,8 @@ class CometModule(lightning.LightningModule):
         """One optimizer step.
 
         Args:
-            batch: input_ids, attention_mask, labels (unshifted), each (B, N); chunk_sizes, a list of each row's chunks, where the data
-                prescribe them. B = rows a micro-batch * train.accumulate.
+            batch: input_ids, attention_mask, labels (unshifted), each (B, N); chunk_sizes, resets and strides, where the data prescribe
+                them (see cut_windows). B = rows a micro-batch * train.accumulate.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -94,7 +94,7 @@ class CometModule(lightning.LightningModule):
 
     def _walk(self, batch: dict[str, Any], targets: int) -> Tensor:
         """Adds up a micro-batch's gradients window by window; returns its part of the loss."""
-        windows = cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks, batch.get("chunk_sizes"))
+        windows = cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks)
         loss = torch.zeros((), device=self.device)
         read = getattr(self.trainer.strategy, "read", read_windows)
         for part in read(self.model, windows, targets):

@@ -52,20 +52,21 @@ def cuts(draw):
             while left:
                 plans[-1].append(draw(st.integers(1, left)))
                 left -= plans[-1][-1]
+        batch |= {"chunk_sizes": plans, "resets": [[draw(st.booleans()) for _ in plan] for plan in plans]}
     return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3])), plans
 
 
 @given(cuts())
 def test_windows_are_the_rows_cut_at_chunks(cut):
     batch, chunk_size, chunks, plans = cut
-    windows = cut_windows(batch, chunk_size, chunks, plans)
+    windows = cut_windows(batch, chunk_size, chunks)
     assert sum(window.targets for window in windows) == count_targets(batch)
     assert not windows or windows[-1].targets
     for row in range(len(batch["input_ids"])):
         real = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][real].tolist(), batch["labels"][row][real].tolist()
         plan = fixed_chunks(len(ids), chunk_size) if plans is None else plans[row]
-        read, targets, sizes = [], [], []
+        read, targets, sizes, resets = [], [], [], []
         for window in windows:
             here = window.attention_mask[row].bool()
             assert here.tolist() == sorted(here.tolist(), reverse=True)  # right-padded
@@ -74,16 +75,18 @@ def test_windows_are_the_rows_cut_at_chunks(cut):
             read += window.input_ids[row][here].tolist()
             targets += window.shift_labels[row][here].tolist()
             sizes += window.chunk_sizes[row]
+            resets += [] if plans is None else window.resets[row]
         assert read == ids[: len(read)]
         assert targets == [*labels[1:], -100][: len(read)]
         assert all(label == -100 for label in labels[len(read) + 1 :])  # what was left out had no target
         assert sizes == plan[: len(sizes)]
+        assert resets == ([] if plans is None else batch["resets"][row][: len(sizes)])
         assert chunks is None or all(len(window.chunk_sizes[row]) <= chunks for window in windows)
 
 
 def test_windows_refuse_a_plan_that_does_not_fit():
     with pytest.raises(ValueError, match="chunk_sizes: row 1 sums to 7, but it has 6 real tokens"):
-        cut_windows(ragged([6, 6]), 4, None, [[6], [7]])
+        cut_windows({**ragged([6, 6]), "chunk_sizes": [[6], [7]]}, 4, None)
 
 
 def test_split_rows_keeps_what_belongs_to_a_row():

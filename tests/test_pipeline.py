@@ -12,6 +12,7 @@ import torch.distributed as dist
 from models import same_cache, text, tiny
 from ranks import in_processes
 
+from comet_pl.model.chunking import fixed_chunks
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
@@ -31,6 +32,8 @@ class Case:
     lengths: tuple[int, ...] = (40, 40)
     labelled: tuple[tuple[int, int], ...] = ((0, 1000),)  # columns with labels, for all rows
     window: int | None = None
+    packed: bool = False  # chunks of other sizes, and every second one but the first starts a document
+    strides: tuple[int, ...] | None = None  # of the rows in turn
     accumulate: int = 1
     recompute: bool = False
     sharding: str = "none"
@@ -52,7 +55,13 @@ class Case:
             for start, end in self.labelled:
                 labels[row, start : min(end, length)] = ids[row, start : min(end, length)]
         mine = slice(rank, None, self.data)
-        return {"input_ids": ids[mine], "attention_mask": mask[mine], "labels": labels[mine]}
+        batch = {"input_ids": ids[mine], "attention_mask": mask[mine], "labels": labels[mine]}
+        if self.packed:
+            sizes = [fixed_chunks(length, CHUNK - 1) for length in self.lengths[mine]]
+            batch |= {"chunk_sizes": sizes, "resets": [[t % 2 == 0 for t in range(len(row))] for row in sizes]}
+        if self.strides is not None:
+            batch["strides"] = [self.strides[row % len(self.strides)] for row in range(len(self.lengths))][mine]
+        return batch
 
     def windows(self, rank: int) -> list[Any]:
         """Windows of each micro-batch of a data-parallel rank."""
@@ -131,6 +140,8 @@ CASES = {
     "ragged": Case(lengths=(38, 12, 27)),
     "windows": Case(window=3, lengths=(38, 21)),
     "uneven": Case(lengths=(33, 33)),  # 7 chunks
+    "packed documents": Case(packed=True, lengths=(40, 23)),
+    "packed, in windows, with strides of their own": Case(packed=True, lengths=(38, 21), strides=(1, 2), window=3),
     "no labels on the first rank": Case(labelled=((35, 1000),)),
     "no labels on the last rank": Case(labelled=((0, 12),)),
     "one chunk": Case(lengths=(4, 3)),  # a rank has nothing to do

@@ -43,12 +43,17 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
     Args:
         aligned: each window begins on the first rank, with relays from where the one before ended.
     """
-    clocks = [RowClock(stride=config.compression_stride or NO_STRIDE)] * (len(windows[0].chunk_sizes) if windows else 0)
+    rows, stride = len(windows[0].chunk_sizes) if windows else 0, config.compression_stride or NO_STRIDE
+    strides = (windows[0].strides if windows else None) or [stride] * rows
+    clocks = [RowClock(stride=stride) for stride in strides]
     plan: list[Run] = []
 
     def add(window: int, part: Window | None) -> None:
         nonlocal clocks
-        after = clocks if part is None else [_after(config, *row) for row in zip(clocks, part.chunk_sizes, strict=True)]
+        after = clocks
+        if part is not None:
+            flags = part.resets or [None] * rows
+            after = [_after(config, *row) for row in zip(clocks, part.chunk_sizes, flags, strict=True)]
         plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after
 
@@ -77,7 +82,7 @@ def _slots(clocks: list[RowClock]) -> Slots:
     return max(clock.global_slots for clock in clocks), max(clock.temporary_slots for clock in clocks)
 
 
-def _after(config: CometConfig, clock: RowClock, sizes: list[int]) -> RowClock:
+def _after(config: CometConfig, clock: RowClock, sizes: list[int], resets: list[bool] | None) -> RowClock:
     """A row's clock after chunks of these sizes."""
     capacity, m = config.temporary_capacity, config.global_size
-    return plan_row(clock, sum(sizes), chunk_size=config.chunk_size, global_size=m, capacity=capacity, chunk_sizes=sizes)[1]
+    return plan_row(clock, sum(sizes), chunk_size=config.chunk_size, global_size=m, capacity=capacity, chunk_sizes=sizes, resets=resets)[1]

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from comet_pl.errors import UserError
 
 PAD, END, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
+AGENT_TOKENS = ["<|system|>", "<|tool|>"]  # more roles of CHAT_TEMPLATE, for data that has them
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
@@ -26,7 +27,7 @@ CHAT_TEMPLATE = (
 IGNORED = -100  # label of a token without loss
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, more_special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
     Every digit is a token of its own. Special tokens: <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the
@@ -34,7 +35,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
     Args:
         texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts
-            give fewer.
+            give fewer. more_special: further special tokens, such as AGENT_TOKENS; they follow the others.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -42,7 +43,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIAL_TOKENS, *more_special], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE)
@@ -140,7 +141,7 @@ class ResumableLoader:
         """The rest of the current epoch; if nothing is left of it, the next one."""
         if self.position >= len(self):
             self.epoch, self.position = self.epoch + 1, 0
-        for batch in _loader(self.dataset, self._batches(), self.collate, self.num_workers):
+        for batch in loader(self.dataset, self._batches(), self.collate, self.num_workers):
             self.position += 1
             yield batch
 
@@ -168,20 +169,20 @@ def validation_loader(
     """
     count, step = len(dataset), batch_size * world
     batches = [range(start + rank, min(start + step, count), world) for start in range(0, count, step)]
-    return _loader(dataset, batches, collate)
+    return loader(dataset, batches, collate)
 
 
-def _loader(dataset: Rows, batches: Iterable[Sequence[int]], collate: Callable[[list[Any]], Any], num_workers: int = 0) -> DataLoader[Any]:
+def loader(dataset: Rows, batches: Iterable[Sequence[int]], collate: Callable[[list[Any]], Any], num_workers: int = 0) -> DataLoader[Any]:
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),  # or each epoch would draw a number from the global one
     )
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers, forked, warns and switches it off itself
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the main one saves, and needs the rows of this step

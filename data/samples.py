@@ -1,0 +1,203 @@
+"""Samples in tokens: from rows once to a memory-mapped Arrow file (cached), or anew whenever they are needed (streamed).
+
+A source gives rows and says how a row becomes samples. Both ways hold no more than a few rows in memory, whatever the corpus' size; worker
+processes encode, and rows keep their order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.errors import UserError
+from comet_pl.results import Bar
+from data.base import say, start_worker
+from data.jsonl import Complaints, Row, UnusableRow
+
+VERSION = 1  # of what is written; another number leaves old files aside
+FLUSH = 64  # samples held before they are written
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document, or a conversation, in tokens.
+
+    ids: (n,) int32. learned: (n,) bool, the tokens with loss. notes: JSON-able; what evaluation wants to know of it.
+    """
+
+    ids: np.ndarray
+    learned: np.ndarray
+    notes: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Source(Protocol):
+    """Where rows come from, and how they become samples; goes to worker processes as it is."""
+
+    tokenizer: PreTrainedTokenizerBase
+    on_error: str
+
+    def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
+        """(place, row) in order; place names file and line."""
+        ...
+
+    def encode(self, row: Row) -> Sample:
+        """Raises UnusableRow, with the reason alone."""
+        ...
+
+    def key(self) -> dict[str, Any]:
+        """JSON-able: whatever the samples depend on, the tokenizer apart."""
+        ...
+
+
+class _Encoded(IterableDataset[Any]):
+    """Samples of a source in the order of its rows. Worker k of W encodes rows k, k + W, ...; the loader takes from them in turn.
+
+    An unusable row comes out as (place, reason), so that the main process raises or counts it.
+    """
+
+    def __init__(self, source: Source, start: int):
+        self.source, self.start = source, start
+
+    def __iter__(self) -> Iterator[Sample | tuple[str, str]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        complaints = _Listed()
+        for place, row in islice(complaints.merged(self.source.rows(complaints)), self.start + first, None, step):
+            if isinstance(row, str):
+                yield place, row
+                continue
+            try:
+                yield self.source.encode(row)
+            except UnusableRow as error:
+                yield place, str(error)
+
+
+class _Listed(Complaints):
+    """Complaints that take their turn among the rows, so that every worker counts rows alike."""
+
+    def __init__(self) -> None:
+        super().__init__("skip")
+        self.waiting: list[tuple[str, str]] = []
+
+    def add(self, place: str, reason: str, remedy: str = "") -> None:
+        self.waiting.append((place, reason))
+
+    def merged(self, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row | str]]:
+        for place, row in rows:
+            yield from self._take()
+            yield place, row
+        yield from self._take()
+
+    def _take(self) -> list[tuple[str, str]]:
+        taken, self.waiting = self.waiting, []
+        return taken
+
+
+def encoded(source: Source, complaints: Complaints, workers: int = 0, start: int = 0) -> Iterator[Sample | None]:
+    """A sample for each row, in order, from row `start` on; None for an unusable one, of which the complaints know.
+
+    Raises:
+        UserError: a file cannot be read; an unusable row, if complaints raise.
+    """
+    loader = DataLoader(
+        _Encoded(source, start),
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        generator=torch.Generator().manual_seed(0),
+    )
+    for found in loader:
+        if isinstance(found, Sample):
+            yield found
+        else:
+            complaints.add(*found)
+            yield None
+
+
+class CachedSamples:
+    """Samples by number, out of an Arrow file that stays on disk.
+
+    lengths: (rows,) tokens of each.
+    """
+
+    def __init__(self, file: Path):
+        import datasets
+        import pyarrow.compute
+
+        self.file = file
+        self.table = datasets.Dataset.from_file(str(file)).with_format("numpy")
+        self.lengths = pyarrow.compute.list_value_length(self.table.data["ids"]).to_numpy()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, number: int) -> Sample:
+        row = self.table[int(number)]
+        return Sample(row["ids"].astype(np.int32), row["learned"], json.loads(str(row["notes"])))
+
+
+def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedSamples:
+    """The samples of a source, tokenised now or by an earlier run with the same tokenizer, files and options.
+
+    Args:
+        folder: of all caches. name: for the progress bar and the messages, such as "train".
+
+    Raises:
+        UserError: a file cannot be read; an unusable row, with on_error=raise; the cache cannot be written.
+    """
+    place = folder / _digest(source)
+    file, report = place / f"{name}.arrow", place / f"{name}.json"
+    if not (file.exists() and report.exists()):
+        _write(source, file, report, name, workers)
+    summary = json.loads(report.read_text())["summary"]
+    if summary:
+        say(f"{name}: {summary}")
+    return CachedSamples(file)
+
+
+def _write(source: Source, file: Path, report: Path, name: str, workers: int) -> None:
+    from datasets import Features, Sequence, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    complaints = Complaints(source.on_error)
+    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
+    features = Features({"ids": Sequence(Value("int32")), "learned": Sequence(Value("bool")), "notes": Value("string")})
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with ArrowWriter(path=str(beside), features=features, writer_batch_size=FLUSH) as writer, Bar(None) as bar:
+            bar.name(f"tokenises {name}")
+            for sample in filter(None, encoded(source, complaints, workers)):
+                writer.write({"ids": sample.ids, "learned": sample.learned, "notes": json.dumps(sample.notes)})
+                bar.add(len(sample))
+            writer.finalize()
+        report.write_text(json.dumps({"summary": complaints.summary()}))
+        os.replace(beside, file)
+    except OSError as error:
+        raise UserError(f"data.cache: {file.parent} cannot be written: {error.strerror or error}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _digest(source: Source) -> str:
+    tokenizer = source.tokenizer
+    facts = [VERSION, source.on_error, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, source.key()]  # type: ignore[attr-defined]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def file_facts(paths: Sequence[Path]) -> list[list[Any]]:
+    """For `Source.key`: a file that changes has other samples."""
+    return [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in paths]

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import lzma
 import re
 import string
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from statistics import mean
 
+import pandas
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from comet_pl.metrics.scrolls import METRICS, ScrollsScore, average, exact_match, f1, normalise, scores
+from comet_pl.errors import UserError
+from comet_pl.metrics.scrolls import (
+    METRICS,
+    SCROLLS,
+    ScrollsScore,
+    average,
+    exact_match,
+    f1,
+    main,
+    normalise,
+    score_files,
+    scores,
+    submission_csv,
+)
 
 PREDICTIONS = ["exact match example", "hello there", "general kenobi"]
 REFERENCES = [["exact match example"], ["hello", "hi there"], ["commander kenobi"]]
@@ -25,7 +44,7 @@ def score(task: str, predictions=PREDICTIONS, references=REFERENCES) -> dict[str
     return metric.compute()
 
 
-@pytest.mark.parametrize("task", ["gov_report", "summ_screen_fd", "qmsum"])
+@pytest.mark.parametrize("task", ["gov_report", "summ_screen_fd", "qmsum", "squality"])
 def test_the_official_example_rouge(task: str):
     found = score(task)
     assert {name: round(value, 4) for name, value in found.items()} == {
@@ -109,3 +128,150 @@ def test_average_and_states():
     metric.update(["a dog"], [["no cat"]])
     assert metric.compute()["rouge1"] == 0
     assert isinstance(metric.total, torch.Tensor)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------------
+
+IDS = ["a", "b", "c"]
+
+
+def write(folder: Path, predictions: object = None, lines: list[str] | None = None) -> tuple[Path, Path]:
+    """The official example as files, or what is given instead."""
+    given, wanted = folder / "predictions.json", folder / "references.jsonl"
+    predictions = dict(zip(IDS, PREDICTIONS, strict=True)) if predictions is None else predictions
+    given.write_text(predictions if isinstance(predictions, str) else json.dumps(predictions))
+    rows = [
+        {"id": one, "pid": f"{one}_{n}", "output": text} for one, texts in zip(IDS, REFERENCES, strict=True) for n, text in enumerate(texts)
+    ]
+    wanted.write_text("\n".join([json.dumps(row) for row in rows] if lines is None else lines))
+    return given, wanted
+
+
+@pytest.mark.parametrize("task", sorted(METRICS))
+def test_the_official_example_in_files(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    given, wanted = write(tmp_path, dict(reversed(list(zip(IDS, PREDICTIONS, strict=True)))))  # in any order
+    packed = tmp_path / "references.jsonl.xz"
+    packed.write_bytes(lzma.compress(wanted.read_bytes()))
+    rouge = {"scrolls_score": 55.8136, "rouge1": 72.2222, "rouge2": 33.3333, "rougeL": 72.2222}
+    value = {"f1": 72.2222, "exact_match": 33.3333}
+    name = METRICS[task][0]
+    expected = rouge if name == "rouge1" else {"scrolls_score": value[name], name: value[name]}
+    for path in (wanted, packed):
+        main([task, str(given), str(path)])
+        assert json.loads(capsys.readouterr().out) == {**expected, "n": 3}
+
+
+def test_the_command_prints_json_alone(tmp_path: Path):
+    given, wanted = write(tmp_path)
+    command = [sys.executable, "-m", "comet_pl.metrics.scrolls", "quality", given, wanted]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout) == {"scrolls_score": 33.3333, "exact_match": 33.3333, "n": 3}
+
+
+def test_a_task_that_there_is_not(tmp_path: Path):
+    with pytest.raises(UserError, match=r"TASK: 'qualty' given \(did you mean quality\?\), allowed: gov_report, .*, squality$"):
+        main(["qualty", *map(str, write(tmp_path))])
+
+
+def test_missing_predictions_are_refused_or_count_as_nothing(tmp_path: Path):
+    files = write(tmp_path, {"a": "exact match example"})
+    with pytest.raises(
+        UserError, match=r"predictions.json: 2 of 3 ids of .*references.jsonl are missing; the first: 'b' \(--allow-missing"
+    ):
+        score_files("qasper", *files)
+    found = score_files("qasper", *files, allow_missing=True)
+    assert found == pytest.approx({"scrolls_score": 100 / 3, "f1": 100 / 3, "n": 3, "missing": 2})
+    assert score_files("qmsum", *files, allow_missing=True)["rouge1"] == pytest.approx(100 / 3)
+    files = write(tmp_path, {"a": "x", "bb": "y", "B": "z"})
+    for allowed in (False, True):
+        with pytest.raises(UserError, match=r"2 of 3 ids are not in .*; the first: 'bb' \(did you mean b\?\)"):
+            score_files("qasper", *files, allow_missing=allowed)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ("{", "predictions.json: not JSON: .*predictions {id: text} are needed"),
+        ("\ud800".encode("utf-16", "surrogatepass").decode("latin-1"), "predictions.json: not JSON"),
+        ("[" * 100_000, "predictions.json: not JSON"),
+        (["a"], "predictions.json: a list given, predictions {id: text} are needed"),
+        ({"a": "x", "b": ["y"]}, r"predictions.json: 'b': \['y'\] given, predictions"),
+        ({"a": None}, "predictions.json: 'a': None given"),
+        ('{"a": "x", "a": "y"}', "predictions.json: 'a' is there twice"),
+    ],
+)
+def test_predictions_that_are_none(predictions: object, message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        score_files("qmsum", *write(tmp_path, predictions))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "references.jsonl: no rows; references"),
+        (['{"id": "a", "output": "x"}', "{"], "references.jsonl:2: malformed row: not JSON"),
+        (['{"output": "x"}'], "references.jsonl:1: malformed row: id: missing"),
+        (['{"id": "a", "output": null}'], "references.jsonl:1: malformed row: output: None given, text is needed"),
+        (["3"], "references.jsonl:1: malformed row: a JSON object is needed"),
+    ],
+)
+def test_references_that_are_none(lines: list[str], message: str, tmp_path: Path):
+    with pytest.raises(UserError, match=message):
+        score_files("qmsum", *write(tmp_path, lines=lines))
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    given, wanted = write(tmp_path)
+    with pytest.raises(UserError, match=r"nowhere.json: cannot be read: No such file"):
+        score_files("qmsum", tmp_path / "nowhere.json", wanted)
+    with pytest.raises(UserError, match=r"nowhere.jsonl: cannot be read after line 0: No such file"):
+        score_files("qmsum", given, tmp_path / "nowhere.jsonl")
+    cut = tmp_path / "cut.jsonl.xz"
+    cut.write_bytes(lzma.compress(wanted.read_bytes())[:-30])
+    with pytest.raises(UserError, match=r"cut.jsonl.xz: cannot be read after line"):
+        score_files("qmsum", given, cut)
+    with pytest.raises(UserError, match="the following arguments are required: predictions"):
+        main(["qmsum"])
+
+
+@pytest.mark.parametrize("task", ["qmsum", "contract_nli", "narrative_qa"])
+def test_real_rows(task: str, shared_data: Path, tmp_path: Path):
+    """With a question's own references, or another's, as predictions; rows of one id are one question."""
+    path = shared_data / f"scrolls_small/{task}/validation.jsonl"
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    wanted: dict[str, list[str]] = {}
+    for row in rows:
+        wanted.setdefault(row["id"], []).append(row["output"])
+    given = {one: texts[-1] if number % 2 else rows[number]["output"] for number, (one, texts) in enumerate(wanted.items())}
+    (tmp_path / "predictions.json").write_text(json.dumps(given))
+    found = score_files(task, tmp_path / "predictions.json", path)
+    assert found["n"] == len(wanted) and 0 < found["scrolls_score"] <= 100
+    assert found["scrolls_score"] == pytest.approx(independent(task, [(given[one], texts) for one, texts in wanted.items()]))
+
+
+def test_the_submission_reads_back_as_the_site_reads_it(tmp_path: Path):
+    answers = {"1": 'He said "no", twice.', "2": "", "3": "two\nlines", "4": "a\rb\r\nc", "5": "NA", "6": "，。é", "007": " 1,5 "}
+    predictions = {task: {one: f"{text}{task}" if text else "" for one, text in answers.items()} for task in reversed(SCROLLS)}
+    path = tmp_path / "new" / "submission.csv"
+    submission_csv(predictions, path)
+    table = pandas.read_csv(path, dtype=object, keep_default_na=False, na_values=["!@#$%^&*()"])
+    assert list(table.columns) == ["Task", "ID", "Prediction"] and list(table["Task"].unique()) == SCROLLS
+    for task, wanted in predictions.items():
+        rows = table[table["Task"] == task]
+        assert dict(zip(rows["ID"], rows["Prediction"], strict=True)) == wanted
+    assert [one.name for one in path.parent.iterdir()] == ["submission.csv"]
+
+
+def test_submissions_that_are_refused(tmp_path: Path):
+    path, whole = tmp_path / "submission.csv", {task: {"1": "x"} for task in SCROLLS}
+    with pytest.raises(UserError, match="'squality' is no task of a submission"):
+        submission_csv({**whole, "squality": {"1": "x"}}, path)
+    with pytest.raises(UserError, match="no predictions for qmsum, quality; a submission needs all of gov_report"):
+        submission_csv({task: {} if task == "quality" else given for task, given in whole.items() if task != "qmsum"}, path)
+    assert not path.exists()
+    submission_csv(whole, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="cannot be written"):
+        submission_csv(whole, path / "below.csv")
+    assert path.read_bytes() == before

@@ -1,24 +1,40 @@
-"""The official scores of the SCROLLS tasks, all in percent.
+"""The official scores of the SCROLLS tasks, all in percent, and ZeroSCROLLS' squality.
 
-    gov_report, summ_screen_fd, qmsum   geometric mean of ROUGE-1, ROUGE-2 and ROUGE-L, each averaged over the examples first
-    qasper, narrative_qa                F1 over the answer's words, as SQuAD counts it
-    quality, contract_nli               exact match, as SQuAD normalises answers
+    gov_report, summ_screen_fd, qmsum, squality   geometric mean of ROUGE-1, ROUGE-2 and ROUGE-L, each averaged over the examples first
+    qasper, narrative_qa                          F1 over the answer's words, as SQuAD counts it
+    quality, contract_nli                         exact match, as SQuAD normalises answers
 
 Of several references the best counts, for each metric on its own.
+
+    python -m comet_pl.metrics.scrolls TASK predictions.json references.jsonl [--allow-missing]
+
+prints the scores as JSON. The predictions are {id: text}; the references are SCROLLS rows with id and output, plain or compressed
+(.xz, .gz, .zst); rows that share an id are references of one question. As with the official scorer, the ids of both must be the same.
+--allow-missing, which it has not, scores questions without a prediction as answered with nothing, and counts them.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import io
+import json
+import os
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
+
+from comet_pl import jsonl
+from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.values import nearest
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {
@@ -29,7 +45,10 @@ METRICS = {
     "narrative_qa": ["f1"],
     "quality": ["exact_match"],
     "contract_nli": ["exact_match"],
+    "squality": ROUGES,
 }
+SCROLLS = [task for task in METRICS if task != "squality"]
+"""The tasks of the benchmark and of its submission; squality is ZeroSCROLLS'."""
 
 
 def normalise(answer: str) -> str:
@@ -109,3 +128,124 @@ class ScrollsScore(Metric):
 def average(tasks: dict[str, dict[str, float]]) -> float:
     """Mean scrolls_score over tasks."""
     return sum(values["scrolls_score"] for values in tasks.values()) / len(tasks)
+
+
+# -- files ------------------------------------------------------------------------------------------------------------------------------
+
+
+def score_files(task: str, predictions: Path, references: Path, allow_missing: bool = False) -> dict[str, float]:
+    """What ScrollsScore computes, of files; with allow_missing also "missing", the number of questions without a prediction.
+
+    Raises:
+        UserError: no such task; a file that cannot be read or is not what the module says; ids that are in one file only.
+    """
+    if task not in METRICS:
+        raise UserError(f"TASK: {task!r} given{nearest(task, METRICS)}, allowed: {', '.join(METRICS)}")
+    wanted, given = read_references(references), read_predictions(predictions)
+    missing, unknown = [one for one in wanted if one not in given], [one for one in given if one not in wanted]
+    if unknown:
+        hint = nearest(unknown[0], missing)
+        raise UserError(f"{predictions}: {len(unknown)} of {len(given)} ids are not in {references}; the first: {unknown[0]!r}{hint}")
+    if missing and not allow_missing:
+        raise UserError(
+            f"{predictions}: {len(missing)} of {len(wanted)} ids of {references} are missing; the first: {missing[0]!r} "
+            "(--allow-missing scores them as answered with nothing)"
+        )
+    metric = ScrollsScore(task, sync_on_compute=False)
+    metric.update([given.get(one, "") for one in wanted], list(wanted.values()))
+    return metric.compute() | ({"missing": len(missing)} if allow_missing else {})
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """{id: text} of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or holds something else, or an id twice.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+            raise UserError(f"{path}: {twice!r} is there twice; one prediction for each id is needed")
+        return found
+
+    try:
+        given = json.loads(path.read_bytes(), object_pairs_hook=once)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON: {error}; predictions {{id: text}} are needed") from None
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: a {type(given).__name__} given, predictions {{id: text}} are needed")
+    for name, text in given.items():
+        if not isinstance(text, str):
+            raise UserError(f"{path}: {name!r}: {text!r:.40} given, predictions {{id: text}} are needed")
+    return given
+
+
+def read_references(path: Path) -> dict[str, list[str]]:
+    """{id: references} of a file of SCROLLS rows, in the order of the ids' first rows.
+
+    Raises:
+        UserError: it cannot be read, has no rows, or one without id or output.
+    """
+    found: dict[str, list[str]] = {}
+    for place, row in jsonl.rows(path):
+        if isinstance(row, str):
+            raise UserError(f"{place}: malformed row: {row}")
+        for name in ("id", "output"):
+            if not isinstance(row.get(name), str):
+                given = f"{row[name]!r:.40} given" if name in row else "missing"
+                raise UserError(f"{place}: malformed row: {name}: {given}, text is needed")
+        found.setdefault(row["id"], []).append(row["output"])
+    if not found:
+        raise UserError(f"{path}: no rows; references {{id, output}} are needed")
+    return found
+
+
+def submission_csv(predictions: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    """Writes what the benchmark's site takes, at once, whole: a line with Task, ID and Prediction for each answer to a test question.
+
+    Args:
+        predictions: {task: {id: text}}, for each task of SCROLLS.
+
+    Raises:
+        UserError: a task too many, or without predictions; the file cannot be written.
+    """
+    for task in predictions:
+        if task not in SCROLLS:
+            raise UserError(f"{path}: {task!r} is no task of a submission{nearest(task, SCROLLS)}, allowed: {', '.join(SCROLLS)}")
+    if lacking := [task for task in SCROLLS if not predictions.get(task)]:
+        raise UserError(f"{path}: no predictions for {', '.join(lacking)}; a submission needs all of {', '.join(SCROLLS)}")
+    text = io.StringIO()
+    lines = csv.writer(text)  # it ends lines with \r\n, and so quotes an answer with either of them
+    lines.writerow(["Task", "ID", "Prediction"])
+    lines.writerows([task, name, answer] for task in SCROLLS for name, answer in predictions[task].items())
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(text.getvalue().encode("utf-8", "replace"))  # half a surrogate pair becomes "?"
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="python -m comet_pl.metrics.scrolls", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", metavar="TASK", help=", ".join(METRICS))
+    parser.add_argument("predictions", type=Path, help="JSON file {id: text}")
+    parser.add_argument("references", type=Path, help="SCROLLS rows, .jsonl[.xz|.gz|.zst]")
+    parser.add_argument("--allow-missing", action="store_true", help="questions without a prediction count as answered with nothing")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+    values = score_files(**vars(parse(argv)))
+    print(json.dumps({name: round(value, 4) for name, value in values.items()}, indent=4))
+
+
+if __name__ == "__main__":
+    run_cli(main)

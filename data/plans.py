@@ -1,0 +1,157 @@
+"""Into which chunks a text is cut, and at which stride it is compressed: the mixture that the authors trained on.
+
+    fixed           C, C, ..., rest
+    right_aligned   rest, C, ..., C
+    random          a random number of chunks, from ceil(n / C) to M / C, of random sizes from 4 to C
+    uniform         M / C chunks of nearly equal size
+    sentence        each time the longest chunk that ends where a sentence does
+    mixture         one of these, drawn by the text's length
+
+Legend: n tokens of the text, C chunk size, M max_length of a text, s compression stride. A plan is a list of sizes >= 1 that sum to n, each
+at most C; only `with_priming` may give a last chunk of more. Whatever is random comes from the caller's generator, made from
+(seed, epoch, index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.model.chunking import fixed_chunks
+
+KINDS = ("fixed", "right_aligned", "random", "uniform", "sentence")
+LEAST = 4  # tokens of a random chunk
+SENTENCE_ENDS = ("\n", ".", ",", "。")  # a blank line ends on a newline too
+STOP_TOKENS = ("<|im_end|>", "<|end|>")
+LONGEST_STRIDE = 128
+
+
+def chunk_plan(
+    kind: str, n: int, chunk_size: int, max_length: int, random: np.random.Generator, ends: Sequence[bool] | np.ndarray | None = None
+) -> list[int]:
+    """Sizes of the chunks of a text; [] if it has no tokens.
+
+    Where the five kinds do not fit a text: a text longer than M counts as one of M = n; a text of fewer than M / C tokens has chunks of one
+    token; random chunks are shorter than 4 tokens where n is too small for ceil(n / C) of that size; where no sentence ends within C
+    tokens, C are taken, and a rest of at most C is one chunk.
+
+    Args:
+        kind: one of KINDS, or mixture. ends: for sentence and mixture: (n,) whether a chunk may end after this token
+            (sentence_ends(tokenizer)[ids]).
+
+    Raises:
+        ValueError: no such kind; n < 0; chunk_size or max_length < 1; ends are missing or not n.
+    """
+    if kind not in (*KINDS, "mixture"):
+        raise ValueError(f"kind: {kind!r} given, allowed: {', '.join(KINDS)}, mixture")
+    if n < 0 or chunk_size < 1 or max_length < 1:
+        raise ValueError(f"n >= 0, chunk_size >= 1 and max_length >= 1 are needed; {n}, {chunk_size} and {max_length} given")
+    if kind in ("sentence", "mixture") and (ends is None or len(ends) != n):
+        raise ValueError(f"ends: {'none' if ends is None else len(ends)} given, {kind} needs one for each of {n} tokens")
+    if kind == "mixture":
+        kind = draw_kind(n, chunk_size, max_length, random)
+    if n == 0:
+        return []
+    least, most = -(-n // chunk_size), -(-max(n, max_length) // chunk_size)
+    if kind == "fixed":
+        return fixed_chunks(n, chunk_size)
+    if kind == "right_aligned":
+        return fixed_chunks(n, chunk_size)[::-1]
+    if kind == "random":
+        count = int(random.integers(least, max(least, min(most, n // LEAST)), endpoint=True))
+        return _random_sizes(n, count, chunk_size, random)
+    if kind == "uniform":
+        size, larger = divmod(n, count := min(most, n))
+        return [size + 1] * larger + [size] * (count - larger)
+    return _to_ends(n, chunk_size, np.flatnonzero(np.asarray(ends)) + 1)
+
+
+def draw_kind(n: int, chunk_size: int, max_length: int, random: np.random.Generator) -> str:
+    """One of KINDS, with the authors' weights for a text of n tokens.
+
+    n              fixed   right_aligned   random   uniform   sentence
+    n < C             .8              .1       .1
+    C <= n < .75 M    .6              .1       .2       .05        .05
+    n >= .75 M        .6              .1       .1       .2
+
+    A text that fits into a chunk is in the first row, however short M is.
+    """
+    if n < chunk_size:
+        weights = (0.8, 0.1, 0.1, 0.0, 0.0)
+    elif n < 0.75 * max_length:
+        weights = (0.6, 0.1, 0.2, 0.05, 0.05)
+    else:
+        weights = (0.6, 0.1, 0.1, 0.2, 0.0)
+    return KINDS[random.choice(len(KINDS), p=weights)]
+
+
+def draw_stride(stride: int, random: np.random.Generator, longest: int = LONGEST_STRIDE) -> int:
+    """Dynamic compression: s, 2s, 4s, ... up to `longest`, k strides with weights k^2, (k - 1)^2, ..., 1; s if it is longer than that.
+
+    Raises:
+        ValueError: stride < 1.
+    """
+    if stride < 1:
+        raise ValueError(f"stride: {stride} given, allowed: >= 1")
+    strides = [stride]
+    while 2 * strides[-1] <= longest:
+        strides.append(2 * strides[-1])
+    weights = np.arange(len(strides), 0, -1.0) ** 2
+    return strides[random.choice(len(strides), p=weights / weights.sum())]
+
+
+def with_priming(plan: Sequence[int], last: int) -> list[int]:
+    """The plan of the same text whose last chunk has `last` tokens, more than C if asked for; the other chunks end where they did.
+
+    The whole text is that chunk if it has no more tokens; 0 leaves the plan as it is. Generation reads this chunk without chunk_sizes.
+
+    Raises:
+        ValueError: last < 0.
+    """
+    if last < 0:
+        raise ValueError(f"last: {last} given, allowed: >= 0")
+    left = sum(plan) - last
+    if last == 0 or not plan:
+        return list(plan)
+    sizes = []
+    for size in plan:
+        if left > 0:
+            sizes.append(min(size, left))
+            left -= size
+    return [*sizes, min(last, sum(plan))]
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """(V,) bool: ids after which a sentence may end: a stop token, and text that ends on a newline, '.', ',' or the Chinese full stop.
+
+    V is the largest id + 1. A full stop that a tokenizer spells in several byte tokens is not seen.
+    """
+    size = max(tokenizer.get_vocab().values()) + 1
+    texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
+    found = np.array([text.endswith(SENTENCE_ENDS) or text in STOP_TOKENS for text in texts])
+    if tokenizer.eos_token_id is not None:
+        found[tokenizer.eos_token_id] = True
+    return found
+
+
+def _random_sizes(n: int, count: int, most: int, random: np.random.Generator) -> list[int]:
+    """`count` sizes of 4 to `most` tokens that sum to n; smaller ones where n is too small."""
+    least = min(LEAST, n // count)
+    sizes, left = [], n
+    for later in reversed(range(count)):
+        size = int(random.integers(max(least, left - later * most), min(most, left - later * least), endpoint=True))
+        sizes.append(size)
+        left -= size
+    return random.permutation(sizes).tolist()  # the first draws have the most room: spread them
+
+
+def _to_ends(n: int, most: int, ends: np.ndarray) -> list[int]:
+    """ends: how many tokens there are up to each place where a chunk may end, ascending."""
+    cuts = [0]
+    while n - cuts[-1] > most:
+        before = int(np.searchsorted(ends, cuts[-1] + most, side="right"))
+        end = int(ends[before - 1]) if before else 0
+        cuts.append(end if end > cuts[-1] else cuts[-1] + most)
+    return np.diff([*cuts, n]).tolist()

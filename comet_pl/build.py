@@ -130,9 +130,11 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
     Raises:
         UserError: the data cannot be read or are impossible.
     """
-    train, module = config.train, _data_module(config.data)
-    steps = {"max_steps": config.trainer.max_steps} if isinstance(config.data, PasskeyData) else {}
-    return module(config.data, tokenizer, seed=config.seed, accumulate=train.accumulate, **steps)
+    more: dict[str, Any] = {"seed": config.seed, "accumulate": config.train.accumulate, "max_steps": config.trainer.max_steps}
+    if not isinstance(config.data, PasskeyData):
+        model = config.model
+        more |= {"chunk_size": model.chunk_size, "stride": model.compression_stride, "max_epochs": config.trainer.max_epochs}
+    return _data_module(config.data)(config.data, tokenizer, **more)
 
 
 def _data_module(data: PasskeyData | ScrollsData) -> Any:
@@ -189,7 +191,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
-            max_epochs=t.max_epochs,
+            max_epochs=t.max_epochs if isinstance(config.data, PasskeyData) else 1,  # texts: all epochs in one pass of the loader
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
             val_check_interval=val_interval,

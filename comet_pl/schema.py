@@ -12,6 +12,8 @@ from typing import Any
 from comet_pl.parallel.schedule import SCHEDULES
 
 PARAMETERS = ("all", "memory", "lora", "memory+lora")
+PACKING = ("none", "documents", "shared")
+PLANS = ("fixed", "right_aligned", "random", "uniform", "sentence", "mixture")
 SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
@@ -109,7 +111,7 @@ class PasskeyData:
         needs="[[0, length], [step, length], ...] with growing steps and lengths >= 1, or null",
     )
     haystack: str | None = key(None, "a text file to hide the keys in; null: sentences that the project makes itself")
-    batch_size: int = key(32, "examples a batch", min=1)
+    batch_size: int = key(32, "rows a batch", min=1)
     num_workers: int = key(0, "worker processes that make batches", min=0)
     val_lengths: list[int] | None = key(None, "lengths of the validation heat-map; null: [train_length]", min=1)
     val_depths: int = key(5, "depths of the validation heat-map, evenly spaced from 0 to 1", min=1)
@@ -117,16 +119,34 @@ class PasskeyData:
 
 
 @dataclass(frozen=True)
-class ScrollsData:
-    kind: str = key("scrolls", "which data: chooses the keys of this section")
-    root: str | None = key(None, "folder with <task>/<split>.jsonl[.xz|.gz|.zst]; null: the hub's tau/scrolls")
-    tasks: list[str] | None = key(None, "tasks to read; null: every task folder in root")
-    max_length: int = key(2048, "tokens of an example; a longer document loses its left part, never question or answer", min=1)
-    batch_size: int = key(4, "examples a batch", min=1)
-    num_workers: int = key(0, "worker processes that tokenise", min=0)
+class TextData:
+    """What all data of texts share (data/text.py)."""
+
+    kind: str = key("", "which data: chooses the keys of this section")
+    max_length: int = key(2048, "tokens of a row; what a longer text loses depends on data.kind, and is counted", min=1)
+    batch_size: int = key(4, "rows a batch", min=1)
+    packing: str = key(
+        "none", "several texts in a row; documents: each with a memory of its own; shared: one memory, as the authors", choices=PACKING
+    )
+    chunk_plan: str = key(
+        "fixed", "how training texts are cut into chunks; mixture: one kind drawn for each, as the authors", choices=PLANS
+    )
+    dynamic_stride: bool = key(False, "draw each training row's compression stride from s, 2s, 4s, ... up to 128")
+    streaming: bool = key(False, "read and tokenise rows when they are needed, instead of once into data.cache")
+    shuffle_window: int = key(1024, "with streaming: rows that are shuffled, and packed, together", min=1)
+    cache: str = key("runs/cache", "folder for tokenised texts, by tokenizer, files and options; used again, never cleared")
+    num_workers: int = key(0, "worker processes that tokenise and make batches", min=0)
     on_error: str = key(
         "raise", "a malformed row: raise (one line, naming file and line) or skip (counted and shown)", choices=("raise", "skip")
     )
+
+
+@dataclass(frozen=True)
+class ScrollsData(TextData):
+    kind: str = key("scrolls", "which data: chooses the keys of this section")
+    root: str | None = key(None, "folder with <task>/<split>.jsonl[.xz|.gz|.zst]; null: the hub's tau/scrolls")
+    tasks: list[str] | None = key(None, "tasks to read; null: every task folder in root")
+    max_length: int = key(2048, "tokens of a row; a longer document loses its left part, never question or answer", min=1)
     val_examples: int | None = key(64, "validation questions a task; null: all", min=1)
 
 

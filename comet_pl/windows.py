@@ -5,7 +5,6 @@ Legend: B rows, N columns, W columns of a window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 

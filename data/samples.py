@@ -33,7 +33,8 @@ FLUSH = 64  # samples held before they are written
 class Sample:
     """A document, or a conversation, in tokens.
 
-    ids: (n,) int32. learned: (n,) bool, the tokens with loss. notes: JSON-able; what evaluation wants to know of it.
+    ids: (n,) int32. learned: (n,) bool, the tokens with loss. notes: JSON-able; what evaluation wants to know of it, and cut: True if the
+    text had to lose a part.
     """
 
     ids: np.ndarray
@@ -55,7 +56,7 @@ class Source(Protocol):
         ...
 
     def encode(self, row: Row) -> Sample:
-        """Raises UnusableRow, with the reason alone."""
+        """Raises UnusableRow(reason), or UnusableRow(reason, remedy)."""
         ...
 
     def key(self) -> dict[str, Any]:
@@ -66,13 +67,13 @@ class Source(Protocol):
 class _Encoded(IterableDataset[Any]):
     """Samples of a source in the order of its rows. Worker k of W encodes rows k, k + W, ...; the loader takes from them in turn.
 
-    An unusable row comes out as (place, reason), so that the main process raises or counts it.
+    An unusable row comes out as (place, reason[, remedy]), so that the main process raises or counts it.
     """
 
     def __init__(self, source: Source, start: int):
         self.source, self.start = source, start
 
-    def __iter__(self) -> Iterator[Sample | tuple[str, str]]:
+    def __iter__(self) -> Iterator[Sample | tuple[str, ...]]:
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         complaints = _Listed()
@@ -83,7 +84,7 @@ class _Encoded(IterableDataset[Any]):
             try:
                 yield self.source.encode(row)
             except UnusableRow as error:
-                yield place, str(error)
+                yield place, *error.args
 
 
 class _Listed(Complaints):
@@ -120,7 +121,7 @@ def encoded(source: Source, complaints: Complaints, workers: int = 0, start: int
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
-    for found in loader:
+    for found in loader:  # default conversion would make tensors of samples: batch_size=None leaves them
         if isinstance(found, Sample):
             yield found
         else:
@@ -163,9 +164,8 @@ def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedS
     file, report = place / f"{name}.arrow", place / f"{name}.json"
     if not (file.exists() and report.exists()):
         _write(source, file, report, name, workers)
-    summary = json.loads(report.read_text())["summary"]
-    if summary:
-        say(f"{name}: {summary}")
+    for line in json.loads(report.read_text()):
+        say(f"{name}: {line}")
     return CachedSamples(file)
 
 
@@ -173,7 +173,7 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
 
-    complaints = Complaints(source.on_error)
+    complaints, cut, count = Complaints(source.on_error), 0, 0
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     features = Features({"ids": Sequence(Value("int32")), "learned": Sequence(Value("bool")), "notes": Value("string")})
     try:
@@ -183,8 +183,10 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
             for sample in filter(None, encoded(source, complaints, workers)):
                 writer.write({"ids": sample.ids, "learned": sample.learned, "notes": json.dumps(sample.notes)})
                 bar.add(len(sample))
+                count, cut = count + 1, cut + bool(sample.notes.get("cut"))
             writer.finalize()
-        report.write_text(json.dumps({"summary": complaints.summary()}))
+        lines = [f"{cut} of {count} texts cut, over data.max_length"] if cut else []
+        report.write_text(json.dumps([*lines, *filter(None, [complaints.summary()])]))
         os.replace(beside, file)
     except OSError as error:
         raise UserError(f"data.cache: {file.parent} cannot be written: {error.strerror or error}") from None

@@ -15,22 +15,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import ScrollsData
 from comet_pl.conversation import encode, frame
 from comet_pl.errors import UserError
-from comet_pl.metrics.scrolls import METRICS
+from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from comet_pl.values import nearest
-from data.base import IGNORED, ResumableLoader, pad_rows, pad_token, say, stop_token, validation_loader
-from data.jsonl import Complaints, Row, find, hub_rows, read
+from data.base import IGNORED, say, stop_token
+from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, read
+from data.samples import Sample, file_facts
+from data.text import TextDataModule
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
@@ -40,6 +39,7 @@ MAX_NEW_TOKENS = {
     "narrative_qa": 64,
     "quality": 128,
     "contract_nli": 16,
+    "squality": 512,
 }
 TASKS = list(METRICS)
 WITHOUT_QUESTION = ("gov_report", "summ_screen_fd")
@@ -53,7 +53,7 @@ def tasks(data: ScrollsData) -> list[str]:
         UserError: root is no folder or holds no task; a task that SCROLLS or root lacks.
     """
     if data.root is None:
-        there = TASKS
+        there = list(SCROLLS)
     else:
         root = Path(data.root).expanduser()
         if not root.is_dir():
@@ -110,6 +110,34 @@ def texts(data: ScrollsData) -> Iterator[str]:
                 break
 
 
+class Frame:
+    """What stands around a document: before | question, blank line | document | after | answer, stop token; all in tokens.
+
+    Raises:
+        UserError: the tokenizer has no end.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
+        self.tokenizer, self.max_length, self.stop = tokenizer, max_length, stop_token(tokenizer)
+        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
+
+    def question(self, text: str) -> np.ndarray:
+        return np.array(encode(self.tokenizer, text), dtype=np.int32)
+
+    def answer(self, text: str) -> np.ndarray:
+        return np.array([*encode(self.tokenizer, text.strip()), self.stop], dtype=np.int32)
+
+    def room(self, question: np.ndarray, answer: Sequence[int] | np.ndarray = ()) -> int:
+        """Tokens that a document may have."""
+        return self.max_length - len(self.before) - len(question) - len(self.after) - len(answer)
+
+    def too_long(self, room: int) -> tuple[str, str]:
+        """(why a row is of no use, what helps), where there is less than no room for a document."""
+        needed = self.max_length - room
+        reason = f"question and answer alone have {needed} tokens, data.max_length is {self.max_length}"
+        return reason, f"data.max_length={needed} makes room for them"
+
+
 @dataclass(frozen=True)
 class Example:
     """A row in tokens; the document is one of Corpus.documents."""
@@ -124,7 +152,7 @@ class Example:
 
 @dataclass
 class Corpus:
-    """A split of one or more tasks in tokens. Each distinct document is kept once, and of it only what can ever be read.
+    """The questions of a split in tokens, for evaluation. Each distinct document is kept once, and of it only what can ever be read.
 
     Raises:
         UserError: a file cannot be read; a malformed row, with on_error=raise.
@@ -138,8 +166,7 @@ class Corpus:
     cut: int = 0  # examples whose document loses its left part
 
     def __post_init__(self) -> None:
-        self.stop = stop_token(self.tokenizer)
-        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(self.tokenizer))
+        self.frame = Frame(self.tokenizer, self.data.max_length)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
         data, complaints = self.data, Complaints(self.data.on_error)
         for task in tasks(data):
@@ -156,13 +183,10 @@ class Corpus:
 
     def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
         question, document = split_input(task, row["input"])
-        ids = np.array(encode(self.tokenizer, question), dtype=np.int32)
-        answer = np.array([*encode(self.tokenizer, row["output"].strip()), self.stop], dtype=np.int32)
-        room = self._room(ids, answer)
+        ids, answer = self.frame.question(question), self.frame.answer(row["output"])
+        room = self.frame.room(ids, answer)
         if room < 0:
-            limit, needed = self.data.max_length, self.data.max_length - room
-            reason = f"question and answer alone have {needed} tokens, data.max_length is {limit}"
-            return complaints.add(place, reason, f"data.max_length={needed} makes room for them")
+            return complaints.add(place, *self.frame.too_long(room))
         digest = _digest(document)
         if digest not in self._places:
             tokens = np.array(encode(self.tokenizer, document), dtype=np.int32)
@@ -172,15 +196,11 @@ class Corpus:
         self.cut += size > room
         self.examples.append(Example(task, row["id"], number, ids, answer, [row["output"]]))
 
-    def _room(self, question: np.ndarray, answer: Sequence[int] | np.ndarray = ()) -> int:
-        """Tokens that a document may have."""
-        return self.data.max_length - len(self.before) - len(question) - len(self.after) - len(answer)
-
     def prompt(self, example: Example, room: int | None = None) -> np.ndarray:
         """(n,) ids up to the answer; the document has at most `room` tokens (None: as data.max_length allows without an answer)."""
         document = self.documents[example.document]
-        room = self._room(example.question) if room is None else room
-        return np.concatenate([self.before, example.question, document[max(0, len(document) - room) :], self.after])
+        room = self.frame.room(example.question) if room is None else room
+        return np.concatenate([self.frame.before, example.question, document[max(0, len(document) - room) :], self.frame.after])
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -188,7 +208,7 @@ class Corpus:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels), each (n,) int64, n <= data.max_length."""
         example = self.examples[index]
-        prompt = self.prompt(example, self._room(example.question, example.answer))
+        prompt = self.prompt(example, self.frame.room(example.question, example.answer))
         ids = np.concatenate([prompt, example.answer]).astype(np.int64)
         labels = ids.copy()
         labels[: len(prompt)] = IGNORED
@@ -209,34 +229,59 @@ def _digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-class ScrollsDataModule(lightning.LightningDataModule):
-    """Training batches of data.batch_size * accumulate rows; validation with data.val_examples questions a task (their first reference).
+@dataclass
+class ScrollsSource:
+    """The rows of a split, the tasks in turn, as training samples: loss on the answer and its stop token."""
 
-    Args:
-        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
+    data: ScrollsData
+    tokenizer: PreTrainedTokenizerBase
+    split: str
 
-    Raises:
-        UserError: nothing to train on; a file cannot be read; a malformed row, with on_error=raise.
-    """
+    def __post_init__(self) -> None:
+        self.on_error = self.data.on_error
+        self.frame = Frame(self.tokenizer, self.data.max_length)
 
+    def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
+        streams = [(task, rows(self.data, task, self.split, complaints)) for task in tasks(self.data)]
+        while streams:
+            going = []
+            for task, stream in streams:
+                if found := next(stream, None):
+                    going.append((task, stream))
+                    yield found[0], {**found[1], "task": task}
+            streams = going
+
+    def encode(self, row: Row) -> Sample:
+        question, document = split_input(row["task"], row["input"])
+        asked, answer = self.frame.question(question), self.frame.answer(row["output"])
+        room = self.frame.room(asked, answer)
+        if room < 0:
+            raise UnusableRow(*self.frame.too_long(room))
+        text = np.array(encode(self.tokenizer, document), dtype=np.int32)
+        ids = np.concatenate([self.frame.before, asked, text[max(0, len(text) - room) :], self.frame.after, answer])
+        learned = np.arange(len(ids)) >= len(ids) - len(answer)
+        return Sample(ids, learned, {"task": row["task"], "id": row["id"], "cut": len(text) > room})
+
+    def key(self) -> dict[str, Any]:
+        root = self.data.root and Path(self.data.root).expanduser()
+        files = root and [found for task in tasks(self.data) if (found := find(root / task, self.split))]
+        return {"kind": "scrolls", "tasks": tasks(self.data), "split": self.split, "max_length": self.data.max_length,
+                "files": file_facts(files) if files else "hub"}  # fmt: skip
+
+
+class ScrollsDataModule(TextDataModule):
+    """Validation with data.val_examples questions a task (their first reference)."""
+
+    data: ScrollsData
     texts = staticmethod(texts)
 
-    def __init__(
-        self, data: ScrollsData, tokenizer: PreTrainedTokenizerBase, seed: int, accumulate: int = 1, rank: int = 0, world: int = 1
-    ):
-        super().__init__()
-        self.data, self.seed, self.rows = data, seed, data.batch_size * accumulate
-        self.rank, self.world = self.val_rank, self.val_world = rank, world
-        self.collate = partial(pad_rows, pad_token=pad_token(tokenizer))
-        self.training = Corpus(data, tokenizer, "train")
-        if not len(self.training):
-            raise UserError(f"data.root: {data.root} has no training rows for {', '.join(tasks(data))}")
-        self.validation = Corpus(data, tokenizer, "validation")
-        self.validation.examples = [one for task in tasks(data) for one in self.validation.questions(task, data.val_examples)]
+    def source(self, split: str) -> ScrollsSource:
+        return ScrollsSource(self.data, self.tokenizer, split)
 
-    def train_dataloader(self) -> ResumableLoader:
-        shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
-        return ResumableLoader(self.training, self.rows, self.collate, self.seed, num_workers=self.data.num_workers, **shard)
+    def asked(self) -> str:
+        return f" for {', '.join(tasks(self.data))}"
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return validation_loader(self.validation, self.data.batch_size, self.collate, self.val_rank, self.val_world)
+    def validation_rows(self) -> Corpus:
+        corpus = Corpus(self.data, self.tokenizer, "validation")
+        corpus.examples = [one for task in tasks(self.data) for one in corpus.questions(task, self.data.val_examples)]
+        return corpus

@@ -15,7 +15,7 @@ import zstandard
 from comet_pl.config import ScrollsData
 from comet_pl.conversation import encode
 from comet_pl.errors import UserError
-from comet_pl.metrics.scrolls import METRICS
+from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl
 from data.base import train_tokenizer
 from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, split_input, tasks, texts
@@ -159,7 +159,8 @@ def test_which_tasks(tmp_path: Path):
     (tmp_path / "notes").mkdir()
     assert tasks(ScrollsData(root=str(tmp_path))) == ["qmsum", "narrative_qa"]
     assert tasks(ScrollsData(root=str(tmp_path), tasks=["narrative_qa"])) == ["narrative_qa"]
-    assert tasks(ScrollsData(root=None)) == list(METRICS) == list(MAX_NEW_TOKENS)
+    assert tasks(ScrollsData(root=None)) == list(SCROLLS)
+    assert set(METRICS) == set(MAX_NEW_TOKENS) == {*SCROLLS, "squality"}
     refused = {
         ("qmsun",): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
         ("qasper",): rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
@@ -176,11 +177,12 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write(tmp_path)
     write(tmp_path, split="validation")
     write(tmp_path, "contract_nli", rows=ROWS[3:])
-    module = ScrollsDataModule(ScrollsData(root=str(tmp_path), batch_size=1, val_examples=2), TOKENIZER, seed=3, accumulate=2)
-    assert capsys.readouterr().out == "contract_nli: no validation rows\n"
+    data = ScrollsData(root=str(tmp_path), batch_size=1, val_examples=2, cache=str(tmp_path / "cache"))
+    module = ScrollsDataModule(data, TOKENIZER, seed=3, chunk_size=64, stride=8, max_steps=100, max_epochs=2, accumulate=2)
     loader = module.train_dataloader()
-    first, second = list(loader), list(loader)
-    assert len(first) == len(loader) == 3
+    batches = list(loader)
+    first, second = batches[:3], batches[3:]
+    assert len(batches) == len(loader) == 6
     assert [len(batch["input_ids"]) for batch in first] == [2, 2, 2]
     assert any(not np.array_equal(one["input_ids"], other["input_ids"]) for one, other in zip(first, second, strict=True))
     for batch in first:
@@ -188,7 +190,9 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert ((batch["input_ids"] == TOKENIZER.pad_token_id) == (batch["attention_mask"] == 0)).all()
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
         assert "logits_to_keep" not in batch
+    capsys.readouterr()
     assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, "each question once"
+    assert capsys.readouterr().out == "contract_nli: no validation rows\n"
     module.val_rank, module.val_world = 2, 3
     (idle,) = module.val_dataloader()
     assert (idle["labels"] == -100).all(), "two questions, three ranks: the last one reads what does not count"
@@ -196,8 +200,9 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_nothing_to_train_on(tmp_path: Path):
     write(tmp_path, split="validation")
+    data = ScrollsData(root=str(tmp_path), cache=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"^data.root: .* has no training rows for narrative_qa$"):
-        ScrollsDataModule(ScrollsData(root=str(tmp_path)), TOKENIZER, seed=0)
+        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
 def test_texts_have_every_document_once(tmp_path: Path):

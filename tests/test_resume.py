@@ -345,8 +345,19 @@ def test_sigkill_passkey(tmp_path):
     killed_equals_straight(tmp_path, tmp_path / "passkey" / "straight", "passkey", *PASSKEY)
 
 
-def test_sigkill_scrolls(tmp_path):
-    keys = [*SCROLLS, f"data.root={write_scrolls(tmp_path / 'rows')}"]
+LAYOUTS = {
+    "cached": ["data.packing=documents", "data.max_length=240", "data.chunk_plan=mixture", "data.dynamic_stride=true"],
+    "streamed": ["data.streaming=true", "data.shuffle_window=5"],
+}
+
+
+def scrolls(folder, layout, *more):
+    return [*SCROLLS, f"data.root={write_scrolls(folder / 'rows')}", f"data.cache={folder / 'cache'}", *LAYOUTS[layout], *more]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sigkill_scrolls(tmp_path, layout):
+    keys = scrolls(tmp_path, layout)
     train(tmp_path, "straight", *keys)
     killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)
 
@@ -360,14 +371,16 @@ def test_sigkill_passkey_five_times(tmp_path, workers):
 
 
 @pytest.mark.slow
-def test_sigkill_scrolls_five_times(tmp_path):
-    keys = [*SCROLLS, f"data.root={write_scrolls(tmp_path / 'rows')}"]
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigkill_scrolls_five_times(tmp_path, workers, layout):
+    keys = scrolls(tmp_path, layout)
     train(tmp_path, "straight", *keys)
-    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys, kills=5)
+    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys, f"data.num_workers={workers}", kills=5)
 
 
 @pytest.mark.slow
 def test_sigkill_scrolls_on_real_rows(tmp_path, shared_data):
-    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=1024"]
+    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=1024", f"data.cache={tmp_path / 'cache'}"]
     train(tmp_path, "straight", *keys)
     killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)

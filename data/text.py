@@ -1,0 +1,101 @@
+"""The data module of all corpora of texts: sources of samples in, packed and chunk-planned batches out."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.errors import UserError
+from comet_pl.schema import TextData
+from data.base import Rows, pad_rows, pad_token, validation_loader
+from data.feed import Cached, Feed, Layout, Streamed, Windows
+from data.plans import sentence_ends
+from data.samples import Source, cached
+
+
+class TextDataModule(lightning.LightningDataModule):
+    """Training batches of data.batch_size * accumulate rows; the whole training is one pass of the loader. A subclass gives the sources.
+
+    Args:
+        chunk_size, stride: of the model (stride None: no temporary memory). max_steps, max_epochs: how long the training is; None: only the
+            other decides.
+        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
+
+    Raises:
+        UserError: nothing to train on; a file cannot be read; a malformed row, with on_error=raise; keys that exclude each other.
+    """
+
+    def __init__(
+        self,
+        data: TextData,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        chunk_size: int,
+        stride: int | None,
+        max_steps: int,
+        max_epochs: int | None = None,
+        accumulate: int = 1,
+    ):
+        super().__init__()
+        self.data, self.tokenizer, self.seed, self.rows = data, tokenizer, seed, data.batch_size * accumulate
+        self.max_steps, self.max_epochs = max_steps, max_epochs
+        self.rank, self.world, self.val_rank, self.val_world = 0, 1, 0, 1
+        self.pad = pad_token(tokenizer)
+        ends = sentence_ends(tokenizer) if data.chunk_plan in ("sentence", "mixture") else None
+        self.layout = Layout(data.max_length, chunk_size, stride, data.packing, data.chunk_plan, data.dynamic_stride, ends)
+        if data.dynamic_stride and stride is None:
+            raise UserError("data.dynamic_stride: true given, but model.compression_stride=null: there is no stride to draw")
+        self.windows = self._windows(self.source("train"))
+
+    def source(self, split: str) -> Source:
+        """The rows of a split."""
+        raise NotImplementedError
+
+    def validation_rows(self) -> Rows:
+        """(ids, labels) pairs, each (n,), by number."""
+        raise NotImplementedError
+
+    def _windows(self, source: Source) -> Windows:
+        data = self.data
+        if data.streaming:
+            if self.max_epochs is not None:
+                raise UserError(
+                    "trainer.max_epochs: given with data.streaming=true, which does not know how long an epoch is; max_steps does"
+                )
+            streamed = Streamed(source, data.shuffle_window, data.num_workers)
+            self._refuse_nothing(bool(streamed.window(0, 0)))
+            return streamed
+        samples = cached(source, Path(data.cache).expanduser(), "train", data.num_workers)
+        self._refuse_nothing(len(samples) > 0)
+        return Cached(samples)
+
+    def _refuse_nothing(self, some: bool) -> None:
+        if not some:
+            raise UserError(f"data.root: {getattr(self.data, 'root', None)} has no training rows{self.asked()}")
+
+    def asked(self) -> str:
+        """' for ...', what of data.root was asked for."""
+        return ""
+
+    def train_dataloader(self) -> Feed:
+        shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
+        return Feed(self.windows, self.layout, self.pad, self._batches(), self.rows, self.seed, num_workers=self.data.num_workers, **shard)
+
+    def _batches(self) -> int:
+        """Of the whole training, on each rank."""
+        if self.max_epochs is None:
+            return self.max_steps
+        assert isinstance(self.windows, Cached)
+        lengths, step = self.windows.samples.lengths, self.rows * self.world
+        rows = [len(self.layout.groups(lengths, np.random.default_rng((self.seed, epoch, 0)))) for epoch in range(self.max_epochs)]
+        return min(self.max_steps, sum(-(-count // step) for count in rows))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        collate = partial(pad_rows, pad_token=self.pad)
+        return validation_loader(self.validation_rows(), self.data.batch_size, collate, self.val_rank, self.val_world)

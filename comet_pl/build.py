@@ -172,6 +172,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
     from callbacks.run_logger import LogConfig, RunLogger
+    from callbacks.scrolls_scores import ScrollsScores
     from callbacks.throughput import Throughput
 
     quiet_lightning()
@@ -181,6 +182,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
     if isinstance(config.data, PasskeyData):
         callbacks.append(PasskeyHeatmap(config.data.train_length))
+    elif isinstance(config.data, ScrollsData) and config.eval.val_questions:
+        callbacks.append(ScrollsScores(config.eval))
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
     strategy = build_strategy(config)
     try:

@@ -181,6 +181,7 @@ class EvalConfig:
     lengths: list[int] | None = key(None, "passkey: lengths in tokens; null: 1, 4, 16 and 32 times train_length", min=1)
     depths: int = key(11, "passkey: depths, evenly spaced from 0 to 1", min=1)
     examples: int | None = key(10, "passkey: examples a cell; scrolls: questions a task (null: all)", min=1)
+    val_questions: int = key(0, "scrolls: questions a task that are answered and scored at each validation while training", min=0)
     max_new_tokens: int | None = key(None, "scrolls: longest answer in tokens; null: by task", min=1)
     batch_size: int = key(8, "scrolls: prompts generated at once", min=1)
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -206,8 +207,10 @@ class Corpus:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.row(self.examples[index])
+
+    def row(self, example: Example) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels), each (n,) int64, n <= data.max_length."""
-        example = self.examples[index]
         prompt = self.prompt(example, self.frame.room(example.question, example.answer))
         ids = np.concatenate([prompt, example.answer]).astype(np.int64)
         labels = ids.copy()
@@ -216,11 +219,11 @@ class Corpus:
 
     def questions(self, task: str, count: int | None = None) -> list[Example]:
         """Each question once with all its references; at most `count`, evenly spaced over the task (None: all)."""
-        merged: dict[str, Example] = {}
+        merged: dict[str, list[Example]] = {}
         for example in self.examples:
-            if example.task == task and merged.setdefault(example.id, example) is not example:
-                merged[example.id].references.extend(example.references)
-        found = list(merged.values())
+            if example.task == task:
+                merged.setdefault(example.id, []).append(example)
+        found = [replace(same[0], references=[text for one in same for text in one.references]) for same in merged.values()]
         count = len(found) if count is None else min(count, len(found))
         return [found[place] for place in np.linspace(0, len(found) - 1, count).round().astype(int)]
 
@@ -281,7 +284,10 @@ class ScrollsDataModule(TextDataModule):
     def asked(self) -> str:
         return f" for {', '.join(tasks(self.data))}"
 
-    def validation_rows(self) -> Corpus:
-        corpus = Corpus(self.data, self.tokenizer, "validation")
-        corpus.examples = [one for task in tasks(self.data) for one in corpus.questions(task, self.data.val_examples)]
-        return corpus
+    @cached_property
+    def validation(self) -> Corpus:
+        return Corpus(self.data, self.tokenizer, "validation")
+
+    def validation_rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        chosen = [one for task in tasks(self.data) for one in self.validation.questions(task, self.data.val_examples)]
+        return [self.validation.row(one) for one in chosen]

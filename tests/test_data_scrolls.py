@@ -18,7 +18,9 @@ from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl
 from data.base import train_tokenizer
-from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, split_input, tasks, texts
+from data.jsonl import Complaints
+from data.samples import encoded
+from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, ScrollsSource, split_input, tasks, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 STORY = "The dog ran home . It rained all day , and nobody saw the dog . " * 20
@@ -196,6 +198,20 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     module.val_rank, module.val_world = 2, 3
     (idle,) = module.val_dataloader()
     assert (idle["labels"] == -100).all(), "two questions, three ranks: the last one reads what does not count"
+
+
+def test_training_samples_are_the_rows_that_evaluation_reads(tmp_path: Path):
+    """Tasks in turn; the same ids and labels, whatever has to be cut."""
+    write(tmp_path)
+    write(tmp_path, "contract_nli", rows=ROWS[3:])
+    for length in (4096, 60):
+        data = ScrollsData(root=str(tmp_path), max_length=length)
+        source, whole = ScrollsSource(data, TOKENIZER, "train"), Corpus(data, TOKENIZER, "train")
+        samples = list(encoded(source, Complaints("raise")))
+        assert [sample.notes["task"] for sample in samples][:2] == ["narrative_qa", "contract_nli"]
+        pairs = {(tuple(sample.ids), tuple(np.where(sample.learned, sample.ids, -100))) for sample in samples}
+        assert pairs == {(tuple(ids), tuple(labels)) for ids, labels in (whole[k] for k in range(len(whole)))}
+        assert len(samples) == len(whole) and sum(sample.notes["cut"] for sample in samples) == whole.cut
 
 
 def test_nothing_to_train_on(tmp_path: Path):

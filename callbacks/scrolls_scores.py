@@ -1,0 +1,40 @@
+"""val/<task>: SCROLLS' official score of a few questions, answered at each validation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from comet_pl.evaluation import answer_questions
+from comet_pl.lit_module import CometModule
+from comet_pl.metrics.scrolls import ScrollsScore
+from comet_pl.schema import EvalConfig
+from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
+
+
+class ScrollsScores(lightning.Callback):
+    """Greedy answers to the first questions that are validated on, with all their references; dealt to the ranks.
+
+    Args:
+        settings: val_questions a task, max_new_tokens, batch_size.
+    """
+
+    def __init__(self, settings: EvalConfig):
+        self.settings = settings
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+        module: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(module, ScrollsDataModule)
+        for task in tasks(module.data):
+            questions = module.validation.questions(task, self.settings.val_questions)
+            if not questions:
+                continue
+            mine = questions[trainer.global_rank :: trainer.world_size]
+            longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
+            metric = ScrollsScore(task).to(pl_module.device)
+            texts = answer_questions(pl_module.model, module.tokenizer, module.validation, mine, longest, self.settings.batch_size)
+            metric.update(texts, [one.references for one in mine])
+            score = metric.compute()["scrolls_score"]
+            pl_module.log(f"val/{task}", score, logger=False)
+            pl_module.record({f"val/{task}": score})

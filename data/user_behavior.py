@@ -1,0 +1,296 @@
+"""Questions about users' behaviour: a history of events as text, a question, a computed answer.
+
+    before | 2010-12-01                                    | question | after | answer, stop token
+           | 14:41 purchase 25 x RED MUG (21495) at 0.42   |
+           | 15:02 cancel -1 x RED MUG (21495) at 0.42     |
+           | 2010-12-03                                    |
+           | ...                                           |
+           |                                               |
+
+before and after are the tokenizer's chat template, a blank line stands between history and question, and the loss is on the answer and its
+stop token. Each line is tokenised on its own, so that an event's place in tokens is exact and a window of a history is a slice.
+
+An example is a pure function of (seed, split, index, length): kind of question, user and end of the window are drawn, the window holds as
+many events before that end as fit, and the question is about the window alone (data/behavior_questions.py). A user is drawn by number of
+events; the end so that before it lies a full window, or, where that is less, half of the user's events.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.conversation import encode, frame
+from comet_pl.errors import UserError
+from comet_pl.metrics.behavior import KINDS
+from comet_pl.values import nearest
+from data.base import IGNORED, stop_token
+from data.behavior_questions import Query, Question, ask, oracle, wording
+from data.events import PRICE_UNITS, History, Log, split_users
+
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+CACHED_USERS = 256  # histories that are kept in tokens
+WINDOWS = 8  # tries before another kind of question is asked
+TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer
+
+
+def lines(history: History, log: Log, day_header: bool = True) -> list[tuple[str, str]]:
+    """(day, line) of each event, both ending in a newline. With day_header the day stands above the first line of a day, else in each."""
+    days = [f"{day}\n" for day in history.time.astype("datetime64[D]").astype(str).tolist()]
+    found = []
+    for number, time in enumerate(history.time.astype(str).tolist()):
+        clock = time[11:16] if time.endswith(":00") else time[11:]
+        amount = f" {history.quantity[number]} x" if log.has_quantity else ""
+        price = f" at {_price(int(history.price[number]))}" if log.has_price else ""
+        day = "" if day_header else f"{time[:10]} "
+        found.append(f"{day}{clock} {log.actions[history.action[number]]}{amount} {log.labels[history.item[number]]}{price}\n")
+    return list(zip(days if day_header else [""] * len(found), found, strict=True))
+
+
+def _price(units: int) -> str:
+    """Two decimals, or as many more as there are."""
+    whole, rest = divmod(abs(units), PRICE_UNITS)
+    decimals = f"{rest:04}"
+    return f"{'-' * (units < 0)}{whole}.{decimals[:2]}{decimals[2:].rstrip('0')}"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A user's lines in tokens, all in one row: event i is ids[starts[i] : ends[i]], its day's header ids[heads[i] : bodies[i]]."""
+
+    ids: np.ndarray  # (tokens,) int32
+    starts: np.ndarray  # (n,), and so are all below
+    ends: np.ndarray
+    heads: np.ndarray
+    bodies: np.ndarray
+
+    def runs(self, events: np.ndarray) -> Iterator[tuple[int, int, bool]]:
+        """(first, last, whether the first one's day has to be named) of each run of successive events."""
+        day = -1
+        for run in np.split(events, np.flatnonzero(np.diff(events) != 1) + 1):
+            if len(run):
+                yield int(run[0]), int(run[-1]), bool(self.heads[run[0]] != day)
+                day = self.heads[run[-1]]
+
+    def tokens(self, events: np.ndarray) -> np.ndarray:
+        """Ids of the lines of some events, in ascending order, each day named above its first line."""
+        parts = [np.zeros(0, dtype=np.int32)]
+        for first, last, named in self.runs(events):
+            parts += [self.ids[self.heads[first] : self.bodies[first]]] * named + [self.ids[self.starts[first] : self.ends[last]]]
+        return np.concatenate(parts)
+
+    def fitting(self, end: int, room: int) -> int:
+        """The earliest event from which on all before `end` fit into `room` tokens; `end` if none does."""
+        if not end:
+            return 0
+        sizes = self.ends[end - 1] - self.starts[:end] + (self.bodies - self.heads)[:end]  # falls from event to event
+        return int(np.searchsorted(-sizes, -room))
+
+
+def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBase, day_header: bool = True) -> Encoded:
+    found = lines(history, log, day_header)
+    numbers = np.arange(len(found))
+    new = np.array([not number or found[number][0] != found[number - 1][0] for number in numbers])
+    pieces = [piece for (day, line), first in zip(found, new, strict=True) for piece in ([day, line] if first else [line])]
+    ids = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    bounds = np.cumsum([0, *map(len, ids)])
+    place = numbers + np.cumsum(new)  # of each line among the pieces
+    first = np.maximum.accumulate(np.where(new, numbers, 0))  # of the event's day
+    stream = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=bounds[-1])
+    return Encoded(stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]])
+
+
+def texts(log: Log, action: str = "purchase", day_header: bool = True) -> Iterator[str]:
+    """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer."""
+    training = set(split_users([history.user for history in log.histories])["train"])
+    chosen = [history for history in log.histories if history.user in training]
+    most = TEXT_EVENTS // len(chosen) + 1  # of a user
+    kinds = list(KINDS)
+    for history in chosen:
+        for number, (day, line) in enumerate(lines(_part(history, 0, most), log, day_header)):
+            item, date = int(history.item[number]), history.time[number].astype("datetime64[D]")
+            which, answer = ("last", "yes") if number % 2 else ("first", "no")
+            query = Query(kinds[number // 2 % len(kinds)], item, item, date, date, which)
+            yield f"{day}{line}\n{wording(query, log, action)}{answer}"
+
+
+class Behavior:
+    """Questions about the users of one split; row i is example i.
+
+    Args:
+        seed: 0 <= seed < 2**32. split: train, validation or test; each has its own users (data.events.split_users) and random numbers.
+        max_length: tokens of an example, question and answer included. count: number of examples.
+        kinds: of questions; None: all that the log has the columns for. action: the one that questions are about.
+        day_header: see `lines`.
+
+    Raises:
+        UserError: an unknown kind or action; total without prices; fewer than three users; a max_length without room for a single event.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        split: str,
+        max_length: int,
+        count: int,
+        kinds: Sequence[str] | None = None,
+        action: str = "purchase",
+        day_header: bool = True,
+    ):
+        self.log, self.tokenizer, self.split, self.stream = log, tokenizer, split, seed + (SPLITS[split] << 32)
+        self.max_length, self.count, self.action, self.day_header = max_length, count, action, day_header
+        self.kinds = _kinds(kinds, log)
+        if action not in log.actions:
+            raise UserError(f"data.action: {action!r} given{nearest(action, log.actions)}, the log has: {', '.join(sorted(log.actions))}")
+        chosen = set(split_users([history.user for history in log.histories])[split])
+        self.users = [number for number, history in enumerate(log.histories) if history.user in chosen]
+        self.events_until = np.cumsum([len(log.histories[user]) for user in self.users])
+        self.stop = stop_token(tokenizer)
+        self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
+        self.reserved = len(self.before) + len(self.after) + self._longest()
+        self.cache: dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return self.count
+
+    def encoded(self, user: int) -> Encoded:
+        """A user's history in tokens; kept, of so many users at once."""
+        if user not in self.cache:
+            if len(self.cache) >= CACHED_USERS:
+                del self.cache[next(iter(self.cache))]
+            self.cache[user] = encode_history(self.log.histories[user], self.log, self.tokenizer, self.day_header)
+        return self.cache[user]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels), each (n,) int64, n <= max_length."""
+        return self.sample(self.question(index))
+
+    def sample(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
+        prompt = self.prompt(question)
+        ids = np.concatenate([prompt, encode(self.tokenizer, question.answer), [self.stop]]).astype(np.int64)
+        return ids, np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
+
+    def question(self, index: int, length: int | None = None) -> Question:
+        """Question `index` at `length` tokens (None: max_length).
+
+        Raises:
+            UserError: no window of that length allows a question.
+        """
+        length = length or self.max_length
+        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length]))
+        for kind in random.permutation(self.kinds).tolist():
+            for _ in range(WINDOWS):
+                user, start, end = self._window(kind, length - self.reserved, random)
+                encoded = self.encoded(user)
+                ages = encoded.ends[end - 1] - encoded.starts[start:end]
+                found = ask(kind, self.log, user, start, end, ages, self.log.actions.index(self.action), random) if start < end else None
+                if found and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1 <= length:
+                    return found
+        raise UserError(
+            f"data.max_length: {length} given, too short for any question about the {self.split} users' histories "
+            f"({self.reserved} tokens are kept for question, answer and template)"
+        )
+
+    def prompt(self, question: Question, events: np.ndarray | None = None) -> np.ndarray:
+        """(n,) int32 ids up to the answer; of the history only `events` are shown (None: the question's window)."""
+        history = self.encoded(question.user).tokens(self.window(question) if events is None else events)
+        words = encode(self.tokenizer, f"\n{wording(question.query, self.log, self.action)}")
+        return np.concatenate([self.before, history, words, self.after], dtype=np.int32, casting="same_kind")
+
+    def text(self, question: Question, events: np.ndarray | None = None) -> str:
+        """What the user says: history, blank line, question; as tokens it is `prompt` without the template."""
+        events = self.window(question) if events is None else events
+        shown = lines(_part(self.log.histories[question.user], question.start, question.end), self.log, self.day_header)
+        parts, before = [], ""
+        for day, line in (shown[event - question.start] for event in events):
+            parts += [day * (day != before), line]
+            before = day
+        return f"{''.join(parts)}\n{wording(question.query, self.log, self.action)}"
+
+    def row(self, index: int) -> dict[str, Any]:
+        """Example `index` as messages, with what is known about it."""
+        question = self.question(index)
+        messages = [{"role": "user", "content": self.text(question)}, {"role": "assistant", "content": question.answer}]
+        more = {"kind": question.query.kind, "user": self.log.histories[question.user].user, "answer": question.answer}
+        found = {"evidence": list(question.evidence), "age": question.age, "window": [question.start, question.end]}
+        return {"uniq_id": f"{self.split}-{index}", "messages": messages, **more, **found}
+
+    # -- what other methods see of a window -----------------------------------------------------------------------------------------
+
+    def window(self, question: Question) -> np.ndarray:
+        """Numbers of the events of a question's window."""
+        return np.arange(question.start, question.end)
+
+    def truncate(self, question: Question, budget: int) -> np.ndarray:
+        """The window's last events, as many as fit into `budget` tokens."""
+        return np.arange(max(question.start, self.encoded(question.user).fitting(question.end, budget)), question.end)
+
+    def retrieve(self, question: Question, budget: int) -> np.ndarray:
+        """The window's events that BM25 ranks highest for the question, as many as fit into `budget` tokens, in order of time. Of equal
+        scores the latest events come first, so that what is left of the budget shows the recent past."""
+        import bm25s
+
+        history, encoded, events = self.log.histories[question.user], self.encoded(question.user), self.window(question)
+        documents = [line for _, line in lines(_part(history, question.start, question.end), self.log, day_header=False)]
+        split = {"token_pattern": r"\w+", "stopwords": [], "show_progress": False, "return_ids": False}
+        index = bm25s.BM25()
+        index.index(bm25s.tokenize(documents, **split), show_progress=False)
+        scores = index.get_scores(bm25s.tokenize(wording(question.query, self.log, self.action), **split)[0])
+        chosen, days = [], set()
+        for event in events[np.lexsort([-events, -scores])].tolist():
+            day = encoded.heads[event]
+            size = encoded.ends[event] - encoded.starts[event] + (0 if day in days else encoded.bodies[event] - day)
+            if size > budget:
+                break
+            budget -= size
+            days.add(day)
+            chosen.append(event)
+        return np.array(sorted(chosen), dtype=np.int64)
+
+    def oracle(self, question: Question, events: np.ndarray) -> str:
+        """The answer of a reader who makes no mistake and sees only these events."""
+        history = self.log.histories[question.user]
+        seen = events[history.action[events] == self.log.actions.index(self.action)]
+        return oracle(question.query, history, self.log, seen)
+
+    # -------------------------------------------------------------------------------------------------------------------------------
+
+    def _window(self, kind: str, room: int, random: np.random.Generator) -> tuple[int, int, int]:
+        """(user, start, end)."""
+        user = self.users[int(np.searchsorted(self.events_until, random.integers(self.events_until[-1]), side="right"))]
+        history, encoded = self.log.histories[user], self.encoded(user)
+        count = len(history)
+        full = int(np.searchsorted(encoded.ends, room)) + 1  # events that fill a window
+        end = int(random.integers(max(1, min(full, count // 2)), count + 1))
+        if kind == "next_item":  # the window ends right before an event of the action
+            later = np.flatnonzero(history.action[end:] == self.log.actions.index(self.action))
+            end += int(later[0]) if len(later) else 0
+        return user, encoded.fitting(end, room), end
+
+    def _longest(self) -> int:
+        """Tokens that question and answer may take; about, as tokens merge differently in different places."""
+        ids = self.tokenizer(self.log.labels, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        item = int(np.argmax([len(label) for label in ids]))
+        day = np.datetime64("2000-12-31")
+        asked = [wording(Query(kind, item, item, day, day, "first"), self.log, self.action) for kind in self.kinds]
+        answers = [*sorted(self.log.items, key=len)[-1:], str(day), "1000000.00"]
+        return max(len(encode(self.tokenizer, f"\n{text}")) for text in asked) + max(len(encode(self.tokenizer, a)) for a in answers) + 1
+
+
+def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:
+    for kind in kinds or []:
+        if kind not in KINDS:
+            raise UserError(f"data.kinds: {kind!r} given{nearest(kind, KINDS)}, allowed: {', '.join(KINDS)}")
+        if kind == "total" and not log.has_price:
+            raise UserError("data.kinds: total given, but data.columns.price is null: the log has no prices")
+    return [kind for kind in kinds or KINDS if kind != "total" or log.has_price]
+
+
+def _part(history: History, start: int, end: int) -> History:
+    return History(history.user, *(getattr(history, field.name)[start:end] for field in fields(History)[1:]))

@@ -1,0 +1,188 @@
+"""How well a model takes an agent's next step, without an environment: the trace says what was said and called.
+
+A turn is scored by perplexity (teacher-forced), by F1 over its words, and, where the trace calls a tool, by the call: the tool's name, and
+name and arguments together. All of it by turn distance (data/agent_traces.py) and by the turn's number. Shares are between 0 and 1.
+
+A call stands in a turn's text as
+
+    <tool_call>
+    {"name": "get_order", "arguments": {"order_id": "W12"}}
+    </tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics import Metric
+
+from comet_pl.metrics.scrolls import f1
+
+CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
+BUCKETS = {"0-1": 0, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}
+"""Name -> least value; a bucket ends where the next begins."""
+NOWHERE = "none"  # the bucket of turns that need no argument from before
+Arguments = dict[str, Any] | str
+Action = tuple[str, Arguments]
+"""(tool, arguments); text where the arguments are no JSON object."""
+
+
+def as_arguments(given: Any) -> Arguments:
+    """A call's arguments out of an object, or out of JSON text; nothing at all means no arguments, and what is no object stays text."""
+    if isinstance(given, str) and not given.strip():
+        return {}
+    try:
+        value = json.loads(given) if isinstance(given, str) else given
+    except (ValueError, RecursionError):
+        return given
+    if value is None or isinstance(value, dict):
+        return value or {}
+    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+
+
+def action_text(name: str, arguments: Arguments) -> str:
+    """A call as a turn's text holds it; keys keep their order."""
+    return f"{CALL_BEGIN}\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n{CALL_END}"
+
+
+def parse_action(text: str) -> Action | None:
+    """The first call in a turn's text; None if there is none, or it is malformed.
+
+    A call that was cut off after its JSON counts, and so does text that is nothing but a call's JSON.
+    """
+    _, tag, rest = text.partition(CALL_BEGIN)
+    if not tag and not text.lstrip().startswith("{"):
+        return None
+    try:
+        call, end = json.JSONDecoder().raw_decode(body := (rest if tag else text).lstrip())
+    except (ValueError, RecursionError):
+        return None
+    if not tag and body[end:].strip():
+        return None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
+        return None
+    return call["name"], as_arguments(call.get("arguments"))
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Equal as JSON: the order of keys, and 1 or 1.0, make no difference; true is not 1."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    return isinstance(one, bool) == isinstance(other, bool) and one == other
+
+
+def bucket(value: float) -> str:
+    """The name of a value's bucket; NaN: NOWHERE."""
+    return NOWHERE if math.isnan(value) else [name for name, least in BUCKETS.items() if least <= value][-1]
+
+
+class AgentScore(Metric):
+    """Scores of assistant turns, over all that it was given, by turn distance and by turn.
+
+    compute() gives {"all": scores, "by_distance": {bucket: scores}, "by_turn": {bucket: scores}}, JSON-able, with buckets that hold
+    nothing left out. scores: {"turns", "tokens", "perplexity", "answered", "f1", "calls", "name", "action"}; turns were read, answered of
+    them predicted, and calls of these call a tool in the trace. f1 is over answered, name and action over calls. Where there is nothing to
+    divide by, or a loss is not finite, None.
+    """
+
+    full_state_update = False
+    rows: list[Tensor]  # of each turn: distance, turn, loss, tokens, answered, f1, calls, name, action; NaN: no distance
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def update(self, distance: int | None, turn: int, loss: float, tokens: int, reference: str = "", prediction: str | None = None) -> None:
+        """One assistant turn.
+
+        Args:
+            distance: see data/agent_traces.py; None: it needs nothing from before. turn: its number among the assistant's, from 1.
+            loss: summed over its tokens, the stop token included, in nats. tokens: how many. reference: its text. prediction: what was
+                generated instead; None: only the loss counts.
+        """
+        known = torch.nan if distance is None else distance
+        score, wanted, given = 0.0, None, None
+        if prediction is not None:
+            score, wanted, given = f1(prediction, reference), parse_action(reference), parse_action(prediction)
+        name = wanted is not None and given is not None and wanted[0] == given[0]
+        action = name and same_json(wanted[1], given[1])  # type: ignore[index]
+        row = [known, turn, loss, tokens, prediction is not None, score, wanted is not None, name, action]
+        self.rows.append(torch.tensor([row], dtype=torch.float64, device=self.device))
+
+    def compute(self) -> dict[str, Any]:
+        gathered = self.rows if isinstance(self.rows, list) else [self.rows]  # of several ranks, it is one tensor
+        rows = [row for part in gathered for row in part.tolist()]
+        return {"all": _scores(rows), "by_distance": _grouped(rows, 0), "by_turn": _grouped(rows, 1)}
+
+
+def _grouped(rows: Sequence[Sequence[float]], column: int) -> dict[str, Any]:
+    names = [bucket(row[column]) for row in rows]
+    return {
+        name: _scores([row for row, its in zip(rows, names, strict=True) if its == name]) for name in [*BUCKETS, NOWHERE] if name in names
+    }
+
+
+def _scores(rows: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
+    _, _, loss, tokens, answered, score, calls, name, action = map(_sum, zip(*rows, strict=True)) if rows else [0.0] * 9
+    return {
+        "turns": len(rows),
+        "tokens": int(tokens),
+        "perplexity": _perplexity(loss, tokens),
+        "answered": int(answered),
+        "f1": score / answered if answered else None,
+        "calls": int(calls),
+        "name": name / calls if calls else None,
+        "action": action / calls if calls else None,
+    }
+
+
+def _sum(values: Sequence[float]) -> float:
+    """The same in whatever order several ranks' rows come."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
+
+
+def _perplexity(loss: float, tokens: float) -> float | None:
+    try:
+        value = math.exp(loss / tokens)
+    except (OverflowError, ZeroDivisionError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+LINES = {"name": "tool", "action": "tool and arguments", "f1": "F1 of the words"}
+
+
+def by_distance(values: dict[str, Any]) -> Figure:
+    """Shares on the left, perplexity on the right, by turn distance.
+
+    Args:
+        values: AgentScore's, of at least one turn.
+    """
+    found = values["by_distance"]
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
+    shares, perplexity = figure.subplots(1, 2)
+    places = range(len(found))
+    for key, name in LINES.items():
+        heights = [torch.nan if scores[key] is None else scores[key] for scores in found.values()]
+        shares.plot(places, heights, marker="o", label=name)
+    shares.set_ylim(-0.03, 1.03)
+    shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    shares.legend(frameon=False, fontsize=9)
+    heights = [torch.nan if scores["perplexity"] is None else scores["perplexity"] for scores in found.values()]
+    perplexity.plot(places, heights, marker="o", color="black")
+    if max((height for height in heights if not math.isnan(height)), default=0) > 10 * min(heights, default=1):
+        perplexity.set_yscale("log")
+    for axes, title, count in ((shares, "next action", "calls"), (perplexity, "perplexity", "turns")):
+        axes.set_xticks(places, [f"{name}\n{scores[count]}" for name, scores in found.items()])
+        axes.set_xlabel(f"turns since the needed argument, {count} below")
+        axes.set_title(title, fontsize=11)
+        axes.grid(axis="y", alpha=0.3)
+    return figure

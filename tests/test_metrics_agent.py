@@ -1,0 +1,202 @@
+"""Scores of an agent's next step: calls out of text, equality as JSON, perplexity, and the buckets of turn distance."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from torchmetrics.text import SQuAD
+
+from comet_pl.metrics.agent import BUCKETS, NOWHERE, AgentScore, action_text, as_arguments, bucket, by_distance, parse_action, same_json
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.text(min_size=1), st.dictionaries(st.text(max_size=4), JSON, max_size=3))
+def test_a_call_survives_its_text(name, arguments):
+    text = action_text(name, arguments)
+    assert parse_action(text) == (name, arguments)
+    assert parse_action(f"I look it up.\n{text}\n{action_text('another', {})}") == (name, arguments)
+    assert parse_action(text.removesuffix("\n</tool_call>")) == (name, arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "action"),
+    [
+        ("Which order?", None),
+        ("", None),
+        ("<tool_call>", None),
+        ('<tool_call>{"name": "find", "arguments": {"a"', None),  # cut off
+        ("<tool_call>[1]</tool_call>", None),
+        ('<tool_call>{"arguments": {}}</tool_call>', None),
+        ('<tool_call>{"name": 5}</tool_call>', None),
+        ('<tool_call>{"name": "find"}</tool_call>', ("find", {})),
+        ('<tool_call>{"name": "find", "arguments": "{\\"a\\": 1}"}', ("find", {"a": 1})),
+        ('<tool_call>{"name": "find", "arguments": "a = 1"}', ("find", "a = 1")),
+        (' {"name": "find", "arguments": {"a": 1}} ', ("find", {"a": 1})),
+        ('{"name": "find"} it is', None),
+        ("{" * 100_000, None),
+    ],
+)
+def test_parse_action(text, action):
+    assert parse_action(text) == action
+
+
+@pytest.mark.parametrize(
+    ("given", "arguments"),
+    [
+        (None, {}),
+        ("", {}),
+        (" ", {}),
+        ("null", {}),
+        ({}, {}),
+        ('{"a": 1}', {"a": 1}),
+        ("[1]", "[1]"),
+        ([1], "[1]"),
+        ("{a", "{a"),
+        ("5", "5"),
+    ],
+)
+def test_arguments(given, arguments):
+    assert as_arguments(given) == arguments
+
+
+@given(JSON)
+def test_json_is_equal_to_itself_in_any_order_and_notation(value):
+    def turned(value):
+        if isinstance(value, dict):
+            return {key: turned(value[key]) for key in reversed(value)}
+        if isinstance(value, list):
+            return [turned(one) for one in value]
+        return float(value) if type(value) is int else value
+
+    assert same_json(value, json.loads(json.dumps(turned(value))))
+    assert not same_json(value, [value])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(True, 1), (0, False), ([1, 2], [2, 1]), ({"a": 1}, {"a": 1, "b": None}), ("1", 1), (None, False), ({}, [])]
+)
+def test_json_that_differs(one, other):
+    assert not same_json(one, other)
+    assert not same_json(other, one)
+    assert not same_json({"x": [one]}, {"x": [other]})
+
+
+def test_buckets():
+    names = [bucket(value) for value in (0, 1, 2, 3, 4, 7, 8, 15, 16, 1000, math.nan)]
+    assert names == ["0-1", "0-1", "2-3", "2-3", "4-7", "4-7", "8-15", "8-15", "16+", "16+", NOWHERE]
+
+
+CALL = action_text("find", {"order": "W123", "count": 2})
+UPDATES = [
+    # distance, turn, loss, tokens, reference, prediction
+    (1, 1, 2.0, 4, CALL, action_text("find", {"count": 2.0, "order": "W123"})),
+    (1, 2, 4.0, 4, CALL, action_text("find", {"order": "W124", "count": 2})),
+    (9, 3, 3.0, 2, CALL, "The order, please?"),
+    (20, 17, 1.0, 1, CALL, action_text("seek", {"order": "W123", "count": 2})),
+    (None, 4, 6.0, 12, "It was sent on Monday.", "it was sent!"),
+    (None, 5, 6.0, 3, "Good bye.", None),
+]
+
+
+def scored(updates=UPDATES) -> dict:
+    metric = AgentScore()
+    for update in updates:
+        metric.update(*update)
+    return metric.compute()
+
+
+def test_scores_by_hand():
+    found = scored()
+    near = found["by_distance"]["0-1"]
+    assert near | {"f1": 0} == {
+        "turns": 2,
+        "tokens": 8,
+        "perplexity": pytest.approx(math.exp(6 / 8)),
+        "answered": 2,
+        "f1": 0,
+        "calls": 2,
+        "name": 1.0,
+        "action": 0.5,
+    }
+    assert list(found["by_distance"]) == ["0-1", "8-15", "16+", NOWHERE]
+    assert [found["by_distance"][name]["name"] for name in ("8-15", "16+", NOWHERE)] == [0.0, 0.0, None]
+    assert found["by_distance"][NOWHERE]["f1"] == pytest.approx(2 * 3 / (3 + 5))
+    assert found["by_distance"][NOWHERE]["perplexity"] == pytest.approx(math.exp(12 / 15))
+    assert {name: scores["turns"] for name, scores in found["by_turn"].items()} == {"0-1": 1, "2-3": 2, "4-7": 2, "16+": 1}
+    total = found["all"]
+    assert (total["turns"], total["answered"], total["calls"], total["tokens"]) == (6, 5, 4, 26)
+    assert (total["name"], total["action"]) == (0.5, 0.25)
+    assert total["perplexity"] == pytest.approx(math.exp(22 / 26))
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_f1_is_squads():
+    squad = SQuAD()
+    for number, (*_, reference, prediction) in enumerate(update for update in UPDATES if update[-1] is not None):
+        squad.update(
+            [{"prediction_text": prediction, "id": str(number)}],
+            [{"answers": {"answer_start": [0], "text": [reference]}, "id": str(number)}],
+        )
+    assert 100 * scored()["all"]["f1"] == pytest.approx(float(squad.compute()["f1"]))
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric AgentScore was called before")
+def test_nothing_and_nothing_finite():
+    assert AgentScore().compute() == {
+        "all": {**dict.fromkeys(("turns", "tokens", "answered", "calls"), 0), **dict.fromkeys(("perplexity", "f1", "name", "action"))},
+        "by_distance": {},
+        "by_turn": {},
+    }
+    for loss in (math.nan, math.inf, 1e9):
+        assert scored([(1, 1, loss, 1)])["all"]["perplexity"] is None
+
+
+def test_parts_add_up():
+    whole, parts = AgentScore(), [AgentScore(), AgentScore()]
+    for number, update in enumerate(UPDATES):
+        whole.update(*update)
+        parts[number % 2].update(*update)
+    parts[0].rows = torch.cat([row for part in parts for row in part.rows])  # as gathered from two ranks
+    assert parts[0].compute() == whole.compute()
+
+
+def test_the_figure():
+    figure = by_distance(scored())
+    assert isinstance(figure, Figure)
+    shares, perplexity = figure.axes
+    assert [text.get_text() for text in shares.get_xticklabels()] == ["0-1\n2", "8-15\n1", "16+\n1", "none\n0"]
+    action = next(line for line in shares.lines if line.get_label() == "tool and arguments")
+    assert action.get_ydata()[:3] == pytest.approx([0.5, 0, 0]) and math.isnan(action.get_ydata()[3])
+    assert perplexity.lines[0].get_ydata() == pytest.approx([math.exp(6 / 8), math.exp(1.5), math.e, math.exp(12 / 15)])
+    figure.canvas.draw()
+
+
+def test_the_figure_of_turns_that_were_not_predicted():
+    by_distance(scored([(1, 1, math.nan, 1), (3, 1, 1.0, 1)])).canvas.draw()
+
+
+def test_real_calls(shared_data):
+    from data.messages import check_messages
+
+    metric, calls = AgentScore(), 0
+    for path in sorted((shared_data / "agent").glob("*.jsonl")):
+        for line in path.read_text().splitlines()[:10]:
+            for number, message in enumerate(check_messages(json.loads(line))):
+                if message.role == "assistant":
+                    calls += bool(message.calls)
+                    metric.update(number, number, 1.0, 1, message.text, message.text)
+    scores = metric.compute()
+    assert scores["all"]["calls"] == calls > 50
+    assert (scores["all"]["name"], scores["all"]["action"], scores["all"]["f1"]) == (1, 1, 1)
+    assert list(scores["by_distance"]) == list(BUCKETS)

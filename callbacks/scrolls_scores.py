@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning
 
-from comet_pl.evaluation import answer_questions
+from comet_pl.evaluation import answer_prompts
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.scrolls import ScrollsScore
 from comet_pl.schema import EvalConfig
@@ -33,7 +33,8 @@ class ScrollsScores(lightning.Callback):
             mine = questions[trainer.global_rank :: trainer.world_size]
             longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
             metric = ScrollsScore(task).to(pl_module.device)
-            texts = answer_questions(pl_module.model, module.tokenizer, module.validation, mine, longest, self.settings.batch_size)
+            prompts = [module.validation.prompt(one) for one in mine]
+            texts = answer_prompts(pl_module.model, module.tokenizer, prompts, longest, self.settings.batch_size)
             metric.update(texts, [one.references for one in mine])
             score = metric.compute()["scrolls_score"]
             pl_module.log(f"val/{task}", score, logger=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from comet_pl.errors import UserError
 from comet_pl.run import Run
-from comet_pl.schema import Config, PasskeyData, ScrollsData, StrategyConfig
+from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
 if TYPE_CHECKING:
     import lightning
@@ -68,10 +68,10 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {_first_line(error)}") from None
-    from data.base import train_tokenizer
+    from data.base import AGENT_TOKENS, train_tokenizer
 
     texts = _data_module(data).texts(data)
-    return train_tokenizer(texts, config.backbone.vocab_size)
+    return train_tokenizer(texts, config.backbone.vocab_size, AGENT_TOKENS if isinstance(data, AgentData) else ())
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
@@ -131,17 +131,25 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
         UserError: the data cannot be read or are impossible.
     """
     more: dict[str, Any] = {"seed": config.seed, "accumulate": config.train.accumulate, "max_steps": config.trainer.max_steps}
-    if not isinstance(config.data, PasskeyData):
+    if isinstance(config.data, TextData):
         model = config.model
         more |= {"chunk_size": model.chunk_size, "stride": model.compression_stride, "max_epochs": config.trainer.max_epochs}
     return _data_module(config.data)(config.data, tokenizer, **more)
 
 
-def _data_module(data: PasskeyData | ScrollsData) -> Any:
+def _data_module(data: PasskeyData | ScrollsData | AgentData | UserBehaviorData) -> Any:
     if isinstance(data, PasskeyData):
         from data.passkey import PasskeyDataModule
 
         return PasskeyDataModule
+    if isinstance(data, AgentData):
+        from data.agent_traces import AgentDataModule
+
+        return AgentDataModule
+    if isinstance(data, UserBehaviorData):
+        from data.user_behavior import UserBehaviorDataModule
+
+        return UserBehaviorDataModule
     from data.scrolls import ScrollsDataModule
 
     return ScrollsDataModule
@@ -166,6 +174,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     import lightning
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+    from callbacks.behavior_scores import BehaviorScores
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
     from callbacks.gates import GateMean
     from callbacks.passkey_heatmap import PasskeyHeatmap
@@ -182,6 +191,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
     if isinstance(config.data, PasskeyData):
         callbacks.append(PasskeyHeatmap(config.data.train_length))
+    elif isinstance(config.data, UserBehaviorData):
+        callbacks.append(BehaviorScores())
     elif isinstance(config.data, ScrollsData) and config.eval.val_questions:
         callbacks.append(ScrollsScores(config.eval))
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
@@ -194,7 +205,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
-            max_epochs=t.max_epochs if isinstance(config.data, PasskeyData) else 1,  # texts: all epochs in one pass of the loader
+            max_epochs=1 if isinstance(config.data, TextData) else t.max_epochs,  # texts: all epochs in one pass of the loader
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
             val_check_interval=val_interval,
@@ -243,7 +254,7 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
     if config.strategy.sharding != "none" and config.trainer.precision == "16-mixed":
         raise UserError("trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; allowed: bf16-mixed, bf16-true")
     data, size = config.data, config.model.chunk_size
-    length = data.train_length if isinstance(data, PasskeyData) else data.max_length
+    length = data.max_length if isinstance(data, TextData) else data.train_length
     chunks = min(config.train.bptt_chunks or length, -(-length // size))
     idle = strategy.pipeline_size - chunks
     if idle > 0 and strategy.global_rank == 0:

@@ -7,28 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config import Config, PasskeyData, ScrollsData
+from comet_pl.conversation import encode
 from comet_pl.errors import UserError
+from comet_pl.metrics.agent import AgentScore, by_distance
+from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match
+from comet_pl.metrics.behavior import table as behavior_table
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.metrics.scrolls import METRICS, ScrollsScore, average, scores
+from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results
+from comet_pl.schema import AgentData, UserBehaviorData
+from data.agent_traces import source_of, validation_samples
 from data.base import pad_rows, pad_token, stop_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
-from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
+from data.samples import Sample
+from data.scrolls import MAX_NEW_TOKENS, Corpus, tasks
+from data.user_behavior import Behavior, log_of
 
 TIMES = (1, 4, 16, 32)  # default lengths, in train_lengths
 READ_AT_ONCE = 16  # chunks a call
 WIDEST = 2**15  # rows * chunk_size of one batch: bounds the activations of a chunk
+AGENT_TOKENS = 256  # default of eval.max_new_tokens
 MOST_TOKENS = 2**26  # rows * length of one batch: bounds its ids (8 bytes each)
 Count = Callable[[int], None]
 """Is told how many tokens have been read."""
@@ -46,8 +57,7 @@ def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config
     training = model.training
     try:
         with torch.no_grad():
-            kind = evaluate_passkey if isinstance(config.data, PasskeyData) else evaluate_scrolls
-            return kind(model.eval(), tokenizer, config, Results(out, config.data.kind))
+            return EVALUATE[type(config.data)](model.eval(), tokenizer, config, Results(out, config.data.kind))
     finally:
         model.train(training)
 
@@ -152,7 +162,8 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
         for task, questions in asked.items():
             bar.name(task)
             longest = config.eval.max_new_tokens or MAX_NEW_TOKENS[task]
-            texts = answer_questions(model, tokenizer, corpus, questions, longest, config.eval.batch_size, bar.add)
+            prompts = [corpus.prompt(one) for one in questions]
+            texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
             metric = ScrollsScore(task, sync_on_compute=False)
             metric.update(texts, [one.references for one in questions])
             scored[task] = metric.compute()
@@ -177,19 +188,122 @@ def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:
     return table
 
 
-def answer_questions(
+# -- agents -----------------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_agent(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """AgentScore's values on validation traces. The memory is carried from turn to turn: a turn costs its own tokens, and a fork of the
+    memory for what the model would do there."""
+    data = config.data
+    assert isinstance(data, AgentData)
+    traces = validation_samples(source_of(data, tokenizer, "validation", 0), config.eval.examples)
+    metric, values, answers = AgentScore(sync_on_compute=False), dict[str, Any](), list[Answer]()
+    with Bar(sum(map(len, traces))) as bar:
+        for trace in traces:
+            bar.name(trace.notes["id"])
+            for answer in act(model, tokenizer, trace, config.eval.max_new_tokens or AGENT_TOKENS):
+                metric.update(
+                    *(answer[name] for name in ("distance", "turn", "loss", "tokens")), answer["references"][0], answer["prediction"]
+                )
+                answers.append(answer)
+            bar.add(len(trace))
+            values = metric.compute()
+            results.write(values, {"agent": answers})
+        results.draw(by_distance(values))
+    results.show(f"{len(traces)} agent traces, turn by turn, by turn distance", _agent_table(values))
+    return values
+
+
+def act(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, trace: Sample, max_new_tokens: int) -> Iterator[Answer]:
+    """For each assistant turn of a trace: what the model would say there, and its loss on what was said."""
+    ids = torch.from_numpy(trace.ids.astype(np.int64))[None].to(model.device)
+    cache, read, number = CometCache(), 0, 0
+    for role, _, content, end, distance in trace.notes["turns"]:
+        if role != "assistant":
+            continue
+        number += 1
+        if content - 1 > read:  # the last token before the turn stays unread: generation goes on from it
+            model(ids[:, read : content - 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            read = content - 1
+        mask = torch.ones(1, cache.get_seq_length() + content - read, dtype=torch.long, device=model.device)
+        given = _generate(model, tokenizer, ids[:, read:content], mask, max_new_tokens, past_key_values=cache.clone())
+        logits = model(ids[:, read:end], past_key_values=cache, use_cache=True).logits[0, content - read - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[0, content:end], reduction="sum")
+        read = end
+        texts = [str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in (given[0], ids[0, content:end])]
+        facts = {"turn": number, "distance": distance, "loss": float(loss), "tokens": end - content}
+        yield {"id": f"{trace.notes['id']}-{number}", "prediction": texts[0], "references": [texts[1]], **facts}
+
+
+def _agent_table(values: dict[str, Any]) -> Table:
+    table = Table("turn distance")
+    for name in ("turns", "perplexity", "token F1", "calls", "tool right", "and arguments"):
+        table.add_column(name, justify="right")
+    for name, found in [*values["by_distance"].items(), ("all", values["all"])]:
+        if name == "all":
+            table.add_section()
+        shares = ["" if found[key] is None else f"{found[key]:.1%}" for key in ("f1", "name", "action")]
+        perplexity = "" if found["perplexity"] is None else f"{found['perplexity']:.2f}"
+        table.add_row(name, str(found["turns"]), perplexity, shares[0], str(found["calls"]), *shares[1:])
+    return table
+
+
+# -- users' behaviour -------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """{method: BehaviorAccuracy's values}: CoMeT reads the whole window; the same model reads the last config.eval.budget tokens of it, or
+    as many of the events that BM25 finds. "ceilings": what a reader without mistakes would get of each."""
+    data = config.data
+    assert isinstance(data, UserBehaviorData)
+    questions = Behavior(
+        log_of(data), tokenizer, config.seed, "test", data.train_length, config.eval.examples or 1, data.kinds, data.action, data.day_header
+    )
+    asked = [questions.question(number) for number in range(len(questions))]
+    budget = config.eval.budget
+    methods = {
+        "CoMeT": questions.window,
+        f"last {short(budget)}": lambda one: questions.truncate(one, budget),
+        f"BM25 {short(budget)}": lambda one: questions.retrieve(one, budget),
+    }
+    values, ceilings, predictions = dict[str, Any](), dict[str, Any](), dict[str, list[Answer]]()
+    longest = max(len(encode(tokenizer, one.answer)) for one in asked) + 1
+    kinds, ages, references = [one.query.kind for one in asked], [one.age for one in asked], [one.answer for one in asked]
+    with Bar(None) as bar:
+        for name, choose in methods.items():
+            bar.name(name)
+            events = [choose(one) for one in asked]
+            prompts = [questions.prompt(one, shown) for one, shown in zip(asked, events, strict=True)]
+            texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
+            found, ceiling = BehaviorAccuracy(sync_on_compute=False), BehaviorAccuracy(sync_on_compute=False)
+            found.update(texts, references, kinds, ages)
+            ceiling.update([questions.oracle(one, shown) for one, shown in zip(asked, events, strict=True)], references, kinds, ages)
+            values[name], ceilings[name] = found.compute(), ceiling.compute()
+            predictions[name.replace(" ", "_")] = [
+                {"id": str(number), "prediction": text, "references": [one.answer], "score": float(exact_match(text, one.answer)),
+                 "kind": one.query.kind, "age": one.age} for number, (one, text) in enumerate(zip(asked, texts, strict=True))
+            ]  # fmt: skip
+            results.write({**values, "ceilings": ceilings}, predictions)
+            results.draw(curves(values))
+            bar.note(f"{name}: {values[name]['accuracy']:.1%} of {len(asked)} questions")
+    results.show(f"questions about users' behaviour, windows of {data.train_length:,} tokens", behavior_table(values))
+    return {**values, "ceilings": ceilings}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------------
+
+
+def answer_prompts(
     model: CometForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    corpus: Corpus,
-    questions: Sequence[Example],
+    prompts: Sequence[np.ndarray],
     max_new_tokens: int,
     batch_size: int,
     count: Count = lambda n: None,
 ) -> list[str]:
-    """Greedy answers in the order of the questions, generated in left-padded batches of prompts of similar length."""
-    texts = [""] * len(questions)
-    prompts = [corpus.prompt(question) for question in questions]
-    order = sorted(range(len(questions)), key=lambda number: len(prompts[number]))
+    """Greedy answers in the order of the prompts, generated in left-padded batches of prompts of similar length."""
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         batch = pad_rows([(prompts[number], prompts[number]) for number in numbers], pad_token(tokenizer), left=True)
@@ -210,3 +324,11 @@ def _generate(
     more |= {"attention_mask": mask, "max_new_tokens": max_new_tokens}
     all_ids: Any = model.generate(ids, **greedy, **ends, **more)  # type: ignore[misc]
     return all_ids[:, ids.shape[1] :]
+
+
+EVALUATE = {
+    PasskeyData: evaluate_passkey,
+    ScrollsData: evaluate_scrolls,
+    AgentData: evaluate_agent,
+    UserBehaviorData: evaluate_behavior,
+}

@@ -150,7 +150,50 @@ class ScrollsData(TextData):
     val_examples: int | None = key(64, "validation questions a task; null: all", min=1)
 
 
-DATA_KINDS: dict[str, type] = {"passkey": PasskeyData, "scrolls": ScrollsData}
+@dataclass(frozen=True)
+class AgentData(TextData):
+    kind: str = key("agent", "which data: chooses the keys of this section")
+    root: str | None = key(None, "traces: a jsonl file, or a folder of them, plain, .xz, .gz or .zst; or one with train.* and validation.*")
+    max_length: int = key(16384, "tokens of a row; a longer trace is unusable (see on_error)", min=1)
+    val_share: float = key(0.1, "share of the tasks to validate on, where the files don't tell", min=0, below=1)
+    min_reward: float | None = key(None, "traces with less reward, or without one, are left out and counted; null: all are used")
+    last_turns: int | None = key(None, "loss on the last so many turns of the assistant; null: on all", min=1)
+    val_examples: int | None = key(16, "validation traces; null: all", min=1)
+
+
+@dataclass(frozen=True)
+class UserBehaviorData:
+    kind: str = key("user_behavior", "which data: chooses the keys of this section")
+    root: str | None = key(None, "event log: a jsonl, csv or parquet file, or a folder with one named events")
+    items: str | None = key(None, "table of item descriptions; null: items.* beside the events, if it is there")
+    user_column: str = key("user_id", "name of the column")
+    time_column: str = key("timestamp", "name of the column; ISO times")
+    action_column: str | None = key("action", "name of the column; null: all events are of data.action")
+    item_column: str = key("item", "name of the column, in the item table too")
+    quantity_column: str | None = key("quantity", "name of the column; null: none")
+    price_column: str | None = key("price", "name of the column; null: none")
+    description_column: str = key("description", "name of the column of the item table")
+    descriptions: bool = key(True, "items by description and number; false: by number alone, which is shorter")
+    action: str = key("purchase", "the action that questions are about")
+    kinds: list[str] | None = key(None, "kinds of questions (comet_pl/metrics/behavior.py); null: all that the columns allow")
+    day_header: bool = key(True, "the day once above its events; false: in each line")
+    duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
+    train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)
+    length_schedule: list[list[int]] | None = key(
+        None,
+        "lengths by step, clipped to trainer.max_steps; null: always train_length",
+        check=_length_schedule,
+        needs="[[0, length], [step, length], ...] with growing steps and lengths >= 1, or null",
+    )
+    batch_size: int = key(16, "rows a batch", min=1)
+    num_workers: int = key(0, "worker processes that make batches", min=0)
+    on_error: str = key(
+        "raise", "a malformed row: raise (one line, naming file and line) or skip (counted and shown)", choices=("raise", "skip")
+    )
+    val_examples: int = key(64, "validation questions", min=1)
+
+
+DATA_KINDS: dict[str, type] = {"passkey": PasskeyData, "scrolls": ScrollsData, "agent": AgentData, "user_behavior": UserBehaviorData}
 """data.kind -> the schema of the data section."""
 
 
@@ -180,10 +223,13 @@ class EvalConfig:
     after_fit: bool = key(True, "train.py evaluates when it has finished")
     lengths: list[int] | None = key(None, "passkey: lengths in tokens; null: 1, 4, 16 and 32 times train_length", min=1)
     depths: int = key(11, "passkey: depths, evenly spaced from 0 to 1", min=1)
-    examples: int | None = key(10, "passkey: examples a cell; scrolls: questions a task (null: all)", min=1)
+    examples: int | None = key(
+        10, "passkey: examples a cell; scrolls: questions a task (null: all); agent: traces; user_behavior: questions", min=1
+    )
+    budget: int = key(4096, "user_behavior: tokens of history that truncation and retrieval show the same model", min=1)
     val_questions: int = key(0, "scrolls: questions a task that are answered and scored at each validation while training", min=0)
-    max_new_tokens: int | None = key(None, "scrolls: longest answer in tokens; null: by task", min=1)
-    batch_size: int = key(8, "scrolls: prompts generated at once", min=1)
+    max_new_tokens: int | None = key(None, "scrolls, agent: longest answer in tokens; null: by task, 256", min=1)
+    batch_size: int = key(8, "scrolls, user_behavior: prompts generated at once", min=1)
 
 
 @dataclass(frozen=True)
@@ -238,7 +284,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: PasskeyData | ScrollsData = field(default_factory=PasskeyData)
+    data: PasskeyData | ScrollsData | AgentData | UserBehaviorData = field(default_factory=PasskeyData)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -17,15 +17,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
+from comet_pl.schema import AgentData
+from data.base import IGNORED, say
 from data.jsonl import OPEN, Complaints, Row, UnusableRow, find, read
 from data.messages import Message, check_messages, render
-from data.samples import Sample, file_facts
+from data.samples import Sample, encoded, file_facts
+from data.text import TextDataModule
 
 SPLITS = ("train", "validation")
 SHORTEST = 3  # characters of a needed value: shorter ones are everywhere
@@ -206,3 +211,55 @@ def _values(arguments: Any) -> Iterator[str]:
         yield arguments.strip()
     elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
         yield json.dumps(int(arguments) if isinstance(arguments, float) and arguments.is_integer() else arguments)
+
+
+def source_of(data: AgentData, tokenizer: PreTrainedTokenizerBase, split: str, seed: int) -> AgentSource:
+    """The traces of a split that the data section names.
+
+    Raises:
+        UserError: data.root is missing.
+    """
+    if data.root is None:
+        raise UserError("data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)")
+    supervise = "assistant" if data.last_turns is None else data.last_turns
+    choices = {"val_share": data.val_share, "min_reward": data.min_reward, "max_length": data.max_length}
+    return AgentSource(tokenizer, data.root, split, data.on_error, seed=seed, supervise=supervise, **choices)
+
+
+class AgentDataModule(TextDataModule):
+    """Validation on the first data.val_examples traces of other tasks."""
+
+    data: AgentData
+
+    @staticmethod
+    def texts(data: AgentData) -> Iterator[str]:
+        if data.root is None:
+            raise UserError("data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)")
+        return texts(data.root, "train", "skip", val_share=data.val_share, min_reward=data.min_reward)
+
+    def source(self, split: str) -> AgentSource:
+        found = source_of(self.data, self.tokenizer, split, 0)  # the split is the data's, not the run's
+        for reason, count in found.left_out().items():
+            say(f"{split}: {count} traces left out: {reason}")
+        return found
+
+    def validation_rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = validation_samples(self.source("validation"), self.data.val_examples)
+        return [(one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64)) for one in found]
+
+
+def validation_samples(source: AgentSource, count: int | None) -> list[Sample]:
+    """The first `count` usable traces; what is unusable among them is counted.
+
+    Raises:
+        UserError: there are none.
+    """
+    complaints = Complaints(source.on_error)
+    found = list(islice(filter(None, encoded(source, complaints)), count))
+    if line := complaints.summary():
+        say(f"{source.split}: {line}")
+    if not found:
+        raise UserError(
+            f"data.root: {source.root} has no usable {source.split} traces; data.val_share, data.max_length or min_reward decide"
+        )
+    return found

@@ -68,6 +68,11 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return stop_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def length_at(data: Any, step: int) -> int:
+    """Tokens of a training example at an optimizer step, by data.length_schedule and data.train_length."""
+    return [length for start, length in data.length_schedule or [[0, data.train_length]] if start <= step][-1]
+
+
 @rank_zero_only
 def say(line: str) -> None:
     """Something that the user should know about the data, on the first rank only."""

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config import PasskeyData
 from comet_pl.conversation import encode
 from comet_pl.errors import UserError
-from data.base import IGNORED, ResumableLoader, nothing, stop_token, validation_loader
+from data.base import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
 from data.filler import sentences
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
@@ -39,11 +39,6 @@ def texts(data: PasskeyData) -> Iterator[str]:
     yield from sentences() if data.haystack is None else _pieces(Path(data.haystack))
     for number in range(KEY_TEXTS):
         yield f"{KEY_BEGIN}{number * 7919 % 10**DIGITS:0{DIGITS}}{KEY_END}{QUESTION}"
-
-
-def length_at(data: PasskeyData, step: int) -> int:
-    """Tokens of a training example at an optimizer step."""
-    return [length for start, length in data.length_schedule or [[0, data.train_length]] if start <= step][-1]
 
 
 def even_depths(count: int) -> list[float]:

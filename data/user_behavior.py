@@ -17,20 +17,25 @@ events; the end so that before it lies a full window, or, where that is less, ha
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
+import lightning
 import numpy as np
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.conversation import encode, frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
+from comet_pl.schema import UserBehaviorData
 from comet_pl.values import nearest
-from data.base import IGNORED, stop_token
+from data.base import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
 from data.behavior_questions import Query, Question, ask, oracle, wording
-from data.events import PRICE_UNITS, History, Log, split_users
+from data.events import PRICE_UNITS, Columns, History, Log, read_log, split_users
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens
@@ -236,6 +241,7 @@ class Behavior:
         scores the latest events come first, so that what is left of the budget shows the recent past."""
         import bm25s
 
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         history, encoded, events = self.log.histories[question.user], self.encoded(question.user), self.window(question)
         documents = [line for _, line in lines(_part(history, question.start, question.end), self.log, day_header=False)]
         split = {"token_pattern": r"\w+", "stopwords": [], "show_progress": False, "return_ids": False}
@@ -281,6 +287,77 @@ class Behavior:
         asked = [wording(Query(kind, item, item, day, day, "first"), self.log, self.action) for kind in self.kinds]
         answers = [*sorted(self.log.items, key=len)[-1:], str(day), "1000000.00"]
         return max(len(encode(self.tokenizer, f"\n{text}")) for text in asked) + max(len(encode(self.tokenizer, a)) for a in answers) + 1
+
+
+class UserBehaviorDataModule(lightning.LightningDataModule):
+    """Training batches of data.batch_size * accumulate new questions, max_steps of them in one epoch; validation on data.val_examples.
+
+    Args:
+        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
+
+    Raises:
+        UserError: the log cannot be read or does not allow what is asked for; lengths that are too short.
+    """
+
+    @staticmethod
+    def texts(data: UserBehaviorData) -> Iterator[str]:
+        return texts(log_of(data), data.action, data.day_header)
+
+    def __init__(self, data: UserBehaviorData, tokenizer: PreTrainedTokenizerBase, seed: int, max_steps: int, accumulate: int = 1):
+        super().__init__()
+        self.data, self.tokenizer, self.seed, self.max_steps = data, tokenizer, seed, max_steps
+        self.rows, self.rank, self.world, self.val_rank, self.val_world = data.batch_size * accumulate, 0, 1, 0, 1
+        self.log = log_of(data)
+        self.pad = pad_token(tokenizer)
+        for step in {start for start, _ in data.length_schedule or [] if start < max_steps} | {0}:
+            self.questions("train", 1).question(0, length_at(data, step))  # too short a length shows now
+
+    def questions(self, split: str, count: int) -> Behavior:
+        data = self.data
+        return Behavior(self.log, self.tokenizer, self.seed, split, data.train_length, count, data.kinds, data.action, data.day_header)
+
+    def train_dataloader(self) -> ResumableLoader:
+        step = self.rows * self.world
+        rows = _Scheduled(self.questions("train", step * self.max_steps), self.data, step)
+        collate = partial(pad_rows, pad_token=self.pad)
+        return ResumableLoader(rows, self.rows, collate, num_workers=self.data.num_workers, rank=self.rank, world=self.world)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        questions = self.questions("validation", self.data.val_examples)
+        rows = [(questions.sample(one), one) for one in map(questions.question, range(len(questions)))]
+        return validation_loader(rows, self.data.batch_size, self._asked, self.val_rank, self.val_world)
+
+    def _asked(self, rows: Sequence[tuple[tuple[np.ndarray, np.ndarray], Question]]) -> dict[str, Any]:
+        """Left-padded, so that the answers end in the last column."""
+        batch: dict[str, Any] = dict(pad_rows([pair for pair, _ in rows], self.pad, left=True))
+        longest = max((int((labels != IGNORED).sum()) for (_, labels), _ in rows), default=0)
+        return {**batch, "logits_to_keep": longest + 1, "kinds": [one.query.kind for _, one in rows], "ages": [one.age for _, one in rows]}
+
+
+class _Scheduled:
+    """Row i belongs to optimizer step i // rows_a_step and has its length."""
+
+    def __init__(self, questions: Behavior, data: UserBehaviorData, rows_a_step: int):
+        self.questions, self.data, self.rows_a_step = questions, data, rows_a_step
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.questions.sample(self.questions.question(index, length_at(self.data, index // self.rows_a_step)))
+
+
+def log_of(data: UserBehaviorData) -> Log:
+    """The log that the data section names.
+
+    Raises:
+        UserError: data.root is missing, or see read_log.
+    """
+    if data.root is None:
+        raise UserError("data.root: missing, give the event log: data.root=PATH (a jsonl, csv or parquet file, or a folder)")
+    names = {name: getattr(data, f"{name}_column") for name in ("user", "time", "action", "item", "quantity", "price")}
+    columns = Columns(**names, item_description=data.description_column)
+    return read_log(data.root, data.items, columns, data.on_error, data.duplicates, data.action, data.descriptions)
 
 
 def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:

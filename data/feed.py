@@ -22,6 +22,9 @@ from data.plans import chunk_plan, draw_stride
 from data.samples import CachedSamples, Sample, Source, encoded
 
 
+FIRST_WINDOW = 32  # rows; each window has twice as many as the one before, up to data.shuffle_window
+
+
 @dataclass(frozen=True)
 class Layout:
     """How samples become rows of a batch.
@@ -89,24 +92,32 @@ class Cached:
 
 
 class Streamed:
-    """Rows are read and encoded as they are needed; a window is shuffled within itself.
+    """Rows are read and encoded as they are needed; a window is shuffled within itself. The first windows are small, so that the first batch
+    comes soon. Going on in mid-epoch reads the earlier rows again, but encodes none of them.
 
     Args:
-        size: rows a window. workers: processes that encode. Going on in mid-epoch reads the earlier rows again, but encodes none of them.
+        size: rows a window. workers: processes that encode.
     """
 
     def __init__(self, source: Source, size: int, workers: int = 0):
         self.source, self.size, self.workers = source, size, workers
         self.complaints = Complaints(source.on_error)
-        self.next: tuple[int, int] | None = None
+        self.place: tuple[int, int] | None = None  # epoch and number of the window that is held
+        self.held: list[Sample] | None = None
         self.rows: Iterator[Sample | None] = iter(())
 
     def window(self, epoch: int, number: int) -> list[Sample] | None:
-        if self.next != (epoch, number):
-            self.rows = encoded(self.source, self.complaints, self.workers, start=number * self.size)
-        self.next = (epoch, number + 1)
-        found = list(islice(self.rows, self.size))
-        return [sample for sample in found if sample is not None] if found else None
+        if self.place == (epoch, number):
+            return self.held
+        if number == 0 or self.place != (epoch, number - 1):
+            start = sum(self._size(earlier) for earlier in range(number))
+            self.rows = encoded(self.source, self.complaints, self.workers, start)
+        self.place, found = (epoch, number), list(islice(self.rows, self._size(number)))
+        self.held = [sample for sample in found if sample is not None] if found else None
+        return self.held
+
+    def _size(self, number: int) -> int:
+        return min(self.size, FIRST_WINDOW << min(number, 32))
 
 
 class Feed:

@@ -6,8 +6,6 @@ configuration; conf and keys go over it. Results go into the run's folder, or in
 
 from __future__ import annotations
 
-import sys
-
 from comet_pl.config import eval_paths, load
 from comet_pl.errors import run_cli
 from comet_pl.trained import find_checkpoint
@@ -29,7 +27,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_cli(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

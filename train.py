@@ -63,7 +63,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run_cli(main)
-    except KeyboardInterrupt:  # while building or evaluating; training stops between two steps
-        sys.exit(130)
+    run_cli(main)  # Ctrl-C while building or evaluating ends it at once; training stops between two steps

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comet_pl.checkpoint import check_built, kind
 from comet_pl.conversation import Conversation
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.schema import ModelConfig
@@ -28,6 +28,7 @@ from comet_pl.values import convert, nearest
 
 PLAIN_DECODER = {"chunk_size": 1024, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}
 """Memory of a decoder that has none."""
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEED = 0  # of its random weights: the same in each process, or no process could use the memory of another
 
 
@@ -43,7 +44,7 @@ def add_options(parser: ArgumentParser) -> None:
         default=[],
         help=f"a key of CometConfig, such as chunk_size=2048; may be repeated (default: MODEL's own; for a plain decoder {keys})",
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights and the memory (default: as MODEL was saved)")
+    parser.add_argument("--dtype", choices=DTYPES[:2], help="of the weights and the memory (default: as MODEL was saved)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
 
 
@@ -87,6 +88,8 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
             given = yaml.safe_load(value)
         except yaml.YAMLError:
             given = value
+        if name == "rollover":
+            raise UserError("--set: rollover is always true here, or a conversation would grow for ever")
         keys[name] = convert(given, hints[name], known[name].metadata, f"--set {name}")
     return keys
 
@@ -111,8 +114,9 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
     """
     path = Path(name).expanduser()
     here = path.exists()
-    check_built(name, "MODEL")
-    if not here and (name.startswith((".", "/", "~")) or name.endswith(".ckpt") or name.count("/") > 1):
+    if not here:
+        check_built(name, "MODEL")
+    if not here and (name.endswith(".ckpt") or name.count("/") > 1):
         raise UserError(f"MODEL: no such file or folder: {name}")
     transformers.logging.set_verbosity_error()
     huggingface_hub.logging.set_verbosity_error()  # six warnings of a hub that cannot be reached: the line below says it
@@ -128,7 +132,7 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
         raise UserError(str(error).replace("ckpt: ", "MODEL: ", 1)) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         place = "" if here else "no file or folder here, and from the hub "
-        raise UserError(f"MODEL: {name}: {place}cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"MODEL: {name}: {place}cannot be loaded: {first_line(error)}") from None
 
 
 def _from_checkpoint(path: Path, comet: dict[str, Any], dtype: str | None) -> Loaded:
@@ -177,8 +181,10 @@ def _load_memory(path: str, device: torch.device) -> tuple[CometCache, list[int]
         raise UserError(str(error)) from None
     try:
         made = {key: cache.notes[key] for key in ("comet", "dtype", "model")}
+        if made["dtype"] not in DTYPES:
+            raise ValueError
         return cache, cache.notes["opening"], made
-    except KeyError:
+    except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: a cache, but not one that python -m comet_pl.read wrote") from None
 
 
@@ -187,8 +193,3 @@ def _device(asked: str) -> torch.device:
     if asked == "cuda" and not here:
         raise UserError("--device: cuda given, but there is no GPU that torch can use; allowed: auto, cpu")
     return torch.device("cuda" if here and asked != "cpu" else "cpu")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -130,7 +130,4 @@ def _temperature(text: str) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        run_cli(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, first_line
 from comet_pl.run import Run
 from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
@@ -67,8 +67,9 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {_first_line(error)}") from None
-    from data.base import AGENT_TOKENS, train_tokenizer
+from comet_pl.errors import UserError, first_line
+from comet_pl.run import Run
+from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
     texts = _data_module(data).texts(data)
     return train_tokenizer(texts, config.backbone.vocab_size, AGENT_TOKENS if isinstance(data, AgentData) else ())
@@ -104,7 +105,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
                 backbone.path, comet=comet, attn_implementation=backbone.attn_implementation, dtype=dtype
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"backbone.path: {backbone.path}: {_first_line(error)}") from None
+            raise UserError(f"backbone.path: {backbone.path}: {first_line(error)}") from None
     try:
         decoder = AutoConfig.for_model(
             backbone.model_type,
@@ -121,7 +122,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
         settings._attn_implementation = backbone.attn_implementation
         return CometForCausalLM(settings)
     except ValueError as error:
-        raise UserError(f"model or backbone: {_first_line(error)}") from None
+        raise UserError(f"model or backbone: {first_line(error)}") from None
 
 
 def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.LightningDataModule:
@@ -221,7 +222,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             use_distributed_sampler=False,  # the loaders deal the rows out themselves
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(f"trainer: {_first_line(error)}") from None
+        raise UserError(f"trainer: {first_line(error)}") from None
     if not isinstance(strategy, str):
         check_pipeline(config, strategy)
     return trainer
@@ -302,8 +303,3 @@ def load_checkpoint(path: Path | str, argv: list[str]) -> tuple[CometForCausalLM
     from comet_pl.trained import load_trained
 
     return load_trained(Path(path), argv)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

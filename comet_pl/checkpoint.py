@@ -31,9 +31,11 @@ AUTHORS_NAMES = {
 
 
 def check_built(path: str, key: str) -> None:
-    """Raises UserError for a folder that this project builds itself, before anyone looks for it on the hub."""
+    """Raises UserError for a folder that is not there, before anyone looks for it on the hub."""
     if path.rstrip("/") == "models/smollm2_135m" and not Path(path).is_dir():
         raise UserError(f"{key}: {path} is not there yet; `make smollm2` builds it")
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"{key}: no such folder: {path}")
 
 
 def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:

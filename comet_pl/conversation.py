@@ -14,11 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
 
@@ -35,7 +36,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Ids before and after what a user says and the model answers."""
     if tokenizer.chat_template is None:
-        return [], encode(tokenizer, "\n\nAnswer:\n")
+        first = tokenizer("")["input_ids"][:1]  # a token that begins every text, where the decoder was trained with one
+        return first if first == [tokenizer.bos_token_id] else [], encode(tokenizer, "\n\nAnswer:\n")
     chat = [{"role": "user", "content": MARKS[0]}]
     before, _, after = _render(tokenizer, chat, add_generation_prompt=True).partition(MARKS[0])
     return _with_special(tokenizer, before), _with_special(tokenizer, after)
@@ -50,7 +52,10 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **more: Any) -> str:
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **more))
+    try:
+        return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **more))
+    except jinja2.TemplateError as error:
+        raise UserError(f"the tokenizer's chat template cannot be used: {first_line(error)}") from None
 
 
 def _with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -79,7 +84,9 @@ class Conversation:
         before, self.after = frame(self.tokenizer)
         self.between = separator(self.tokenizer)
         self.opening = before if self.opening is None else self.opening
-        ends = [self.tokenizer.eos_token_id, *(i for i in self.between[:1] if i in self.tokenizer.all_special_ids)]
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+        ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
         self.stops = list(dict.fromkeys(i for i in ends if i is not None))
 
     @torch.no_grad()
@@ -125,7 +132,14 @@ class Conversation:
         mask = torch.ones(1, columns, dtype=torch.long, device=self.model.device)  # of all columns: or generate() would count anew
         with self._plainly():
             out: Any = self.model.generate(  # type: ignore[misc]
-                self._tensor(ids), attention_mask=mask, past_key_values=self.cache, num_beams=1, **choice, **ends, **more
+                self._tensor(ids),
+                attention_mask=mask,
+                past_key_values=self.cache,
+                num_beams=1,
+                num_return_sequences=1,
+                **choice,
+                **ends,
+                **more,
             )
         answer: list[int] = out[0, len(ids) :].tolist()
         if answer[-1] in self.stops:

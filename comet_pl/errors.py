@@ -32,10 +32,18 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the options")
 
 
+def first_line(error: BaseException) -> str:
+    """Of a library's error: its first line with text, or its kind."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2."""
+    """Runs `main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
     try:
         main(sys.argv[1:])
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None

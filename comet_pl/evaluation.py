@@ -319,7 +319,14 @@ def _generate(
     model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, ids: Tensor, mask: Tensor, max_new_tokens: int, **more: Any
 ) -> Tensor:
     """(B, <= max_new_tokens) greedy continuation; whatever the model's folder says of sampling is set aside."""
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+    greedy: dict[str, Any] = {
+        "do_sample": False,
+        "num_beams": 1,
+        "num_return_sequences": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+    }
     ends: dict[str, Any] = {"eos_token_id": stop_token(tokenizer), "pad_token_id": pad_token(tokenizer)}
     more |= {"attention_mask": mask, "max_new_tokens": max_new_tokens}
     all_ids: Any = model.generate(ids, **greedy, **ends, **more)  # type: ignore[misc]

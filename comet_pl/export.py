@@ -28,8 +28,12 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder}: is there already; remove it first, or give another folder")
     import torch
+    import transformers
 
     from comet_pl.trained import load_trained
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     model, tokenizer, _ = load_trained(checkpoint, [])
     if dtype is not None:

@@ -40,7 +40,7 @@ def convert(file: Path, folder: Path) -> None:
         try:
             model = AutoModelForCausalLM.from_pretrained(source.parent, quantization_config=GgufConfig(dequantize=True), **options)
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # a broken file makes the reader raise anything
             raise UserError(f"{file}: cannot be read as GGUF: {' '.join(str(error).split())[:200]}") from None
         made = Path(work) / "folder"
         model.float().save_pretrained(made)

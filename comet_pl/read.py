@@ -118,7 +118,4 @@ def _pieces(stream: BinaryIO, name: str) -> Iterator[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    try:
-        run_cli(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_cli(main)

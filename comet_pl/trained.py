@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.config import from_dict, load, to_dict
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, first_line
 from comet_pl.schema import Config
 
 if TYPE_CHECKING:
@@ -111,7 +111,6 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     merge_adapters(model)
     if "generation" in content:
         model.generation_config = GenerationConfig.from_dict(content["generation"])
-        model.suppress_new_ids()
     return model.eval(), restore_tokenizer(content), config
 
 
@@ -130,12 +129,19 @@ def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
     from transformers import AutoTokenizer
 
     from comet_pl import CometForCausalLM
+    from comet_pl.checkpoint import kind
 
     config = load(argv, "eval")
+    off = config.model.global_size == 0 and config.model.compression_stride is None
+    if kind(path, {}) == "decoder" and not off:
+        raise UserError(
+            f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train it first "
+            f"(python train.py backbone.path={path} ...), or switch both memories off"
+        )
     given = {argument.partition("=")[0].removeprefix("model.") for argument in argv if argument.startswith("model.")}
     comet = {key: value for key, value in dataclasses.asdict(config.model).items() if key in given}
     try:
         model = CometForCausalLM.from_pretrained(path, comet=comet, attn_implementation=config.backbone.attn_implementation)
         return model.eval(), AutoTokenizer.from_pretrained(path), config
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"ckpt: {path} cannot be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+        raise UserError(f"ckpt: {path} cannot be loaded: {first_line(error)}") from None

@@ -211,3 +211,12 @@ def test_smollm2_with_lora_trained_and_exported(tmp_path):
     plain, rows = AutoModelForCausalLM.from_pretrained(folder), loaded.config.first_new_id
     assert torch.equal(loaded.model.embed_tokens.weight[:rows], plain.model.embed_tokens.weight)
     assert not torch.equal(loaded.model.layers[0].mlp.down_proj.weight, plain.model.layers[0].mlp.down_proj.weight)
+
+
+def test_a_plain_decoder_is_refused_instead_of_given_a_random_memory(tmp_path):
+    from models import backbone
+
+    AutoModelForCausalLM.from_config(backbone()).save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"ckpt: .*plain is a plain decoder, and a memory plugged in now would be random; train it first"):
+        main([str(tmp_path / "plain"), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

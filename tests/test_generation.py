@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, VOCABULARY, backbone, memories, text, tiny
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from comet_pl import CometCache, CometForCausalLM
@@ -127,6 +127,18 @@ def test_samples_are_reproducible_and_several_a_prompt():
     assert not torch.equal(one[0], one[1])
     assert one.max() < VOCABULARY
     assert len(one.unique()) > 5
+
+
+def test_internal_tokens_never_show_whatever_is_configured():
+    """The head likes nothing better than them."""
+    model, prompt = tiny(), text(1, 5)
+    with torch.no_grad():
+        model.lm_head.weight[VOCABULARY:] = 3 * model.lm_head.weight[:VOCABULARY].abs().max()
+    model.generation_config = GenerationConfig(max_new_tokens=40, do_sample=True, temperature=5.0)
+    for more in ({}, {"suppress_tokens": [4]}, {"suppress_tokens": None}, {"generation_config": GenerationConfig(max_new_tokens=30)}):
+        out = model.generate(prompt, **more)
+        assert out.max() < VOCABULARY
+        assert more != {"suppress_tokens": [4]} or 4 not in out[0, 5:]
 
 
 class Recorder(LogitsProcessor):
@@ -257,13 +269,15 @@ def test_prompts_that_leave_nothing_to_go_on_from():
         cache = model(text(1, 9), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="an empty prompt given"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
-    with pytest.raises(ValueError, match="row 1 of the prompt has no token"):
+    with pytest.raises(ValueError, match="row 1 of the prompt has no new token"):
         model.generate(text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [0, 0, 0]]), max_new_tokens=2)
     for ids in (text(1, 9), text(1, 2)):  # all of it read already; new ids only, without the mask that would say so
         with pytest.raises(ValueError, match="has read 9 already"):
             model.generate(ids, past_key_values=cache.clone(), max_new_tokens=2)
     with pytest.raises(ValueError, match=r"holds 1 rows, input_ids has 3; CometCache.batch_repeat_interleave\(3\)"):
         model.generate(text(1, 12), past_key_values=cache.clone(), max_new_tokens=2, num_return_sequences=3, do_sample=True)
+    with pytest.raises(ValueError, match=r"row 1 of the prompt ends with padding.*pad on the left"):
+        model.generate(text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 0]]), max_new_tokens=2)
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(text(1, 3), max_new_tokens=0)
     with pytest.raises(ValueError, match="row 0 has padding between"):

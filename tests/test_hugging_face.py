@@ -53,6 +53,22 @@ def test_peft_wraps_and_merges_it(folder):
         assert torch.equal(merged.generate(ids, max_new_tokens=9, do_sample=False), out)
 
 
+def test_the_trainer_evaluates_and_keeps_the_best(folder, tmp_path):
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT * 2, return_tensors="pt").input_ids[0]
+    rows = [{"input_ids": ids, "labels": ids}] * 3
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, per_device_eval_batch_size=2, **options)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    assert trainer.label_names == ["labels"]
+    trainer.train()
+    found = trainer.evaluate()
+    with torch.no_grad():
+        assert found["eval_loss"] == pytest.approx(model.eval()(ids[None], labels=ids[None]).loss.item(), rel=1e-4)
+    without = trainer.predict([{"input_ids": ids}] * 3)
+    assert without.predictions.shape == (3, len(ids), model.config.vocab_size)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_trainer_trains_it_with_token_correct_accumulation(folder, tmp_path, recompute):
     """Two micro-batches with different numbers of targets: the loss is the mean over tokens, as of one batch."""

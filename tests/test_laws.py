@@ -301,9 +301,10 @@ def test_half_precision_leaves_rope_exact(tmp_path):
 # ---- law 6: constant
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_cache_bytes_do_not_depend_on_what_was_read(batch):
-    model, sizes = tiny(), set()
+def test_cache_bytes_do_not_depend_on_what_was_read(family, batch):
+    model, sizes = tiny(family), set()
     cache = CometCache()
     with torch.no_grad():
         for piece in (1, 3, 1, 40, 200, 7):
@@ -316,9 +317,10 @@ def test_cache_bytes_do_not_depend_on_what_was_read(batch):
     assert len(sizes) == 1
 
 
-def test_no_tensor_grows_with_the_text():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_tensor_grows_with_the_text(family):
     """The largest live tensor while reading, and the number of live tensors afterwards, are those of a short text."""
-    model, seen = tiny(dtype=torch.float32), {}
+    model, seen = tiny(family, dtype=torch.float32), {}
     for pieces in (4, 40):
         largest = 0
         cache = CometCache()

@@ -1,7 +1,10 @@
 """read and ask: a text read in one process is asked in another; a conversation is what its template says; what is refused."""
 
+import copy
 import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import backbone, same_cache
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM, any_model, ask, conversation, read
@@ -167,7 +171,10 @@ def test_reading_in_small_calls_is_reading_at_once(model, tokenizer, monkeypatch
 
 
 def test_a_model_that_does_not_roll_over_reads_at_constant_memory(folder, model, book, tmp_path):
-    read.main([str(folder), str(book[0]), "--set", "rollover=false", "--save", str(tmp_path / "memory")])
+    shutil.copytree(folder, tmp_path / "grows")
+    config = json.loads((folder / "config.json").read_text()) | {"rollover": False}
+    (tmp_path / "grows" / "config.json").write_text(json.dumps(config))
+    read.main([str(tmp_path / "grows"), str(book[0]), "--save", str(tmp_path / "memory")])
     same_cache(CometCache.load(tmp_path / "memory"), CometCache.load(book[1]), 0)
 
 
@@ -176,6 +183,29 @@ def test_a_model_that_does_not_roll_over_reads_at_constant_memory(folder, model,
 
 def rendered(tokenizer, chat, **more):
     return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, **more), add_special_tokens=False)["input_ids"]
+
+
+def test_every_end_that_the_model_knows_ends_an_answer(model, tokenizer):
+    """Qwen's have two."""
+    other = copy.deepcopy(model)
+    other.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    assert set(Conversation(other, tokenizer, CometCache()).stops) == {tokenizer.eos_token_id, 7}
+    other.generation_config.eos_token_id = 9
+    assert set(Conversation(other, tokenizer, CometCache()).stops) == {tokenizer.eos_token_id, 9}
+
+
+def test_without_a_template_a_text_begins_as_the_tokenizer_begins_it(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    assert frame(plain)[0] == []
+    plain.add_special_tokens({"bos_token": "<|user|>"})
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A", special_tokens=[("<|user|>", plain.bos_token_id)]
+    )  # as Llama's
+    assert frame(plain)[0] == [plain.bos_token_id]
+    plain.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match="chat template cannot be used: no"):
+        frame(plain)
 
 
 def test_the_frame_is_the_template(tokenizer):
@@ -361,7 +391,7 @@ def test_targets_that_cannot_be_written(folder, book, tmp_path):
 
 def test_models_that_cannot_be_loaded(folder, book, tmp_path):
     rest = [book[0], "--save", tmp_path / "memory"]
-    assert refusal(read, "./none", *rest) == "MODEL: no such file or folder: ./none"
+    assert refusal(read, "./none", *rest) == "MODEL: no such folder: ./none"
     assert "holds neither" in refusal(read, tmp_path, *rest)
     assert "not a readable checkpoint" in refusal(read, book[0], *rest)
     (tmp_path / "bare").mkdir()
@@ -411,6 +441,7 @@ def test_memories_that_do_not_fit(folder, tokenizer, book, tmp_path):
         (["MEMORY", "Who?", "--interactiv"], "--interactiv"),
         (["--interactive", "--set", "chunk_sise=8"], "did you mean chunk_size"),
         (["--interactive", "--set", "chunk_size"], "KEY=VALUE"),
+        (["--interactive", "--set", "rollover=false"], "rollover is always true here"),
         (["--interactive", "--set", "chunk_size=["], "--set chunk_size: '[' given"),
         (["--interactive", "--set", "chunk_size=0"], "--set chunk_size: 0 given"),
         (["--interactive", "--set", "adapter_rank=3"], "adapter_rank"),

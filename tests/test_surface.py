@@ -28,7 +28,6 @@ def test_our_folder_round_trips(tmp_path):
         for other in (loaded, auto):
             assert isinstance(other, CometForCausalLM)
             torch.testing.assert_close(model(ids).logits, other(ids).logits, atol=1e-12, rtol=1e-12)
-            assert other.generation_config.suppress_tokens == model.config.new_token_ids
 
 
 def test_memory_keys_can_be_overridden_at_loading(tmp_path):
@@ -37,6 +36,10 @@ def test_memory_keys_can_be_overridden_at_loading(tmp_path):
     assert (model.config.chunk_size, model.config.temporary_capacity, model.config.readout_token_ids) == (3, 7, [41])
     with pytest.raises(ValueError, match="adapter_rank"):
         CometForCausalLM.from_pretrained(tmp_path, comet={"adapter_rank": 5})
+    with pytest.raises(ValueError, match="rollover: 'no' given, True or False is needed"):
+        CometForCausalLM.from_pretrained(tmp_path, comet={"rollover": "no"})
+    with pytest.raises(ValueError, match="resize the plain decoder"):
+        model.resize_token_embeddings(120)
     with pytest.raises(ValueError, match="chunksize"):
         CometForCausalLM.from_pretrained(tmp_path, comet={"chunksize": 5})
 
@@ -71,7 +74,7 @@ def test_an_authors_folder_round_trips_as_ours(tmp_path):
     ids = text(1, 30)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
-    assert 294 in again.generation_config.suppress_tokens  # the authors' placeholder means nothing
+    assert 294 in again.config.new_token_ids  # the authors' placeholder means nothing
 
 
 def test_memory_parameters_are_the_new_modules():
@@ -193,6 +196,9 @@ def rewrite(path, change):
         (lambda facts, tensors: {}, "not a readable CometCache file .no 'comet_cache' in it"),
         (lambda facts, tensors: facts.pop("rows") and None, "not a readable CometCache file .no 'rows' in it"),
         (lambda facts, tensors: facts["rows"][0].update(colour=1), "not a readable CometCache file"),
+        (lambda facts, tensors: facts["rows"][1].update(fill=-3), "not a readable CometCache file .impossible numbers"),
+        (lambda facts, tensors: facts["rows"][1].update(fill="a"), "not a readable CometCache file .impossible numbers"),
+        (lambda facts, tensors: facts.update(layers=1), "damaged: it has 1 layers"),
         (lambda facts, tensors: facts.update(layers="two"), "not a readable CometCache file"),
         (lambda facts, tensors: tensors.update({"2.state": tensors.pop("1.state")}), "damaged: state of layer 1 has the shape None"),
         (lambda facts, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :1].clone()}), "damaged: keys of layer 0"),
@@ -358,6 +364,8 @@ def test_logits_to_keep():
         ({"logits_to_keep": -1}, "logits_to_keep"),
         ({"strides": [2, 0]}, "strides"),
         ({"past_key_values": ()}, "CometCache is needed"),
+        ({"labels": torch.full((2, 8), 1000)}, "labels: 1000 given, allowed: 0 to 42, or -100"),
+        ({"shift_labels": torch.full((2, 8), -5)}, "labels: -5 given"),
         ({"attention_mask": torch.tensor([[1.0] * 8, [0.0, -1e9] * 4])}, "attention_mask: -1000000000.0 given, 1"),
     ],
 )

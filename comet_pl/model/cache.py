@@ -94,6 +94,8 @@ class CometCache(Cache):
 
     def _check_shapes(self, config: CometConfig) -> None:
         """Of a cache that came from a file: every row's entries are there, and each tensor has this model's sizes."""
+        if len(self.memories) != config.backbone_config.num_hidden_layers:
+            raise ValueError(f"past_key_values: damaged: it has {len(self.memories)} layers")
         rows = len(self.rows)
         shapes = config.cache_shapes(rows, least_stride(self.rows))
         needed = dict.fromkeys(LayerMemory._fields, 0)
@@ -171,8 +173,14 @@ class CometCache(Cache):
         return self._copy((lambda t: t.detach().clone()) if self.preallocated else Tensor.detach)
 
     def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CometCache:
-        """A copy on another device or in another precision, for a model that is there or has it."""
-        return self._copy(lambda t: t.detach().to(device=device, dtype=dtype, copy=True))
+        """A copy on another device or in another precision, for a model that is there or has it.
+
+        In another precision the weights are others too, so that they are no longer compared with those that made the memory.
+        """
+        new = self._copy(lambda t: t.detach().to(device=device, dtype=dtype, copy=True))
+        if dtype is not None and any(t.dtype != dtype for t in self._tensors()):
+            new.model = new.weights = None
+        return new
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -228,6 +236,8 @@ class CometCache(Cache):
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             cache.memories = [LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields)) for i in range(facts["layers"])]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
+            if any(not isinstance(value, int) or value < 0 for row in facts["rows"] for value in row.values()) or facts["columns"] < 0:
+                raise ValueError("impossible numbers of tokens")
             cache.columns, cache.preallocated, cache.notes = facts["columns"], facts["preallocated"], facts.get("notes", {})
             cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

@@ -104,7 +104,7 @@ class Call:
         segments = [row for row, _ in plans]
         if not use_cache:  # nobody reads the last memories
             segments = [[*row[:-1], replace(row[-1], closes=False)] if row else row for row in segments]
-        targets = shifted(labels, shift_labels, real)
+        targets = shifted(labels, shift_labels, real, config.vocab_size)
         keep = min(logits_to_keep or width, width) if targets is None or logits_to_keep is not None else None
         wanted = np.zeros((rows, width), dtype=bool)
         labelled = 0
@@ -158,7 +158,7 @@ def check_prompt(input_ids: Tensor, new: int | None, mask: Tensor | None, cache:
     Args:
         new: how many last columns of input_ids the cache has not read; None: all.
     """
-    rows, columns = input_ids.shape
+    columns = input_ids.shape[1]
     read = cache.columns if isinstance(cache, CometCache) else 0
     if new is not None and new <= 0:
         raise ValueError(
@@ -167,11 +167,13 @@ def check_prompt(input_ids: Tensor, new: int | None, mask: Tensor | None, cache:
         )
     if columns == 0:
         raise ValueError("input_ids: an empty prompt given, at least one token is needed")
-    known = cache.num_tokens if isinstance(cache, CometCache) and cache.rows else torch.zeros(rows)
-    if mask is not None and mask.ndim == 2 and len(known) == rows:
-        empty = (mask[:, -(new or columns) :].sum(1).cpu() == 0) & (known == 0)
-        if empty.any():
-            raise ValueError(f"attention_mask: row {int(empty.nonzero()[0])} of the prompt has no token, at least one is needed")
+    if mask is None or mask.ndim != 2:
+        return
+    for row, real in enumerate(mask[:, -(new or columns) :].bool().tolist()):
+        if not any(real):
+            raise ValueError(f"attention_mask: row {row} of the prompt has no new token, at least one is needed")
+        if not real[-1]:
+            raise ValueError(f"attention_mask: row {row} of the prompt ends with padding, where generation goes on; pad on the left")
 
 
 def with_strides(clocks: list[RowClock], strides: Any, config: CometConfig) -> list[RowClock]:
@@ -222,7 +224,7 @@ def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list
     return sizes, flags  # type: ignore[return-value]
 
 
-def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray) -> Tensor | None:
+def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray, vocabulary: int) -> Tensor | None:
     """(B, N) on CPU: the target of each column's token, -100: none. A target counts if it and the token before it are real."""
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels: give one of the two")
@@ -232,6 +234,9 @@ def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray
     if given.shape != real.shape:
         raise ValueError(f"{'labels' if labels is not None else 'shift_labels'}: shape {tuple(given.shape)} given, {real.shape} is needed")
     targets = given.detach().cpu().clone()
+    wrong = targets[(targets != -100) & ((targets < 0) | (targets >= vocabulary))]
+    if len(wrong):
+        raise ValueError(f"labels: {int(wrong[0])} given, allowed: 0 to {vocabulary - 1}, or -100 for none")
     mask = torch.from_numpy(real)
     if labels is not None:
         targets[~mask] = -100

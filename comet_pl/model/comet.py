@@ -23,7 +23,7 @@ from comet_pl.loss import summed_cross_entropy
 from comet_pl.model.backbone import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.call import Call, check_prompt
-from comet_pl.model.config import CometConfig
+from comet_pl.model.config import CometConfig, check_keys
 from comet_pl.model.memory import GateProjection
 from comet_pl.model.step import Step
 from comet_pl.model.walk import WALKS, LocalSeam
@@ -58,17 +58,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 parameter._is_hf_initialized = not is_memory(name)  # type: ignore[attr-defined]
             self.to(device=weight.device, dtype=weight.dtype)
         self.post_init()
-        self.suppress_new_ids()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, GateProjection) and module.start_bias is not None:
             init.constant_(module.bias, module.start_bias)
-
-    def suppress_new_ids(self) -> None:
-        """Generation never says a compression or readout token."""
-        if self.generation_config is not None:
-            self.generation_config.suppress_tokens = self.config.new_token_ids or None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -92,15 +86,12 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             decoder = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
             model = cls.from_decoder(decoder, comet or {})
-        model.suppress_new_ids()
         return model
 
     @classmethod
     def from_decoder(cls, decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:
         """Plugs fresh memory modules into a loaded decoder, which is used up; new token rows by mean resizing."""
-        unknown = set(comet) - set(CometConfig.__init__.__annotations__)
-        if unknown:
-            raise ValueError(f"comet[{sorted(unknown)[0]!r}]: no such key of CometConfig")
+        check_keys(comet)
         check_backbone(decoder.config)
         config = CometConfig(backbone_config=decoder.config, **comet)
         if config.vocab_size > decoder.config.vocab_size:
@@ -123,7 +114,6 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: CometCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         strides: Sequence[int] | Tensor | None = None,
         resets: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
@@ -134,7 +124,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: (B, N) text tokens. attention_mask: (B, N) or, with a cache, (B, all columns so far); 0 = padding.
-            labels: (B, N) unshifted targets, -100 ignored. shift_labels: (B, N) targets of each column itself (not both).
+            labels: (B, N) unshifted targets, -100 ignored. shift_labels, by name: (B, N) targets of each column itself (not both).
             chunk_sizes: text tokens of each chunk, one list or one a row; an open chunk is closed first, all listed chunks close.
                 None: text continues the open chunk, and chunks of config.chunk_size roll over.
             past_key_values: what was read before. Without gradients it is updated in place; with gradients a new one is returned.
@@ -151,6 +141,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments that contradict each other; the message names the argument, what was given and what is allowed.
         """
+        shift_labels = others.pop("shift_labels", None)  # a parameter of this name would be a label to Hugging Face's Trainer
         if strange := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"{strange[0]}: given, but a CoMeT's forward has no such argument")
         if use_cache is None:
@@ -251,9 +242,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def fingerprint(self) -> str:
         """Of the configuration: what a cache must have been made with."""
-        backbone = {
-            k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(("_", "transformers", "dtype", "torch"))
-        }
+        runtime = ("_", "transformers", "dtype", "torch", "use_cache", "output_", "return_dict")
+        backbone = {k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(runtime)}
         keys = ("global_size", "compression_stride", "temporary_capacity", "chunk_size", "adapter_rank", "shared_adapter", "gate")
         facts = [backbone, [getattr(self.config, key) for key in keys]]
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -297,6 +287,18 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(input_ids, **more)  # type: ignore[misc, arg-type]
         inputs.pop("tokenizer", None)  # of stop_strings
         return inputs
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Hugging Face's, and compression and readout tokens are never said, whatever is configured."""
+        settings, others = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
+        settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *self.config.new_token_ids}) or None
+        return settings, others
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: the rows behind the text's are compression and readout tokens."""
+        raise ValueError(
+            "resize_token_embeddings: resize the plain decoder, before a memory is plugged in; its new rows stand behind the text's"
+        )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -15,6 +15,16 @@ GATES = ("scalar", "elementwise", "none")
 WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")  # these shape the weights: they cannot be overridden on a loaded checkpoint
 
 
+KEYS = ("chunk_size", "global_size", "compression_stride", "temporary_capacity", "gate_bias", "rollover", *WEIGHT_KEYS)
+
+
+def check_keys(comet: dict[str, Any]) -> None:
+    """Raises ValueError for what is no key of the memory."""
+    for key in comet:
+        if key not in KEYS:
+            raise ValueError(f"comet[{key!r}]: no such key; known: {', '.join(sorted(KEYS))}")
+
+
 class CometConfig(PretrainedConfig):
     """What a CoMeT is (paper's notation in brackets).
 
@@ -40,6 +50,7 @@ class CometConfig(PretrainedConfig):
     model_type = "comet"
     sub_configs = {"backbone_config": AutoConfig}
     has_no_defaults_at_init = True
+    keys_to_ignore_at_inference = ["past_key_values"]  # by Trainer, which would gather them
 
     def __init__(
         self,
@@ -93,6 +104,9 @@ class CometConfig(PretrainedConfig):
         s = self.compression_stride
         if s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1):
             raise ValueError(f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary memory) is needed")
+        for key in ("rollover", "shared_adapter"):
+            if not isinstance(getattr(self, key), bool):
+                raise ValueError(f"{key}: {getattr(self, key)!r} given, True or False is needed")
         if self.gate not in GATES:
             raise ValueError(f"gate: {self.gate!r} given, one of {', '.join(GATES)} is needed")
         if self.gate_bias is not None and not isinstance(self.gate_bias, (int, float)):
@@ -104,10 +118,8 @@ class CometConfig(PretrainedConfig):
         Raises:
             ValueError: an unknown key, a key that shapes the weights, or more readout tokens than the checkpoint has.
         """
-        known = {"chunk_size", "global_size", "compression_stride", "temporary_capacity", "gate_bias", "rollover", *WEIGHT_KEYS}
+        check_keys(changes)
         for key, value in changes.items():
-            if key not in known:
-                raise ValueError(f"comet[{key!r}]: no such key; known: {', '.join(sorted(known))}")
             if key in WEIGHT_KEYS and value != getattr(self, key):
                 raise ValueError(f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made with {getattr(self, key)!r}")
             setattr(self, key, value)

@@ -67,9 +67,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-from comet_pl.errors import UserError, first_line
-from comet_pl.run import Run
-from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
+            raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}") from None
+    from data.base import AGENT_TOKENS, train_tokenizer
 
     texts = _data_module(data).texts(data)
     return train_tokenizer(texts, config.backbone.vocab_size, AGENT_TOKENS if isinstance(data, AgentData) else ())

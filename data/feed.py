@@ -21,7 +21,6 @@ from data.packing import join, pack
 from data.plans import chunk_plan, draw_stride
 from data.samples import CachedSamples, Sample, Source, encoded
 
-
 FIRST_WINDOW = 32  # rows; each window has twice as many as the one before, up to data.shuffle_window
 
 
@@ -92,8 +91,8 @@ class Cached:
 
 
 class Streamed:
-    """Rows are read and encoded as they are needed; a window is shuffled within itself. The first windows are small, so that the first batch
-    comes soon. Going on in mid-epoch reads the earlier rows again, but encodes none of them.
+    """Rows are read and encoded as they are needed; a window is shuffled within itself. The first windows are small, so that the first
+    batch comes soon. Going on in mid-epoch reads the earlier rows again, but encodes none of them.
 
     Args:
         size: rows a window. workers: processes that encode.

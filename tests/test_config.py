@@ -381,13 +381,16 @@ def test_help_lists_every_conf_and_every_key_with_default_and_meaning(command: s
     for name in conf_names(CONF_DIR):
         comment = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
         assert f"conf={name} {comment}" in flat
-    lines = {line.split()[0]: line for line in text.splitlines() if line and not line.startswith(" ")}
+    keys = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    lines = {line.split()[0]: line for line in reversed(keys)}
+    starts = [number for number, line in enumerate(keys) if line.split()[0] == "data.kind"]
+    parts = [{line.split()[0]: line for line in keys[start:end]} for start, end in zip(starts, [*starts[1:], None], strict=True)]
     hints = get_type_hints(Config)
     for one in dataclasses.fields(Config):
-        for schema in DATA_KINDS.values() if one.name == "data" else [hints[one.name]]:
+        schemas = [*DATA_KINDS.values()] if one.name == "data" else [hints[one.name]]
+        for schema, part in zip(schemas, parts if one.name == "data" else [lines], strict=True):
             for leaf in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
-                assert f"{one.name}.{leaf.name}" in lines
-                assert leaf.metadata["help"].split()[0] in lines[f"{one.name}.{leaf.name}"]
+                assert leaf.metadata["help"].split()[0] in part[f"{one.name}.{leaf.name}"]
     assert " 1024 " in lines["data.train_length"]
     assert " scalar, elementwise, none " in lines["model.gate"]
     assert {"conf", "resume", "seed"} <= set(lines) and ({"ckpt", "out"} <= set(lines)) == (command == "eval")

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import threading
 import time
+from datetime import datetime, timedelta
 
 import lightning
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_agent_run import write_traces
 from tiny_runs import ROOT, TINY, command, train
 from torch import Tensor
 
@@ -377,6 +379,38 @@ def test_sigkill_scrolls_five_times(tmp_path, workers, layout):
     keys = scrolls(tmp_path, layout)
     train(tmp_path, "straight", *keys)
     killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys, f"data.num_workers={workers}", kills=5)
+
+
+def write_events(root):
+    """12 users with 90 events each, an hour apart."""
+    draw = random.Random(5)
+    root.mkdir(parents=True)
+    rows = []
+    for user in range(12):
+        for number in range(90):
+            time = datetime(2024, 1, 1) + timedelta(hours=number)
+            row = {"user_id": f"u{user}", "timestamp": time.isoformat(), "action": "purchase", "item": f"{draw.randrange(12)}"}
+            rows.append(row | {"quantity": draw.randint(1, 5), "price": draw.randint(1, 900) / 100})
+    (root / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+OTHERS = {
+    "agent": (write_traces, ["data.val_share=0.3", "data.max_length=400", "data.packing=documents", "data.batch_size=2"]),
+    "user_behavior": (write_events, ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("conf", OTHERS)
+def test_sigkill_others_five_times(tmp_path, conf, workers):
+    write, more = OTHERS[conf]
+    keys = [*SHORT, f"conf={conf}", f"data.root={write(tmp_path / 'rows')}", "trainer.max_steps=24", "trainer.val_check_interval=5"]
+    keys += ["data.val_examples=3", "checkpoint.every_steps=2", *more]
+    keys += [f"data.cache={tmp_path / 'cache'}"] if conf == "agent" else []
+    train(tmp_path, "straight", *keys)
+    killed_equals_straight(tmp_path, tmp_path / conf / "straight", conf, *keys, f"data.num_workers={workers}", kills=5)
 
 
 @pytest.mark.slow

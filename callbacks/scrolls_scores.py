@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning
 
-from comet_pl.evaluation import answer_prompts
+from comet_pl.evaluation.reading import answer_prompts
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.scrolls import ScrollsScore
 from comet_pl.schema import EvalConfig

@@ -146,6 +146,7 @@ class ScrollsData(TextData):
     kind: str = key("scrolls", "which data: chooses the keys of this section")
     root: str | None = key(None, "folder with <task>/<split>.jsonl[.xz|.gz|.zst]; null: the hub's tau/scrolls")
     tasks: list[str] | None = key(None, "tasks to read; null: every task folder in root")
+    weights: list[float] | None = key(None, "how often an epoch has the rows of each task, in the order of tasks; null: once", min=0)
     max_length: int = key(2048, "tokens of a row; a longer document loses its left part, never question or answer", min=1)
     val_examples: int | None = key(64, "validation questions a task; null: all", min=1)
 

@@ -31,7 +31,8 @@ class Layout:
     Args:
         max_length: tokens of a row. chunk_size, stride: the model's (C, s; None: no temporary memory). packing: none, documents (each with
             a memory of its own) or shared. plan: one of data.plans.KINDS, or mixture. dynamic_stride: draws each row's stride.
-        ends: (V,) ids that may end a chunk, for the plans that ask for them.
+        ends: (V,) ids that may end a chunk, for the plans that ask for them. weights: how often an epoch has the samples of a group; groups
+            without one, and None: once.
     """
 
     max_length: int
@@ -41,12 +42,21 @@ class Layout:
     plan: str = "fixed"
     dynamic_stride: bool = False
     ends: np.ndarray | None = None
+    weights: dict[str, float] | None = None
 
-    def groups(self, lengths: Sequence[int] | np.ndarray, random: np.random.Generator) -> list[list[int]]:
+    def rows(self, samples: Sequence[Sample] | CachedSamples, random: np.random.Generator) -> list[list[int]]:
         """Which samples make a row, in the order of the rows."""
+        if isinstance(samples, CachedSamples):
+            lengths, names = samples.lengths, samples.groups
+        else:
+            lengths, names = np.array([len(one) for one in samples]), np.array([one.group for one in samples])
+        numbers = np.arange(len(lengths))
+        if self.weights is not None and len(numbers):
+            times = np.array([self.weights.get(name, 1.0) for name in names])
+            numbers = np.repeat(numbers, (times + random.random(len(times))).astype(int))  # 1.5: once or twice, by lot
         if self.packing == "none":
-            return [[number] for number in random.permutation(len(lengths)).tolist()]
-        return pack(lengths, self.max_length, random)
+            return [[number] for number in random.permutation(numbers).tolist()]
+        return [numbers[group].tolist() for group in pack(lengths[numbers], self.max_length, random)]
 
     def row(self, samples: Sequence[Sample], random: np.random.Generator) -> dict[str, Any]:
         """ids and labels (n,) int64, chunk_sizes, resets, and stride if it is drawn."""
@@ -187,8 +197,7 @@ class _Rows:
 
     def __init__(self, samples: Sequence[Sample] | CachedSamples, layout: Layout, key: tuple[int, int, int]):
         self.samples, self.layout, self.key = samples, layout, key
-        lengths = samples.lengths if isinstance(samples, CachedSamples) else [len(sample) for sample in samples]
-        self.groups = layout.groups(lengths, np.random.default_rng(key))
+        self.groups = layout.rows(samples, np.random.default_rng(key))
 
     def __len__(self) -> int:
         return len(self.groups)

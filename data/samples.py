@@ -25,7 +25,7 @@ from comet_pl.results import Bar
 from data.base import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
-VERSION = 1  # of what is written; another number leaves old files aside
+VERSION = 2  # of what is written; another number leaves old files aside
 FLUSH = 64  # samples held before they are written
 
 
@@ -40,6 +40,7 @@ class Sample:
     ids: np.ndarray
     learned: np.ndarray
     notes: dict[str, Any]
+    group: str = ""  # of a mixture, such as the task
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,7 +133,7 @@ def encoded(source: Source, complaints: Complaints, workers: int = 0, start: int
 class CachedSamples:
     """Samples by number, out of an Arrow file that stays on disk.
 
-    lengths: (rows,) tokens of each.
+    lengths: (rows,) tokens of each. groups: (rows,) their groups' names.
     """
 
     def __init__(self, file: Path):
@@ -142,13 +143,14 @@ class CachedSamples:
         self.file = file
         self.table = datasets.Dataset.from_file(str(file)).with_format("numpy")
         self.lengths = pyarrow.compute.list_value_length(self.table.data["ids"]).to_numpy()
+        self.groups = self.table.data["group"].to_numpy()
 
     def __len__(self) -> int:
         return len(self.table)
 
     def __getitem__(self, number: int) -> Sample:
         row = self.table[int(number)]
-        return Sample(row["ids"].astype(np.int32), row["learned"], json.loads(str(row["notes"])))
+        return Sample(row["ids"].astype(np.int32), row["learned"], json.loads(str(row["notes"])), str(row["group"]))
 
 
 def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedSamples:
@@ -175,13 +177,13 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
 
     complaints, cut, count = Complaints(source.on_error), 0, 0
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    features = Features({"ids": Sequence(Value("int32")), "learned": Sequence(Value("bool")), "notes": Value("string")})
+    kinds = {"ids": Sequence(Value("int32")), "learned": Sequence(Value("bool")), "notes": Value("string"), "group": Value("string")}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(path=str(beside), features=features, writer_batch_size=FLUSH) as writer, Bar(None) as bar:
+        with ArrowWriter(path=str(beside), features=Features(kinds), writer_batch_size=FLUSH) as writer, Bar(None) as bar:
             bar.name(f"tokenises {name}")
             for sample in filter(None, encoded(source, complaints, workers)):
-                writer.write({"ids": sample.ids, "learned": sample.learned, "notes": json.dumps(sample.notes)})
+                writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
                 bar.add(len(sample))
                 count, cut = count + 1, cut + bool(sample.notes.get("cut"))
             writer.finalize()

@@ -13,6 +13,7 @@ training, and all of them count as right in evaluation.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -94,6 +95,13 @@ def split_input(task: str, text: str) -> tuple[str, str]:
     return (text[: end + 2], text[end + 2 :]) if end >= 0 else (text + "\n\n", "")
 
 
+def options(task: str, question: str) -> list[str]:
+    """What the answer may be, for the tasks that say so."""
+    if task == "contract_nli":
+        return ["Entailment", "Contradiction", "Not mentioned"]
+    return [text.strip() for text in re.findall(r"\([A-D]\)(.*?)(?=\([A-D]\)|$)", question, re.DOTALL)] if task == "quality" else []
+
+
 def texts(data: ScrollsData) -> Iterator[str]:
     """What a from-scratch tokenizer is trained on: questions, answers, and each document once, of all tasks' training rows."""
     complaints = Complaints("skip")  # reading the rows reports them
@@ -149,6 +157,7 @@ class Example:
     question: np.ndarray
     answer: np.ndarray  # with the stop token
     references: list[str]
+    options: list[str]  # that the answer is one of; none: it is free text
 
 
 @dataclass
@@ -195,7 +204,7 @@ class Corpus:
             self.documents.append(tokens[-self.data.max_length :].copy())
         number, size = self._places[digest]
         self.cut += size > room
-        self.examples.append(Example(task, row["id"], number, ids, answer, [row["output"]]))
+        self.examples.append(Example(task, row["id"], number, ids, answer, [row["output"]], options(task, question)))
 
     def prompt(self, example: Example, room: int | None = None) -> np.ndarray:
         """(n,) ids up to the answer; the document has at most `room` tokens (None: as data.max_length allows without an answer)."""
@@ -263,7 +272,7 @@ class ScrollsSource:
         text = np.array(encode(self.tokenizer, document), dtype=np.int32)
         ids = np.concatenate([self.frame.before, asked, text[max(0, len(text) - room) :], self.frame.after, answer])
         learned = np.arange(len(ids)) >= len(ids) - len(answer)
-        return Sample(ids, learned, {"task": row["task"], "id": row["id"], "cut": len(text) > room})
+        return Sample(ids, learned, {"id": row["id"], "cut": len(text) > room}, group=row["task"])
 
     def key(self) -> dict[str, Any]:
         root = self.data.root and Path(self.data.root).expanduser()
@@ -280,6 +289,14 @@ class ScrollsDataModule(TextDataModule):
 
     def source(self, split: str) -> ScrollsSource:
         return ScrollsSource(self.data, self.tokenizer, split)
+
+    def weights(self) -> dict[str, float] | None:
+        if self.data.weights is None:
+            return None
+        names = tasks(self.data)
+        if len(self.data.weights) != len(names):
+            raise UserError(f"data.weights: {len(self.data.weights)} given, one for each of {', '.join(names)} is needed")
+        return dict(zip(names, self.data.weights, strict=True))
 
     def asked(self) -> str:
         return f" for {', '.join(tasks(self.data))}"

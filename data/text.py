@@ -48,10 +48,14 @@ class TextDataModule(lightning.LightningDataModule):
         self.rank, self.world, self.val_rank, self.val_world = 0, 1, 0, 1
         self.pad = pad_token(tokenizer)
         ends = sentence_ends(tokenizer) if data.chunk_plan in ("sentence", "mixture") else None
-        self.layout = Layout(data.max_length, chunk_size, stride, data.packing, data.chunk_plan, data.dynamic_stride, ends)
+        self.layout = Layout(data.max_length, chunk_size, stride, data.packing, data.chunk_plan, data.dynamic_stride, ends, self.weights())
         if data.dynamic_stride and stride is None:
             raise UserError("data.dynamic_stride: true given, but model.compression_stride=null: there is no stride to draw")
         self.windows = self._windows(self.source("train"))
+
+    def weights(self) -> dict[str, float] | None:
+        """How often an epoch has the samples of each group; None: once."""
+        return None
 
     def source(self, split: str) -> Source:
         """The rows of a split."""
@@ -92,8 +96,8 @@ class TextDataModule(lightning.LightningDataModule):
         if self.max_epochs is None:
             return self.max_steps
         assert isinstance(self.windows, Cached)
-        lengths, step = self.windows.samples.lengths, self.rows * self.world
-        rows = [len(self.layout.groups(lengths, np.random.default_rng((self.seed, epoch, 0)))) for epoch in range(self.max_epochs)]
+        samples, step = self.windows.samples, self.rows * self.world
+        rows = [len(self.layout.rows(samples, np.random.default_rng((self.seed, epoch, 0)))) for epoch in range(self.max_epochs)]
         return min(self.max_steps, sum(-(-count // step) for count in rows))
 
     def val_dataloader(self) -> DataLoader[Any]:

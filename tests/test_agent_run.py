@@ -9,8 +9,9 @@ import pytest
 import torch
 from models import tiny
 
-from comet_pl import CometConfig, CometForCausalLM, build, evaluation
+from comet_pl import CometConfig, CometForCausalLM, build
 from comet_pl.config import load
+from comet_pl.evaluation.agent import act
 from data.agent_traces import source_of, validation_samples
 from data.base import AGENT_TOKENS, train_tokenizer
 from data.samples import Sample
@@ -37,7 +38,7 @@ def test_turn_by_turn_is_the_whole_text(comet):
     """The loss of each turn is that of one pass over everything; what would be said there is what generate says after everything so far."""
     model, one = tiny(**comet), trace()
     with torch.no_grad():
-        found = list(evaluation.act(model, Words(), one, max_new_tokens=9))
+        found = list(act(model, Words(), one, max_new_tokens=9))
         ids = torch.from_numpy(one.ids.astype(np.int64))[None]
         logits = model(ids).logits[0].log_softmax(-1)
     assert [answer["turn"] for answer in found] == [1, 2, 3]
@@ -102,7 +103,7 @@ def test_from_a_model_of_the_conf(tmp_path):
         lambda _, args, kwargs: fed.append(args[0].shape[1] if args else kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     with torch.no_grad():
-        turns = list(evaluation.act(model, Words(), one, max_new_tokens=1))
+        turns = list(act(model, Words(), one, max_new_tokens=1))
     assert isinstance(model, CometForCausalLM) and isinstance(model.config, CometConfig)
     generated = sum(1 for _ in turns)  # a prompt of one token each: the last before the turn
     assert sum(fed) == len(one.ids) + generated

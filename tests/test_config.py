@@ -470,3 +470,19 @@ def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"backbone.path: models/smollm2_135m is not there yet; `make smollm2` builds it"):
         build_tokenizer(config)
+
+
+@pytest.mark.parametrize("conf", ["scrolls_paper", "agent_paper", "user_behavior_paper"])
+def test_the_paper_confs_hold_the_papers_recipe(conf):
+    config = load([f"conf={conf}"])
+    m, t = config.model, config.train
+    assert (m.chunk_size, m.global_size, m.compression_stride, m.temporary_capacity, m.adapter_rank) == (2048, 512, 8, 2048, 8)
+    assert (t.lr, t.memory_lr_factor, t.betas, t.weight_decay, t.warmup_steps, t.final_lr, t.clip) == (5e-5, 5, [0.9, 0.999], 0, 10, 0, 1)
+    assert config.backbone.path == "Qwen/Qwen3-4B-Instruct-2507"
+    length = config.data.train_length if conf.startswith("user") else config.data.max_length
+    assert length == 32768
+    assert conf.startswith("user") or (config.data.chunk_plan, config.data.dynamic_stride, config.trainer.max_epochs) == (
+        "mixture",
+        True,
+        3,
+    )

@@ -208,7 +208,7 @@ def test_training_samples_are_the_rows_that_evaluation_reads(tmp_path: Path):
         data = ScrollsData(root=str(tmp_path), max_length=length)
         source, whole = ScrollsSource(data, TOKENIZER, "train"), Corpus(data, TOKENIZER, "train")
         samples = list(encoded(source, Complaints("raise")))
-        assert [sample.notes["task"] for sample in samples][:2] == ["narrative_qa", "contract_nli"]
+        assert [sample.group for sample in samples][:2] == ["narrative_qa", "contract_nli"]
         pairs = {(tuple(sample.ids), tuple(np.where(sample.learned, sample.ids, -100))) for sample in samples}
         assert pairs == {(tuple(ids), tuple(labels)) for ids, labels in (whole[k] for k in range(len(whole)))}
         assert len(samples) == len(whole) and sum(sample.notes["cut"] for sample in samples) == whole.cut

@@ -11,16 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from models import VOCABULARY, text, tiny
+from models import VOCABULARY, backbone, text, tiny
 from tiny_runs import ROOT, TINY
 
-from comet_pl import build, evaluation
+from comet_pl import CometConfig, CometForCausalLM, build
 from comet_pl.config import Config, load
+from comet_pl.conversation import encode
 from comet_pl.errors import UserError
+from comet_pl.evaluation import evaluate, passkey
+from comet_pl.evaluation import scrolls as scrolls_evaluation
+from comet_pl.evaluation.reading import generate
 from comet_pl.metrics.scrolls import scores
 from comet_pl.trained import checkpoint_content
-from data.base import pad_rows
+from data.base import pad_rows, train_tokenizer
 from data.passkey import DIGITS
+from data.scrolls import Example, options
 
 PASSKEY = [*TINY, "conf=passkey", "backbone.vocab_size=400", "data.train_length=64", "data.length_schedule=null"]
 PASSKEY += ["eval.lengths=[200,64]", "eval.depths=3", "eval.examples=2"]
@@ -58,7 +63,7 @@ def test_digits_equal_whole_forward_passes(columns: int):
     prompts = text(3, columns, seed=columns)
     read = []
     with torch.no_grad():
-        given = evaluation.answer_digits(model, Ids(), prompts, read.append)
+        given = passkey.answer_digits(model, Ids(), prompts, read.append)
         for row, prompt in zip(given.tolist(), prompts, strict=True):
             wanted = greedy(model, prompt, DIGITS, Ids.eos_token_id)
             assert row == wanted + [Ids.pad_token_id] * (DIGITS - len(wanted))
@@ -72,14 +77,14 @@ def test_digits_without_rollover():
     with torch.no_grad():
         cache = closed(prompts[:, :40], chunk_sizes=[5] * 8, use_cache=True).past_key_values
         wanted = closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1)
-        assert torch.equal(evaluation.answer_digits(grown, Ids(), prompts)[:, 0], wanted)
+        assert torch.equal(passkey.answer_digits(grown, Ids(), prompts)[:, 0], wanted)
 
 
 def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     model = tiny()
-    monkeypatch.setattr(evaluation, "_generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id))
+    monkeypatch.setattr(passkey, "generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id))
     with torch.no_grad():
-        assert evaluation.answer_digits(model, Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
+        assert passkey.answer_digits(model, Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
 
 
 def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
@@ -98,9 +103,9 @@ def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
 
 def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     model, tokenizer, config = made(PASSKEY)
-    monkeypatch.setattr(evaluation, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key")))
+    monkeypatch.setattr(passkey, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key")))
     model.train()
-    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    results = evaluate(model, tokenizer, config, tmp_path)
     assert model.training, "as it was"
     assert results == json.loads((tmp_path / "eval" / "passkey.json").read_text())
     cell = {"accuracy": 1.0, "n": 2}
@@ -108,7 +113,7 @@ def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)} for length in (64, 200) for depth in (0.0, 0.5, 1.0)
     ]
     mean = {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}
-    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": evaluation._made_with(model, config)}
+    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": passkey._made_with(model, config)}
     assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
     lines = [json.loads(line) for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()]
@@ -122,10 +127,10 @@ def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_passkey_in_several_batches_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, tokenizer, config = made(PASSKEY)
-    whole = evaluation.evaluate(model, tokenizer, config, tmp_path / "one")
-    monkeypatch.setattr(evaluation, "WIDEST", 4 * config.model.chunk_size)
-    monkeypatch.setattr(evaluation, "MOST_TOKENS", 400)
-    assert evaluation.evaluate(model, tokenizer, config, tmp_path / "two") == whole
+    whole = evaluate(model, tokenizer, config, tmp_path / "one")
+    monkeypatch.setattr(passkey, "WIDEST", 4 * config.model.chunk_size)
+    monkeypatch.setattr(passkey, "MOST_TOKENS", 400)
+    assert evaluate(model, tokenizer, config, tmp_path / "two") == whole
     for name in ("passkey.json", "passkey.jsonl"):
         assert (tmp_path / "one" / "predictions" / name).read_text() == (tmp_path / "two" / "predictions" / name).read_text()
 
@@ -136,8 +141,8 @@ def test_default_lengths_and_a_haystack_that_starts_over(
     book = tmp_path / "book.txt"
     book.write_text("It was a long day on the sea.\n" * 60)
     model, tokenizer, config = made([*PASSKEY, f"data.haystack={book}", "eval.lengths=null", "eval.depths=1", "eval.examples=1"])
-    monkeypatch.setattr(evaluation, "answer_digits", knows(lambda shown: True))
-    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    monkeypatch.setattr(passkey, "answer_digits", knows(lambda shown: True))
+    results = evaluate(model, tokenizer, config, tmp_path)
     assert results["mean"] == {"64": 1.0, "256": 1.0, "1024": 1.0, "2048": 1.0}
     assert " has 600 tokens: at 1k, 2k it is read more than once" in capsys.readouterr().out
 
@@ -145,7 +150,7 @@ def test_default_lengths_and_a_haystack_that_starts_over(
 def test_too_short_a_length_is_refused(tmp_path: Path):
     model, tokenizer, config = made([*PASSKEY, "eval.lengths=[64,10]"])
     with pytest.raises(UserError, match=r"^eval.lengths: 10 given, allowed: >= \d+ tokens"):
-        evaluation.evaluate(model, tokenizer, config, tmp_path)
+        evaluate(model, tokenizer, config, tmp_path)
     assert not (tmp_path / "eval").exists()
 
 
@@ -174,7 +179,7 @@ def scrolls(root: Path, *more: str) -> list[str]:
 
 def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
     model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.batch_size=2"))
-    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    results = evaluate(model, tokenizer, config, tmp_path)
     assert results == json.loads((tmp_path / "eval" / "scrolls.json").read_text())
     for task in ("narrative_qa", "contract_nli"):
         texts = json.loads((tmp_path / "predictions" / f"{task}.json").read_text())
@@ -189,12 +194,40 @@ def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
 
 def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.examples=2"))
-    corpus = evaluation.Corpus(config.data, tokenizer, "validation")
-    right = iter([[one.references[-1] for one in corpus.questions(task, 2)] for task in evaluation.tasks(config.data)])
-    monkeypatch.setattr(evaluation, "answer_prompts", lambda *args: next(right))
-    results = evaluation.evaluate(model, tokenizer, config, tmp_path)
+    corpus = scrolls_evaluation.Corpus(config.data, tokenizer, "validation")
+    right = iter([[one.references[-1] for one in corpus.questions(task, 2)] for task in scrolls_evaluation.tasks(config.data)])
+    monkeypatch.setattr(scrolls_evaluation, "answer_prompts", lambda *args: next(right))
+    monkeypatch.setattr(scrolls_evaluation, "choose", lambda model, tokenizer, prompt, asked, *_: (asked.references[-1], "Entailment"))
+    results = evaluate(model, tokenizer, config, tmp_path)
     assert results["average"] == results["narrative_qa"]["f1"] == results["contract_nli"]["exact_match"] == 100
     assert results["narrative_qa"]["n"] == 2
+
+
+def test_the_likeliest_option_is_that_of_whole_readings():
+    """One reading and forks, against a forward pass over each whole text; and the greedy answer is generate's."""
+    tokenizer = train_tokenizer(["Entailment Contradiction Not mentioned yes or no in the text " * 9], 300)
+    decoder = backbone()
+    decoder.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    model = CometForCausalLM(CometConfig(decoder, chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4)).double().eval()
+    for seed in range(4):
+        prompt = torch.randint(4, len(tokenizer), (17 + seed,), generator=torch.Generator().manual_seed(seed)).numpy()
+        asked = Example("contract_nli", "x", 0, prompt, prompt, [], options("contract_nli", ""))
+        with torch.no_grad():
+            text, option = scrolls_evaluation.choose(model, tokenizer, prompt, asked, 9, lambda tokens: None)
+            losses = []
+            for one in asked.options:
+                ending = [*encode(tokenizer, one), tokenizer.eos_token_id]
+                ids = torch.tensor([[*prompt, *ending]])
+                logits = model(ids, use_cache=False).logits[0].log_softmax(-1)
+                losses.append(-sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ending)))
+            ids = torch.from_numpy(prompt)[None]
+            said = generate(model, tokenizer, ids, torch.ones_like(ids), 9)
+        assert option == asked.options[losses.index(min(losses))]
+        assert text == tokenizer.decode(said[0], skip_special_tokens=True).strip()
+    question = "Why?\n\n (A) Because (it) is.\n (B) No reason\n (C) He said so\n (D) None"
+    assert options("quality", question) == ["Because (it) is.", "No reason", "He said so", "None"]
+    assert options("qmsum", question) == []
 
 
 def test_batches_of_unequal_prompts_answer_as_alone():
@@ -202,7 +235,7 @@ def test_batches_of_unequal_prompts_answer_as_alone():
     rows = [text(1, columns, seed=columns)[0].numpy() for columns in (3, 17, 9)]
     batch = pad_rows([(row, row) for row in rows], Ids.pad_token_id, left=True)
     with torch.no_grad():
-        given = evaluation._generate(model, Ids(), batch["input_ids"], batch["attention_mask"], 8)
+        given = generate(model, Ids(), batch["input_ids"], batch["attention_mask"], 8)
         for row, prompt in zip(given.tolist(), rows, strict=True):
             wanted = greedy(model, torch.from_numpy(prompt), 8, Ids.eos_token_id)
             assert row[: len(wanted)] == wanted
@@ -214,7 +247,7 @@ def test_nothing_to_evaluate(tmp_path: Path):
     for path in root.rglob("validation.jsonl"):
         path.unlink()
     with pytest.raises(UserError, match=r"^data.root: .* has no validation rows for narrative_qa, contract_nli, so there is nothing"):
-        evaluation.evaluate(model, tokenizer, config, tmp_path)
+        evaluate(model, tokenizer, config, tmp_path)
 
 
 # -- eval.py ----------------------------------------------------------------------------------------------------------------------------

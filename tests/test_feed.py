@@ -39,7 +39,7 @@ class Numbers:
         if not row.get("ids"):
             raise UnusableRow("ids: missing")
         ids = np.array(row["ids"] * self.times, dtype=np.int32)
-        return Sample(ids, np.arange(len(ids)) == len(ids) - 1, {"name": row["name"]})
+        return Sample(ids, np.arange(len(ids)) == len(ids) - 1, {"name": row["name"]}, group="even" if row["name"] % 2 == 0 else "odd")
 
     def key(self):
         return {"files": file_facts([self.path]), "times": self.times}
@@ -151,7 +151,7 @@ def test_ranks_share_the_rows_of_one_order(source, tmp_path, streaming):
     if streaming:  # windows end in batches of another size
         assert len(together) == 80
     else:
-        epoch = len(LAYOUTS["packed"].groups(alone.windows.samples.lengths, np.random.default_rng((7, 0, 0))))
+        epoch = len(LAYOUTS["packed"].rows(alone.windows.samples, np.random.default_rng((7, 0, 0))))
         assert together[:epoch] == rows(alone)[:epoch]
 
 
@@ -185,6 +185,22 @@ def test_every_document_once_an_epoch_and_in_new_company_in_the_next(source, tmp
         for counter in seen.values():
             assert set(counter) == texts
         assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("packing", ["none", "documents"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_has_each_group_as_often_as_it_says(source, tmp_path, packing, streaming):
+    samples = cached(source, tmp_path / "cache", "train")
+    if streaming:
+        samples = [samples[k] for k in range(len(samples))]
+    layout = Layout(40, 7, 3, packing, weights={"even": 2.5, "odd": 0.5})
+    counts = Counter()
+    for epoch in range(40):
+        counts.update(number for row in layout.rows(samples, np.random.default_rng((0, epoch))) for number in row)
+    even = [counts[k] / 40 for k in range(len(samples)) if samples[k].group == "even"]
+    odd = [counts[k] / 40 for k in range(len(samples)) if samples[k].group == "odd"]
+    assert {round(value) for value in even} <= {2, 3} and 2.3 < np.mean(even) < 2.7
+    assert max(odd) <= 1 and 0.4 < np.mean(odd) < 0.6
 
 
 def test_a_document_in_a_pack_is_a_document_alone(source, tmp_path):

@@ -1,0 +1,55 @@
+"""Questions about users' behaviour: the whole history through the memory, against its end and against retrieval."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.conversation import encode
+from comet_pl.evaluation.reading import answer_prompts
+from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, table
+from comet_pl.metrics.passkey import short
+from comet_pl.model.comet import CometForCausalLM
+from comet_pl.results import Answer, Bar, Results
+from comet_pl.schema import Config, UserBehaviorData
+from data.user_behavior import Behavior, log_of
+
+
+def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """{method: BehaviorAccuracy's values}: CoMeT reads the whole window; the same model reads the last config.eval.budget tokens of it, or
+    as many of the events that BM25 finds. "ceilings": what a reader without mistakes would get of each."""
+    data = config.data
+    assert isinstance(data, UserBehaviorData)
+    questions = Behavior(
+        log_of(data), tokenizer, config.seed, "test", data.train_length, config.eval.examples or 1, data.kinds, data.action, data.day_header
+    )
+    asked = [questions.question(number) for number in range(len(questions))]
+    budget = config.eval.budget
+    methods = {
+        "CoMeT": questions.window,
+        f"last {short(budget)}": lambda one: questions.truncate(one, budget),
+        f"BM25 {short(budget)}": lambda one: questions.retrieve(one, budget),
+    }
+    values, ceilings, predictions = dict[str, Any](), dict[str, Any](), dict[str, list[Answer]]()
+    longest = max(len(encode(tokenizer, one.answer)) for one in asked) + 1
+    kinds, ages, references = [one.query.kind for one in asked], [one.age for one in asked], [one.answer for one in asked]
+    with Bar(None) as bar:
+        for name, choose in methods.items():
+            bar.name(name)
+            events = [choose(one) for one in asked]
+            prompts = [questions.prompt(one, shown) for one, shown in zip(asked, events, strict=True)]
+            texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
+            found, ceiling = BehaviorAccuracy(sync_on_compute=False), BehaviorAccuracy(sync_on_compute=False)
+            found.update(texts, references, kinds, ages)
+            ceiling.update([questions.oracle(one, shown) for one, shown in zip(asked, events, strict=True)], references, kinds, ages)
+            values[name], ceilings[name] = found.compute(), ceiling.compute()
+            predictions[name.replace(" ", "_")] = [
+                {"id": str(number), "prediction": text, "references": [one.answer], "score": float(exact_match(text, one.answer)),
+                 "kind": one.query.kind, "age": one.age} for number, (one, text) in enumerate(zip(asked, texts, strict=True))
+            ]  # fmt: skip
+            results.write({**values, "ceilings": ceilings}, predictions)
+            results.draw(curves(values))
+            bar.note(f"{name}: {values[name]['accuracy']:.1%} of {len(asked)} questions")
+    results.show(f"questions about users' behaviour, windows of {data.train_length:,} tokens", table(values))
+    return {**values, "ceilings": ceilings}

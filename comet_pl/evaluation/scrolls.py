@@ -1,0 +1,87 @@
+"""SCROLLS' official scores, and which option the model finds likeliest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from comet_pl.conversation import encode
+from comet_pl.errors import UserError
+from comet_pl.evaluation.reading import Count, answer_prompts, generate
+from comet_pl.metrics.scrolls import METRICS, ScrollsScore, average, exact_match, scores
+from comet_pl.model.cache import CometCache
+from comet_pl.model.comet import CometForCausalLM
+from comet_pl.results import Answer, Bar, Results
+from comet_pl.schema import Config, ScrollsData
+from data.base import IGNORED, pad_rows, pad_token, stop_token
+from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
+
+
+def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
+    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent, on the validation questions that config.eval.examples allows."""
+    data = config.data
+    assert isinstance(data, ScrollsData)
+    corpus = Corpus(data, tokenizer, "validation")
+    asked = {task: questions for task in tasks(data) if (questions := corpus.questions(task, config.eval.examples))}
+    if not asked:
+        raise UserError(f"data.root: {data.root} has no validation rows for {', '.join(tasks(data))}, so there is nothing to evaluate")
+    scored, predictions, values = dict[str, Any](), dict[str, list[Answer]](), dict[str, Any]()
+    with Bar(sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)) as bar:
+        for task, questions in asked.items():
+            bar.name(task)
+            longest = config.eval.max_new_tokens or MAX_NEW_TOKENS[task]
+            prompts = [corpus.prompt(one) for one in questions]
+            chosen: list[str] = []
+            if all(one.options for one in questions):
+                pairs = [choose(model, tokenizer, *pair, longest, bar.add) for pair in zip(prompts, questions, strict=True)]
+                texts, chosen = ([pair[side] for pair in pairs] for side in (0, 1))
+            else:
+                texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
+            metric = ScrollsScore(task, sync_on_compute=False)
+            metric.update(texts, [one.references for one in questions])
+            scored[task] = metric.compute()
+            if chosen:
+                right = [any(exact_match(option, one) for one in asked.references) for option, asked in zip(chosen, questions, strict=True)]
+                scored[task]["likeliest_option"] = 100 * sum(right) / len(right)
+            values = {**scored, "average": average(scored)}
+            predictions[task] = []
+            for one, text in zip(questions, texts, strict=True):
+                score = scores(task, text, one.references)["scrolls_score"]
+                predictions[task].append({"id": one.id, "prediction": text, "references": one.references, "score": score})
+            results.write(values, predictions)
+            bar.note(f"{task}: {scored[task]['scrolls_score']:.2f} on {len(questions)} questions")
+    results.show("SCROLLS, validation, in percent", _scrolls_table(scored, values["average"]))
+    return values
+
+
+def choose(
+    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: np.ndarray, asked: Example, longest: int, count: Count
+) -> tuple[str, str]:
+    """(greedy answer, likeliest option) with one reading of the prompt: the memory is forked for each. An option's probability is that of
+    all its tokens and of the stop token."""
+    ids = torch.from_numpy(prompt.astype(np.int64))[None].to(model.device)
+    cache = CometCache()
+    model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    text = generate(model, tokenizer, ids, torch.ones_like(ids), longest, past_key_values=cache.clone())
+    endings = [np.array([*encode(tokenizer, option), stop_token(tokenizer)]) for option in asked.options]
+    batch = pad_rows([(np.concatenate([prompt[-1:], one]), np.concatenate([[IGNORED], one])) for one in endings], pad_token(tokenizer))
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    cache.batch_repeat_interleave(len(endings))
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=IGNORED)
+    count(len(prompt))
+    return str(tokenizer.decode(text[0], skip_special_tokens=True)).strip(), asked.options[int(losses.sum(1).argmin())]
+
+
+def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:
+    table = Table("task", "score", "of", "questions")
+    for task, found in scored.items():
+        parts = ", ".join(f"{name} {found[name]:.2f}" for name in (*METRICS[task], "likeliest_option") if name in found)
+        table.add_row(task, f"{found['scrolls_score']:.2f}", parts, str(found["n"]))
+    table.add_section()
+    table.add_row("average", f"{mean:.2f}")
+    return table

@@ -177,6 +177,7 @@ class UserBehaviorData:
     descriptions: bool = key(True, "items by description and number; false: by number alone, which is shorter")
     action: str = key("purchase", "the action that questions are about")
     kinds: list[str] | None = key(None, "kinds of questions (comet_pl/metrics/behavior.py); null: all that the columns allow")
+    questions: int = key(1, "questions that a training row asks about its window, one after the other", min=1)
     day_header: bool = key(True, "the day once above its events; false: in each line")
     duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
     train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)

@@ -28,7 +28,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.conversation import encode, frame
+from comet_pl.conversation import encode, frame, separator
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
 from comet_pl.schema import UserBehaviorData
@@ -130,7 +130,7 @@ class Behavior:
         seed: 0 <= seed < 2**32. split: train, validation or test; each has its own users (data.events.split_users) and random numbers.
         max_length: tokens of an example, question and answer included. count: number of examples.
         kinds: of questions; None: all that the log has the columns for. action: the one that questions are about.
-        day_header: see `lines`.
+        day_header: see `lines`. together: questions that a row asks about its window, one after the other, as the turns of a chat.
 
     Raises:
         UserError: an unknown kind or action; total without prices; fewer than three users; a max_length without room for a single event.
@@ -147,7 +147,9 @@ class Behavior:
         kinds: Sequence[str] | None = None,
         action: str = "purchase",
         day_header: bool = True,
+        together: int = 1,
     ):
+        self.together = together
         self.log, self.tokenizer, self.split, self.stream = log, tokenizer, split, seed + (SPLITS[split] << 32)
         self.max_length, self.count, self.action, self.day_header = max_length, count, action, day_header
         self.kinds = _kinds(kinds, log)
@@ -158,7 +160,9 @@ class Behavior:
         self.events_until = np.cumsum([len(log.histories[user]) for user in self.users])
         self.stop = stop_token(tokenizer)
         self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
-        self.reserved = len(self.before) + len(self.after) + self._longest()
+        self.between = separator(tokenizer)
+        self.between = self.between[self.between[:1] == [self.stop] :]  # the answer ends in the stop token already
+        self.reserved = len(self.before) + together * (len(self.after) + self._longest()) + (together - 1) * len(self.between)
         self.cache: dict[int, Encoded] = {}
 
     def __len__(self) -> int:
@@ -181,6 +185,28 @@ class Behavior:
         ids = np.concatenate([prompt, encode(self.tokenizer, question.answer), [self.stop]]).astype(np.int64)
         return ids, np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
 
+    def row_of(self, index: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels), each (n,) int64, n <= length: row `index` with as many questions of `together` as its window allows."""
+        first = self.question(index, length)
+        ids, labels = self.sample(first)
+        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[1, 0, 0, length or self.max_length]))
+        for kind in random.choice(self.kinds, self.together - 1).tolist():
+            found = self._ask(kind, first.user, first.start, first.end, random)
+            if found is None:
+                continue
+            words = [*self.between, *encode(self.tokenizer, wording(found.query, self.log, self.action)), *self.after.tolist()]
+            answer = [*encode(self.tokenizer, found.answer), self.stop]
+            if len(ids) + len(words) + len(answer) > (length or self.max_length):
+                break
+            ids = np.concatenate([ids, words, answer]).astype(np.int64)
+            labels = np.concatenate([labels, [IGNORED] * len(words), answer]).astype(np.int64)
+        return ids, labels
+
+    def _ask(self, kind: str, user: int, start: int, end: int, random: np.random.Generator) -> Question | None:
+        encoded = self.encoded(user)
+        ages = encoded.ends[end - 1] - encoded.starts[start:end]
+        return ask(kind, self.log, user, start, end, ages, self.log.actions.index(self.action), random)
+
     def question(self, index: int, length: int | None = None) -> Question:
         """Question `index` at `length` tokens (None: max_length).
 
@@ -192,9 +218,7 @@ class Behavior:
         for kind in random.permutation(self.kinds).tolist():
             for _ in range(WINDOWS):
                 user, start, end = self._window(kind, length - self.reserved, random)
-                encoded = self.encoded(user)
-                ages = encoded.ends[end - 1] - encoded.starts[start:end]
-                found = ask(kind, self.log, user, start, end, ages, self.log.actions.index(self.action), random) if start < end else None
+                found = self._ask(kind, user, start, end, random) if start < end else None
                 if found and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1 <= length:
                     return found
         raise UserError(
@@ -313,8 +337,9 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
             self.questions("train", 1).question(0, length_at(data, step))  # too short a length shows now
 
     def questions(self, split: str, count: int) -> Behavior:
-        data = self.data
-        return Behavior(self.log, self.tokenizer, self.seed, split, data.train_length, count, data.kinds, data.action, data.day_header)
+        data, together = self.data, self.data.questions if split == "train" else 1
+        choices = (data.train_length, count, data.kinds, data.action, data.day_header, together)
+        return Behavior(self.log, self.tokenizer, self.seed, split, *choices)
 
     def train_dataloader(self) -> ResumableLoader:
         step = self.rows * self.world
@@ -344,7 +369,7 @@ class _Scheduled:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.questions.sample(self.questions.question(index, length_at(self.data, index // self.rows_a_step)))
+        return self.questions.row_of(index, length_at(self.data, index // self.rows_a_step))
 
 
 def log_of(data: UserBehaviorData) -> Log:

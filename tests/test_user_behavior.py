@@ -446,6 +446,32 @@ def test_answers_on_real_data(shared_data: Path):
         assert check(behavior(log, split, tokenizer=tokenizer), users, 60, length=16384) == set(KINDS)
 
 
+def test_a_row_may_ask_several_questions_about_its_window(log: Log):
+    """The first is the example's own; every answer is derived again from the text; loss on answers and stop tokens alone."""
+    found, one = behavior(log, length=1500, together=6), behavior(log, length=1500)
+    users, several = frames(ROWS), 0
+    for number in range(30):
+        ids, labels = found.row_of(number)
+        assert len(ids) <= 1500
+        first = found.question(number)
+        prompt = found.prompt(first)
+        text = TOKENIZER.decode(ids)
+        turns = [part.split("<|end|>")[0].split("<|assistant|>") for part in text.split("<|user|>")[1:]]
+        asked = [turns[0][0].rsplit("\n", 1)[1], *(turn[0] for turn in turns[1:])]
+        user = users[log.histories[first.user].user]
+        for question, (_, answer) in zip(asked, turns, strict=True):
+            assert derive(question, user, first.start, first.end)[0] == answer
+        assert (ids[: len(prompt)] == prompt).all()
+        learned = TOKENIZER.decode(ids[labels != -100])
+        assert learned == "".join(f"{answer}<|end|>" for _, answer in turns)
+        several += len(turns) > 3
+        again = found.row_of(number)
+        assert (again[0] == ids).all()
+        alone = one.row_of(number)
+        assert (alone[0] == one.sample(one.question(number))[0]).all()
+    assert several > 20
+
+
 @given(st.data())
 def test_answers_on_any_small_log(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """Few items, few days, many equal times: where ties, repeats and empty windows are common."""

@@ -162,7 +162,8 @@ class Behavior:
         self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
         self.between = separator(tokenizer)
         self.between = self.between[self.between[:1] == [self.stop] :]  # the answer ends in the stop token already
-        self.reserved = len(self.before) + together * (len(self.after) + self._longest()) + (together - 1) * len(self.between)
+        turn = len(self.after) + self._longest()  # tokens of a question with its answer
+        self.reserved, self.turns = len(self.before) + turn, (together - 1) * (turn + len(self.between))
         self.cache: dict[int, Encoded] = {}
 
     def __len__(self) -> int:
@@ -214,10 +215,12 @@ class Behavior:
             UserError: no window of that length allows a question.
         """
         length = length or self.max_length
+        room = length - self.reserved
+        room -= min(self.turns, room // 2)  # further questions get half of it at most
         random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length]))
         for kind in random.permutation(self.kinds).tolist():
             for _ in range(WINDOWS):
-                user, start, end = self._window(kind, length - self.reserved, random)
+                user, start, end = self._window(kind, room, random)
                 found = self._ask(kind, user, start, end, random) if start < end else None
                 if found and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1 <= length:
                     return found

@@ -34,7 +34,7 @@ class ScrollsScores(lightning.Callback):
             longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
             metric = ScrollsScore(task).to(pl_module.device)
             prompts = [module.validation.prompt(one) for one in mine]
-            texts = answer_prompts(pl_module.model, module.tokenizer, prompts, longest, self.settings.batch_size)
+            texts = answer_prompts(pl_module.model, module.tokenizer, prompts, self.settings, longest)
             metric.update(texts, [one.references for one in mine])
             score = metric.compute()["scrolls_score"]
             pl_module.log(f"val/{task}", score, logger=False)

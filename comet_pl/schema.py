@@ -231,6 +231,9 @@ class EvalConfig:
     budget: int = key(4096, "user_behavior: tokens of history that truncation and retrieval show the same model", min=1)
     val_questions: int = key(0, "scrolls: questions a task that are answered and scored at each validation while training", min=0)
     max_new_tokens: int | None = key(None, "scrolls, agent: longest answer in tokens; null: by task, 256", min=1)
+    priming: int | None = key(
+        None, "scrolls, user_behavior: tokens of a prompt's last chunk, which the answer continues; null: as chunk_size leaves it", min=1
+    )
     batch_size: int = key(8, "scrolls, user_behavior: prompts generated at once", min=1)
 
 

@@ -8,7 +8,7 @@
     mixture         one of these, drawn by the text's length
 
 Legend: n tokens of the text, C chunk size, M max_length of a text, s compression stride. A plan is a list of sizes >= 1 that sum to n, each
-at most C; only `with_priming` may give a last chunk of more. Whatever is random comes from the caller's generator, made from
+at most C. Whatever is random comes from the caller's generator, made from
 (seed, epoch, index).
 """
 
@@ -100,27 +100,6 @@ def draw_stride(stride: int, random: np.random.Generator, longest: int = LONGEST
         strides.append(2 * strides[-1])
     weights = np.arange(len(strides), 0, -1.0) ** 2
     return strides[random.choice(len(strides), p=weights / weights.sum())]
-
-
-def with_priming(plan: Sequence[int], last: int) -> list[int]:
-    """The plan of the same text whose last chunk has `last` tokens, more than C if asked for; the other chunks end where they did.
-
-    The whole text is that chunk if it has no more tokens; 0 leaves the plan as it is. Generation reads this chunk without chunk_sizes.
-
-    Raises:
-        ValueError: last < 0.
-    """
-    if last < 0:
-        raise ValueError(f"last: {last} given, allowed: >= 0")
-    left = sum(plan) - last
-    if last == 0 or not plan:
-        return list(plan)
-    sizes = []
-    for size in plan:
-        if left > 0:
-            sizes.append(min(size, left))
-            left -= size
-    return [*sizes, min(last, sum(plan))]
 
 
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

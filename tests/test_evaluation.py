@@ -20,8 +20,9 @@ from comet_pl.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation import scrolls as scrolls_evaluation
-from comet_pl.evaluation.reading import generate
+from comet_pl.evaluation.reading import answer_prompts, generate
 from comet_pl.metrics.scrolls import scores
+from comet_pl.schema import EvalConfig
 from comet_pl.trained import checkpoint_content
 from data.base import pad_rows, train_tokenizer
 from data.passkey import DIGITS
@@ -201,6 +202,29 @@ def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     results = evaluate(model, tokenizer, config, tmp_path)
     assert results["average"] == results["narrative_qa"]["f1"] == results["contract_nli"]["exact_match"] == 100
     assert results["narrative_qa"]["n"] == 2
+
+
+@pytest.mark.parametrize("priming", [None, 4, 9, 100])
+def test_primed_prompts_leave_their_last_chunk_open(priming):
+    """Prompts of unequal lengths, against each alone with its chunks listed."""
+    model, rows = tiny(), [text(1, columns, seed=columns)[0].numpy() for columns in (3, 17, 9, 30)]
+
+    class Numbers(Ids):
+        @staticmethod
+        def decode(ids, skip_special_tokens=True):
+            return str([int(i) for i in ids if i != Ids.eos_token_id and i != Ids.pad_token_id])
+
+    settings = EvalConfig(batch_size=3, priming=priming)
+    with torch.no_grad():
+        given = answer_prompts(model, Numbers(), rows, settings, 8)
+        for row, found in zip(rows, given, strict=True):
+            ids, cache, first = torch.from_numpy(row)[None], None, max(0, len(row) - (priming or len(row)))
+            if first:
+                sizes = [5] * (first // 5) + [first % 5] * (first % 5 > 0)
+                cache = model(ids[:, :first], chunk_sizes=sizes, use_cache=True).past_key_values
+            more = {"past_key_values": cache} if cache else {}
+            alone = generate(model, Numbers(), ids, torch.ones_like(ids), 8, **more)
+            assert found == Numbers.decode(alone[0])
 
 
 def test_the_likeliest_option_is_that_of_whole_readings():

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.base import train_tokenizer
-from data.plans import KINDS, SENTENCE_ENDS, chunk_plan, draw_kind, draw_stride, sentence_ends, with_priming
+from data.plans import KINDS, SENTENCE_ENDS, chunk_plan, draw_kind, draw_stride, sentence_ends
 
 
 def generator(*seed: int) -> np.random.Generator:
@@ -123,17 +123,6 @@ def test_strides_double_and_the_shortest_is_the_likeliest(stride: int, choices: 
     assert draw_stride(stride, generator(1), longest=stride) == stride
 
 
-@given(plan=st.lists(st.integers(1, 9), max_size=8), last=st.integers(0, 60))
-def test_priming_keeps_the_text_and_the_chunks_before(plan: list[int], last: int):
-    primed = with_priming(plan, last)
-    assert sum(primed) == sum(plan) and all(size >= 1 for size in primed)
-    if last == 0:
-        assert primed == plan
-    elif plan:
-        assert primed[-1] == min(last, sum(plan))
-        assert set(np.cumsum(primed[:-2])) <= set(np.cumsum(plan))
-
-
 def test_what_is_refused():
     random = generator(0)
     for arguments, message in [
@@ -149,8 +138,6 @@ def test_what_is_refused():
         chunk_plan("sentence", 5, 2, 8, random, [True] * 4)
     with pytest.raises(ValueError, match="stride: 0"):
         draw_stride(0, random)
-    with pytest.raises(ValueError, match="last: -1"):
-        with_priming([3], -1)
 
 
 def test_sentence_ends_of_a_tokenizer_of_our_own():

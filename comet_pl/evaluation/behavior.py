@@ -39,7 +39,7 @@ def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBas
             bar.name(name)
             events = [choose(one) for one in asked]
             prompts = [questions.prompt(one, shown) for one, shown in zip(asked, events, strict=True)]
-            texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
+            texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
             found, ceiling = BehaviorAccuracy(sync_on_compute=False), BehaviorAccuracy(sync_on_compute=False)
             found.update(texts, references, kinds, ages)
             ceiling.update([questions.oracle(one, shown) for one, shown in zip(asked, events, strict=True)], references, kinds, ages)

@@ -40,7 +40,7 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 pairs = [choose(model, tokenizer, *pair, longest, bar.add) for pair in zip(prompts, questions, strict=True)]
                 texts, chosen = ([pair[side] for pair in pairs] for side in (0, 1))
             else:
-                texts = answer_prompts(model, tokenizer, prompts, longest, config.eval.batch_size, bar.add)
+                texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
             metric = ScrollsScore(task, sync_on_compute=False)
             metric.update(texts, [one.references for one in questions])
             scored[task] = metric.compute()

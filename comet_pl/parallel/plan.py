@@ -52,7 +52,7 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
         nonlocal clocks
         after = clocks
         if part is not None:
-            flags = part.resets or [None] * rows
+            flags: Sequence[list[bool] | None] = part.resets or [None] * rows
             after = [_after(config, *row) for row in zip(clocks, part.chunk_sizes, flags, strict=True)]
         plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after

@@ -77,7 +77,14 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
     else:
         path = find(Path(data.root).expanduser() / task, split)
         found = read(path, complaints) if path else iter(())
+        if path and not path.stat().st_size:
+            complaints.add(str(path), "an empty file")
+    pids: dict[str, str] = {}
     for place, row in found:
+        pid = row.get("pid")
+        if isinstance(pid, str) and pids.setdefault(pid, place) != place:
+            complaints.add(place, f"pid: {pid!r:.40} again, first at {pids[pid]}")
+            continue
         wrong = [key for key in ("id", "input", "output") if not isinstance(row.get(key), str) or not row[key].strip()]
         if wrong:
             given = "missing" if wrong[0] not in row else f"{row[wrong[0]]!r:.40} given"

@@ -99,6 +99,15 @@ def test_repeated_ids_are_references_of_one_question(tmp_path: Path):
     assert [one.id for one in found.questions("narrative_qa", 9)] == ["a", "b", "c"]
 
 
+def test_an_empty_file_is_named(tmp_path: Path):
+    write(tmp_path)
+    path = write(tmp_path, "contract_nli", rows=[])
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^{path}: malformed row: an empty file"):
+        corpus(tmp_path)
+    assert len(corpus(tmp_path, on_error="skip")) == 4
+
+
 def test_where_the_question_ends():
     assert split_input("qmsum", "Why?\n\nOne.\n\nTwo.") == ("Why?\n\n", "One.\n\nTwo.")
     assert split_input("gov_report", "One.\n\nTwo.") == ("", "One.\n\nTwo.")
@@ -113,12 +122,13 @@ BAD = {
     '{"id": "a", "input": "Q"}': "output: missing, text is needed",
     '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
     '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
+    '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': "pid: 'c_0' again, first at .*train.jsonl:1",
 }
 
 
 @pytest.mark.parametrize("line", BAD)
 def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str):
-    path = write(tmp_path, rows=[ROWS[3], "", line, ROWS[3], line])
+    path = write(tmp_path, rows=[ROWS[3], "", line, ROWS[3] | {"pid": "c_1"}, line])
     with pytest.raises(UserError, match=rf"^{path}:3: malformed row: {BAD[line]}[^\n]*$"):
         corpus(tmp_path, max_length=90)
     assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 2

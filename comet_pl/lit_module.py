@@ -52,6 +52,8 @@ class CometModule(lightning.LightningModule):
         if hasattr(data, "world"):
             data.rank, data.world = self.data_parallel
             data.val_rank, data.val_world = self.trainer.global_rank, self.trainer.world_size  # each rank reads whole texts
+        if hasattr(data, "batches"):
+            self.max_steps = min(self.max_steps, data.batches())  # with trainer.max_epochs the data may end first
 
     @property
     def data_parallel(self) -> tuple[int, int]:

@@ -89,10 +89,10 @@ class TextDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Feed:
         shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
-        return Feed(self.windows, self.layout, self.pad, self._batches(), self.rows, self.seed, num_workers=self.data.num_workers, **shard)
+        return Feed(self.windows, self.layout, self.pad, self.batches(), self.rows, self.seed, num_workers=self.data.num_workers, **shard)
 
-    def _batches(self) -> int:
-        """Of the whole training, on each rank."""
+    def batches(self) -> int:
+        """Of the whole training, on each rank: its steps."""
         if self.max_epochs is None:
             return self.max_steps
         assert isinstance(self.windows, Cached)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from models import tiny
 
-from comet_pl import CometConfig, CometForCausalLM, build
+from comet_pl import build
 from comet_pl.config import load
 from comet_pl.evaluation.agent import act
-from data.agent_traces import source_of, validation_samples
+from data.agent_traces import source_of, split_of, validation_samples
 from data.base import AGENT_TOKENS, train_tokenizer
 from data.samples import Sample
 
@@ -95,8 +95,34 @@ def test_a_run_trains_validates_and_scores_next_actions(tmp_path, monkeypatch, c
     assert "look_up" in learned and "is on its way." in learned and "Where is" not in learned and learned.count("<|end|>") == 2
 
 
-def test_from_a_model_of_the_conf(tmp_path):
-    """The memory is carried: reading a trace feeds each token once."""
+def test_epochs_end_the_training_and_its_cosine(tmp_path, capsys):
+    import train
+
+    keys = [
+        f"data.root={write_traces(tmp_path / 'traces')}",
+        f"data.cache={tmp_path / 'cache'}",
+        "data.val_share=0.4",
+        "data.max_length=512",
+    ]
+    keys += ["backbone.hidden_size=32", "backbone.head_dim=16", "backbone.num_attention_heads=2", "backbone.num_key_value_heads=2"]
+    keys += ["backbone.intermediate_size=48", "backbone.vocab_size=300", "data.packing=none", "data.batch_size=2", "eval.after_fit=false"]
+    keys += [
+        "trainer.max_epochs=2",
+        "trainer.max_steps=1000",
+        "trainer.limit_val_batches=0",
+        "train.warmup_steps=1",
+        f"run.root={tmp_path}",
+    ]
+    train.main(["conf=agent", "run.name=x", "checkpoint.every_steps=1", *keys])
+    steps = int(capsys.readouterr().out.split("trained ")[1].split()[0])
+    checkpoint = torch.load(tmp_path / "agent" / "x" / "checkpoints" / "last.ckpt", weights_only=True)
+    rows = sum(1 for k in range(12) if split_of(f"task{k}", 0.4) == "train")
+    assert steps == checkpoint["global_step"] == 2 * -(-rows // 2)
+    assert checkpoint["lr_schedulers"][0]["_last_lr"] == [0.0] * len(checkpoint["lr_schedulers"][0]["_last_lr"])
+
+
+def test_the_memory_is_carried_from_turn_to_turn():
+    """Reading a trace feeds each token once."""
     model, one = tiny(), trace()
     fed = []
     model.register_forward_pre_hook(
@@ -104,6 +130,5 @@ def test_from_a_model_of_the_conf(tmp_path):
     )
     with torch.no_grad():
         turns = list(act(model, Words(), one, max_new_tokens=1))
-    assert isinstance(model, CometForCausalLM) and isinstance(model.config, CometConfig)
     generated = sum(1 for _ in turns)  # a prompt of one token each: the last before the turn
     assert sum(fed) == len(one.ids) + generated

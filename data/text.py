@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
 from comet_pl.schema import TextData
-from data.base import Rows, pad_rows, pad_token, validation_loader
+from data.base import Rows, pad_rows, pad_token, say, validation_loader
 from data.feed import Cached, Feed, Layout, Streamed, Windows
+from data.packing import padding_share
 from data.plans import sentence_ends
 from data.samples import Source, cached
 
@@ -77,6 +78,10 @@ class TextDataModule(lightning.LightningDataModule):
             return streamed
         samples = cached(source, Path(data.cache).expanduser(), "train", data.num_workers)
         self._refuse_nothing(len(samples) > 0)
+        if data.packing != "none":
+            rows = self.layout.rows(samples, np.random.default_rng((self.seed, 0, 0)))
+            padding = padding_share(rows, samples.lengths, data.max_length)
+            say(f"train: {len(samples)} texts packed into {len(rows)} rows of {data.max_length} tokens, {padding:.1%} of them padding")
         return Cached(samples)
 
     def _refuse_nothing(self, some: bool) -> None:

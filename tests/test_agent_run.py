@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -84,6 +85,7 @@ def test_a_run_trains_validates_and_scores_next_actions(tmp_path, monkeypatch, c
     train.main(["conf=agent", "run.name=x", "data.min_reward=0.5", *keys])
     out = capsys.readouterr().out
     assert "traces left out: reward below 0.5" in out and "turn distance" in out
+    assert re.search(r"train: \d+ texts packed into \d+ rows of 512 tokens, \d+\.\d% of them padding", out)
     found = json.loads((tmp_path / "agent" / "x" / "eval" / "agent.json").read_text())
     assert found["all"]["turns"] == 2 * found["all"]["calls"] > 0
     assert found["by_distance"]["0-1"]["calls"] == found["all"]["calls"]  # the number stands in the message before

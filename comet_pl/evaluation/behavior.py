@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.conversation import encode
 from comet_pl.evaluation.reading import answer_prompts
-from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, table
+from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
 from comet_pl.metrics.passkey import short
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results
@@ -50,6 +50,8 @@ def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBas
             ]  # fmt: skip
             results.write({**values, "ceilings": ceilings}, predictions)
             results.draw(curves(values))
-            bar.note(f"{name}: {values[name]['accuracy']:.1%} of {len(asked)} questions")
+            old = older_than(values[name], budget)
+            beyond = f"; {old['accuracy']:.1%} of {old['n']} with evidence older than {short(budget)}" if old["n"] else ""
+            bar.note(f"{name}: {values[name]['accuracy']:.1%} of {len(asked)} questions{beyond}")
     results.show(f"questions about users' behaviour, windows of {data.train_length:,} tokens", table(values))
     return {**values, "ceilings": ceilings}

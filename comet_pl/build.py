@@ -70,8 +70,9 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}") from None
     from data.base import AGENT_TOKENS, train_tokenizer
 
-    texts = _data_module(data).texts(data)
-    return train_tokenizer(texts, config.backbone.vocab_size, AGENT_TOKENS if isinstance(data, AgentData) else ())
+    more = AGENT_TOKENS if isinstance(data, AgentData) else ()
+    whole_words = isinstance(data, UserBehaviorData) and data.whole_words
+    return train_tokenizer(_data_module(data).texts(data), config.backbone.vocab_size, more, whole_words)
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -25,22 +25,25 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 IGNORED = -100  # label of a token without loss
+WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"  # 2011-05-31, 14:05, 0.42 and 85123A are words; a space is never part of one
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, more_special: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, more_special: Sequence[str] = (), whole_words: bool = False
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
-    Every digit is a token of its own. Special tokens: <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the
+    Every digit is a token of its own; with whole_words numbers, dates and times are merged like words, and a word is the same token with
+    and without a space before it. Special tokens: <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the
     chat template writes '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
 
     Args:
         texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts
             give fewer. more_special: further special tokens, such as AGENT_TOKENS; they follow the others.
     """
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated") if whole_words else pre_tokenizers.Digits(individual_digits=True)
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole_words)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

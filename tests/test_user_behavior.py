@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import gzip
 import io
 import json
@@ -16,8 +17,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS, age_class
@@ -444,6 +446,26 @@ def test_answers_on_real_data(shared_data: Path):
     assert {split: len(part) for split, part in split_users(list(users)).items()} == {"train": 11, "validation": 3, "test": 3}
     for split in SPLITS:
         assert check(behavior(log, split, tokenizer=tokenizer), users, 60, length=16384) == set(KINDS)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=60))
+def test_whole_words_lose_nothing(text: str):
+    tokenizer = whole_words()
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) == text
+
+
+@functools.cache
+def whole_words() -> PreTrainedTokenizerFast:
+    return train_tokenizer(
+        ["2011-05-31 14:05 purchase 6 x 85123A at 2.55\n\nOn which day is the last purchase of 85123A?"] * 5, 400, (), True
+    )
+
+
+def test_a_number_is_one_token_with_and_without_a_space_before_it():
+    tokens = [whole_words().tokenize(text) for text in ("2011-05-31 at 2.55\n", "85123A", "purchase of 85123A?", "14:05")]
+    assert [len(found) for found in tokens] == [6, 1, 6, 1]
+    assert tokens[1][0] == tokens[2][4]
 
 
 def test_a_row_may_ask_several_questions_about_its_window(log: Log):

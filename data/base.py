@@ -119,10 +119,10 @@ class ResumableLoader:
     """Training batches, all full, in an order that is a pure function of (seed, epoch); stopped anywhere and resumed, the rest comes as if
     never stopped. The last batch of an epoch is filled up with the epoch's first rows.
 
-    Its state is (epoch, position): how many batches of the epoch have been delivered, whatever worker processes have prepared beyond. The
-    next epoch begins when its first batch is asked for: until then more rows, as a larger max_steps brings them, go on with this one. The
-    state is the same on all ranks. Lightning saves and restores it with its checkpoints. Torch's global random state is left alone, so
-    that resuming within an epoch draws no number more.
+    Its state is (epoch, position): how many rows of the epoch all ranks together have been given, whatever worker processes have prepared
+    beyond; so the order goes on where it was even if the number of ranks changes. The next epoch begins when its first batch is asked for:
+    until then more rows, as a larger max_steps brings them, go on with this one. The state is the same on all ranks. Lightning saves and
+    restores it with its checkpoints. Torch's global random state is left alone, so that resuming within an epoch draws no number more.
 
     Args:
         dataset: rows by index. batch_size: rows a batch on each rank. collate: list of rows -> batch.
@@ -150,17 +150,17 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """The rest of the current epoch; if nothing is left of it, the next one."""
-        if self.position >= len(self):
+        if self.position >= len(self.dataset):
             self.epoch, self.position = self.epoch + 1, 0
         for batch in loader(self.dataset, self._batches(), self.collate, self.num_workers):
-            self.position += 1
+            self.position += self.batch_size * self.world
             yield batch
 
     def _batches(self) -> Iterator[list[int]]:
         """This rank's row numbers of each batch that is left of the epoch."""
         count, step = len(self.dataset), self.batch_size * self.world
         order = range(count) if self.seed is None else np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
-        for start in range(self.position * step, len(self) * step, step):
+        for start in range(self.position, count, step):
             yield [order[place % count] for place in range(start + self.rank, start + step, self.world)]
 
     def state_dict(self) -> dict[str, int]:

@@ -96,11 +96,29 @@ def test_resumes_after_any_batch(num_workers: int, stop: int):
             if len(seen) == stop:
                 break
     state = one.state_dict()
-    assert state == {"epoch": (stop - 1) // 6, "position": (stop - 1) % 6 + 1}
+    assert state == {"epoch": (stop - 1) // 6, "position": ((stop - 1) % 6 + 1) * 4}
     other = loader(num_workers)
     other.load_state_dict(state)
     rest = flat(epochs(other, 3))
     assert (seen + rest)[: len(whole)] == whole
+
+
+@pytest.mark.parametrize(("before", "after", "size"), [(1, 2, 2), (2, 1, 4), (2, 4, 3)])
+def test_resumed_on_another_number_of_ranks_the_order_goes_on(before: int, after: int, size: int):
+    """After two batches, whether or not all ranks together still have four rows a batch."""
+    order = flat(epochs(loader(), 1)[0])[:ROWS]
+    one = loader(world=before)
+    one.batch_size = 4 // before
+    next(batches := iter(one))
+    next(batches)
+    parts = []
+    for rank in range(after):
+        other = loader(rank=rank, world=after)
+        other.batch_size = size
+        other.load_state_dict(one.state_dict())
+        parts.append([batch.tolist() for batch in other])
+    rest = [row for batch in zip(*parts, strict=True) for rows in zip(*batch, strict=True) for row in rows]
+    assert rest[: ROWS - 8] == order[8:]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

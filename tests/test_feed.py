@@ -156,6 +156,33 @@ def test_ranks_share_the_rows_of_one_order(source, tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 4), (4, 2)])
+def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, streaming, before, after):
+    """The same rows in each optimizer step: ranks share a batch of four."""
+
+    def steps(world, state=None):
+        """The rows of each step, and what rank 0 would save after it."""
+        feeds = [feed(source, tmp_path, "packed", streaming, rank=rank, world=world) for rank in range(world)]
+        for one in feeds:
+            one.batch_size = 4 // world
+            if state is not None:
+                one.load_state_dict(state)
+        for batches in zip(*feeds, strict=True):
+            found = [None] * 4
+            for rank, batch in enumerate(batches):
+                found[rank::world] = [
+                    row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+                ]
+            yield found, feeds[0].state_dict()
+
+    straight = list(steps(before))
+    assert straight[-1][1]["epoch"] >= 1
+    for stop in (1, 24, 47):
+        rest = steps(after, straight[stop - 1][1])
+        assert [rows for rows, _ in rest] == [rows for rows, _ in straight[stop:]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_document_once_an_epoch_and_in_new_company_in_the_next(source, tmp_path, layout, streaming):
     texts = {tuple(sample.ids.tolist()) for sample in filter(None, encoded(source, module.Complaints("skip")))}

@@ -231,6 +231,11 @@ class EvalConfig:
     examples: int | None = key(
         10, "passkey: examples a cell; scrolls: questions a task (null: all); agent: traces; user_behavior: questions", min=1
     )
+    split: str = key(
+        "validation",
+        "scrolls: questions to answer; test: those of the submission, scored only if answers are given",
+        choices=("validation", "test"),
+    )
     budget: int = key(4096, "user_behavior: tokens of history that truncation and retrieval show the same model", min=1)
     val_questions: int = key(0, "scrolls: questions a task that are answered and scored at each validation while training", min=0)
     max_new_tokens: int | None = key(None, "scrolls, agent: longest answer in tokens; null: by task, 256", min=1)

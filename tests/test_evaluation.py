@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation import scrolls as scrolls_evaluation
 from comet_pl.evaluation.reading import answer_prompts, generate
-from comet_pl.metrics.scrolls import scores
+from comet_pl.metrics.scrolls import SCROLLS, scores
 from comet_pl.schema import EvalConfig
 from comet_pl.trained import checkpoint_content
 from data.base import pad_rows, train_tokenizer
@@ -191,6 +192,28 @@ def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
         assert results[task]["scrolls_score"] == pytest.approx(sum(line["score"] for line in lines) / 3)
         assert results[task]["n"] == 3
     assert results["average"] == pytest.approx((results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]) / 2)
+
+
+def test_secret_answers_are_predicted_for_the_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Test rows without outputs: one task scores as its answers are known; all seven are submitted."""
+    root = scrolls_root(tmp_path / "data")
+    for task in SCROLLS:
+        rows = [{"id": f"{task}-{n}", "pid": f"{n}", "input": f"Who ran?\n\nThe dog ran {n} times.", "output": None} for n in range(2)]
+        if task == "qasper":
+            rows = [row | {"output": "the dog"} for row in rows]
+        (root / task).mkdir(exist_ok=True)
+        (root / task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model, tokenizer, config = made(scrolls(root, "eval.split=test", "data.tasks=[qasper,narrative_qa]"))
+    results = evaluate(model, tokenizer, config, tmp_path)
+    assert set(results) == {"qasper", "average"}
+    assert "no submission written: it needs all seven tasks, and there are no predictions for gov_report" in capsys.readouterr().out
+    assert not (tmp_path / "predictions" / "submission.csv").exists()
+    model, tokenizer, config = made(scrolls(root, "eval.split=test"))
+    assert evaluate(model, tokenizer, config, tmp_path)["qasper"]["n"] == 2
+    lines = list(csv.DictReader((tmp_path / "predictions" / "submission.csv").open(newline="", encoding="utf-8")))
+    assert [(line["Task"], line["ID"]) for line in lines] == [(task, f"{task}-{n}") for task in SCROLLS for n in range(2)]
+    given = json.loads((tmp_path / "predictions" / "quality.json").read_text())
+    assert [line["Prediction"] for line in lines if line["Task"] == "quality"] == list(given.values())
 
 
 def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.evaluation.reading import Count, answer_prompts, generate
-from comet_pl.metrics.scrolls import METRICS, ScrollsScore, average, exact_match, scores
+from comet_pl.metrics.scrolls import METRICS, SCROLLS, ScrollsScore, average, exact_match, scores, submission_csv
 from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results
@@ -22,13 +22,15 @@ from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
 
 
 def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results) -> dict[str, Any]:
-    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent, on the validation questions that config.eval.examples allows."""
+    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent, on the questions of config.eval.split that config.eval.examples
+    allows. Tasks whose test answers are secret are answered and left out of it; predictions/submission.csv is for the benchmark's site."""
     data = config.data
     assert isinstance(data, ScrollsData)
-    corpus = Corpus(data, tokenizer, "validation")
+    split = config.eval.split
+    corpus = Corpus(data, tokenizer, split)
     asked = {task: questions for task in tasks(data) if (questions := corpus.questions(task, config.eval.examples))}
     if not asked:
-        raise UserError(f"data.root: {data.root} has no validation rows for {', '.join(tasks(data))}, so there is nothing to evaluate")
+        raise UserError(f"data.root: {data.root} has no {split} rows for {', '.join(tasks(data))}, so there is nothing to evaluate")
     scored, predictions, values = dict[str, Any](), dict[str, list[Answer]](), dict[str, Any]()
     with Bar(sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)) as bar:
         for task, questions in asked.items():
@@ -41,21 +43,44 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 texts, chosen = ([pair[side] for pair in pairs] for side in (0, 1))
             else:
                 texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
-            metric = ScrollsScore(task, sync_on_compute=False)
-            metric.update(texts, [one.references for one in questions])
-            scored[task] = metric.compute()
-            if chosen:
-                right = [any(exact_match(option, one) for one in asked.references) for option, asked in zip(chosen, questions, strict=True)]
-                scored[task]["likeliest_option"] = 100 * sum(right) / len(right)
-            values = {**scored, "average": average(scored)}
+            known = all(one.references for one in questions)
+            if known:
+                scored[task] = _scored(task, questions, texts, chosen)
+            values = {**scored, "average": average(scored)} if scored else {}
             predictions[task] = []
             for one, text in zip(questions, texts, strict=True):
-                score = scores(task, text, one.references)["scrolls_score"]
+                score = scores(task, text, one.references)["scrolls_score"] if known else None
                 predictions[task].append({"id": one.id, "prediction": text, "references": one.references, "score": score})
             results.write(values, predictions)
-            bar.note(f"{task}: {scored[task]['scrolls_score']:.2f} on {len(questions)} questions")
-    results.show("SCROLLS, validation, in percent", _scrolls_table(scored, values["average"]))
+            found = (
+                f"{scored[task]['scrolls_score']:.2f} on {len(questions)} questions" if known else f"{len(questions)} questions answered"
+            )
+            bar.note(f"{task}: {found}")
+    if split == "test":
+        _submit(predictions, results)
+    if scored:
+        results.show(f"SCROLLS, {split}, in percent", _scrolls_table(scored, values["average"]))
     return values
+
+
+def _scored(task: str, questions: list[Example], texts: list[str], chosen: list[str]) -> dict[str, Any]:
+    metric = ScrollsScore(task, sync_on_compute=False)
+    metric.update(texts, [one.references for one in questions])
+    found: dict[str, Any] = metric.compute()
+    if chosen:
+        right = [any(exact_match(option, one) for one in asked.references) for option, asked in zip(chosen, questions, strict=True)]
+        found["likeliest_option"] = 100 * sum(right) / len(right)
+    return found
+
+
+def _submit(predictions: dict[str, list[Answer]], results: Results) -> None:
+    """Writes the submission, if it would be whole; says what it holds or lacks."""
+    path = results.out / "predictions" / "submission.csv"
+    if lacking := [task for task in SCROLLS if task not in predictions]:
+        print(f"no submission written: it needs all seven tasks, and there are no predictions for {', '.join(lacking)}")
+        return
+    submission_csv({task: {one["id"]: one["prediction"] for one in predictions[task]} for task in SCROLLS}, path)
+    print(f"submission: {path}, {sum(len(predictions[task]) for task in SCROLLS)} answers (all questions: eval.examples=null)")
 
 
 def choose(

@@ -25,7 +25,7 @@ from comet_pl.results import Bar
 from data.base import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
-VERSION = 2  # of what is written; another number leaves old files aside
+VERSION = 3  # of what is written; another number leaves old files aside
 FLUSH = 64  # samples held before they are written
 
 

@@ -95,8 +95,14 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
             yield place, row
 
 
-def split_input(task: str, text: str) -> tuple[str, str]:
-    """(question with the blank line after it, document) of a row's input; without a blank line all of it is question."""
+def split_input(task: str, row: Row) -> tuple[str, str]:
+    """(question with the blank line after it, document) of a row's input; without a blank line all of it is question.
+
+    ZeroSCROLLS' rows say where the document is, between instructions and question: both come before it.
+    """
+    text, start, end = row["input"], row.get("document_start_index"), row.get("document_end_index")
+    if isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= len(text):
+        return f"{text[:start].strip()}\n{text[end:].strip()}".strip() + "\n\n", text[start:end]
     if task in WITHOUT_QUESTION:
         return "", text
     options = max(0, text.find("(D)")) if task == "quality" else 0  # its options follow the question, blank lines between them
@@ -118,7 +124,7 @@ def texts(data: ScrollsData) -> Iterator[str]:
         seen: set[bytes] = set()
         left = TOKENIZER_CHARACTERS // len(names)
         for _, row in rows(data, task, "train", complaints):
-            question, document = split_input(task, row["input"])
+            question, document = split_input(task, row)
             new = _digest(document) not in seen
             seen.add(_digest(document))
             text = f"{question}{document if new else ''}\n{row['output']}"
@@ -201,7 +207,7 @@ class Corpus:
             say(f"{self.split}: {line}")
 
     def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
-        question, document = split_input(task, row["input"])
+        question, document = split_input(task, row)
         output = row.get("output") or ""
         ids, answer = self.frame.question(question), self.frame.answer(output)
         room = self.frame.room(ids, answer)
@@ -274,7 +280,7 @@ class ScrollsSource:
             streams = going
 
     def encode(self, row: Row) -> Sample:
-        question, document = split_input(row["task"], row["input"])
+        question, document = split_input(row["task"], row)
         asked, answer = self.frame.question(question), self.frame.answer(row["output"])
         room = self.frame.room(asked, answer)
         if room < 0:

@@ -109,11 +109,16 @@ def test_an_empty_file_is_named(tmp_path: Path):
 
 
 def test_where_the_question_ends():
-    assert split_input("qmsum", "Why?\n\nOne.\n\nTwo.") == ("Why?\n\n", "One.\n\nTwo.")
-    assert split_input("gov_report", "One.\n\nTwo.") == ("", "One.\n\nTwo.")
+    assert split_input("qmsum", {"input": "Why?\n\nOne.\n\nTwo."}) == ("Why?\n\n", "One.\n\nTwo.")
+    assert split_input("gov_report", {"input": "One.\n\nTwo."}) == ("", "One.\n\nTwo.")
     quality = "Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\nThe story.\n\nIts end."
-    assert split_input("quality", quality) == ("Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\n", "The story.\n\nIts end.")
-    assert split_input("qasper", "Only a question") == ("Only a question\n\n", "")
+    assert split_input("quality", {"input": quality}) == ("Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\n", "The story.\n\nIts end.")
+    assert split_input("qasper", {"input": "Only a question"}) == ("Only a question\n\n", "")
+    text = "Answer in a paragraph.\n\nStory:\nIt was.\n\nIt is.\n\nQuestion:\nWhat was?\n\nAnswer:\n"
+    told = {"input": text, "document_start_index": text.index("It was"), "document_end_index": text.index("\n\nQuestion")}
+    question = "Answer in a paragraph.\n\nStory:\nQuestion:\nWhat was?\n\nAnswer:\n\n"
+    assert split_input("squality", told) == (question, "It was.\n\nIt is.")
+    assert split_input("squality", told | {"document_end_index": 999}) == ("Answer in a paragraph.\n\n", text.partition("\n\n")[2])
 
 
 BAD = {

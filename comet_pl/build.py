@@ -175,14 +175,11 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     import lightning
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from callbacks.behavior_scores import BehaviorScores
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
     from callbacks.gates import GateMean
-    from callbacks.passkey_heatmap import PasskeyHeatmap
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
     from callbacks.run_logger import LogConfig, RunLogger
-    from callbacks.scrolls_scores import ScrollsScores
     from callbacks.throughput import Throughput
 
     quiet_lightning()
@@ -191,10 +188,16 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     val_interval = min(t.val_check_interval, t.max_steps) if isinstance(t.val_check_interval, int) else t.val_check_interval
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
     if isinstance(config.data, PasskeyData):
+        from callbacks.passkey_heatmap import PasskeyHeatmap
+
         callbacks.append(PasskeyHeatmap(config.data.train_length))
     elif isinstance(config.data, UserBehaviorData):
+        from callbacks.behavior_scores import BehaviorScores
+
         callbacks.append(BehaviorScores())
     elif isinstance(config.data, ScrollsData) and config.eval.val_questions:
+        from callbacks.scrolls_scores import ScrollsScores
+
         callbacks.append(ScrollsScores(config.eval))
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
     strategy = build_strategy(config)

@@ -2,7 +2,7 @@
 
 Defaults (comet_pl/schema.py) <- conf/base.yaml <- conf/NAME.yaml, after the confs in its `defaults:` list <- `key=value` arguments.
 OmegaConf reads, merges and interpolates; comet_pl/values.py checks each value. Every mistake is a UserError of one line. Neither torch
-nor Lightning is imported here, so that `--help` and the message about a typo come at once.
+nor Lightning is imported here, so that `--help` and the message about a typo come soon.
 """
 
 from __future__ import annotations

@@ -9,15 +9,17 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from comet_pl.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Answer = dict[str, Any]
 """{"id", "prediction", "references", "score", ...} of one example"""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -311,5 +311,4 @@ def is_memory(name: str) -> bool:
     return "global_memory" in parts or "temporary_memory" in parts or (len(parts) > 3 and parts[3] == "adapter")
 
 
-AutoConfig.register("comet", CometConfig)
 AutoModelForCausalLM.register(CometConfig, CometForCausalLM)

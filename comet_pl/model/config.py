@@ -71,6 +71,9 @@ class CometConfig(PretrainedConfig):
     ):
         if backbone_config is None:
             raise ValueError("backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)")
+        # AutoModelForCausalLM knows CoMeT from the first configuration on, not from the start: `import comet_pl` is to be quick.
+        import comet_pl.model.comet  # noqa: F401
+
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         backbone_config = copy.deepcopy(backbone_config)  # ours: the attention implementation and the vocabulary are set on it
@@ -169,3 +172,6 @@ class CometConfig(PretrainedConfig):
     def new_token_ids(self) -> list[int]:
         """Ids that mean nothing as text; generation suppresses them."""
         return list(range(self.first_new_id, self.vocab_size))
+
+
+AutoConfig.register("comet", CometConfig)

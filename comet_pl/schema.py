@@ -220,6 +220,9 @@ class TrainConfig:
     accumulate: int = key(1, "micro-batches of data.batch_size added up in one step (the loader reads them together)", min=1)
     bptt_chunks: int | None = key(None, "chunks a window: gradients flow within it, memory flows on; null: through all chunks", min=1)
     recompute: bool = key(False, "recompute each cell's activations in the backward pass: less memory, more time")
+    peak_tflops: float | None = key(
+        None, "what a device can do, 10^12 operations a second in this precision; then train/mfu is logged; null: unknown", above=0
+    )
     max_skipped: int = key(10, "stop after so many steps in a row with a non-finite gradient norm", min=1)
 
 

@@ -18,7 +18,7 @@ from comet_pl.schema import Config
 
 NAME_VARIABLE = "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
 FIXED = ("seed", "model", "backbone", "data", "train")
-FREE = ("data.num_workers", "train.recompute", "train.max_skipped")  # of the fixed sections: these change no number
+FREE = ("data.num_workers", "train.recompute", "train.offload", "train.max_skipped")  # of the fixed sections: at most rounding changes
 
 
 @dataclass(frozen=True)

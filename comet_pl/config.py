@@ -78,7 +78,7 @@ def load(argv: list[str], command: str = "train", base: Mapping[str, Any] | None
     if base is None:
         layers = [read_file(conf_dir / "base.yaml", f"{conf_dir.name}/base.yaml")]
     else:
-        layers = [Layer("the checkpoint's configuration", dict(base))]
+        layers = [_checkpoint_layer(base)]
     layers += conf_layers(conf, conf_dir) if conf is not None else []
     layers += conf_layers(f"backbone/{backbone}", conf_dir) if backbone is not None else []
     chosen = conf if conf is not None or base is None else base.get("conf")
@@ -112,7 +112,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: unknown keys or impossible values.
     """
-    return _merge([Layer("the checkpoint's configuration", dict(values))], values.get("conf"))
+    return _merge([_checkpoint_layer(values)], values.get("conf"))
 
 
 def help_text(command: str = "train", conf_dir: Path = CONF_DIR) -> str:
@@ -120,6 +120,14 @@ def help_text(command: str = "train", conf_dir: Path = CONF_DIR) -> str:
     from comet_pl.config_help import render
 
     return render(command, conf_dir)
+
+
+def _checkpoint_layer(values: Mapping[str, Any]) -> Layer:
+    """What a checkpoint knows; train.recompute was true or false in older ones."""
+    train = dict(values.get("train", {}))
+    if isinstance(train.get("recompute"), bool):
+        train["recompute"] = "cell" if train["recompute"] else "none"
+    return Layer("the checkpoint's configuration", {**values, "train": train})
 
 
 def _merge(layers: list[Layer], conf: str | None) -> Config:
@@ -239,6 +247,7 @@ def _check_together(config: Config, command: str) -> None:
         raise UserError("eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a cell)")
     if command == "train":
         _check_parameters(config)
+        _check_recompute(config)
 
 
 def _check_parameters(config: Config) -> None:
@@ -251,4 +260,15 @@ def _check_parameters(config: Config) -> None:
         raise UserError(
             f"train.parameters: {train.parameters} given, but model.global_size=0 and model.compression_stride=null leave no memory to "
             "train, allowed: all, lora"
+        )
+
+
+def _check_recompute(config: Config) -> None:
+    """train.recompute fits the strategy, and its companion has an effect."""
+    train = config.train
+    if train.offload and train.recompute != "chunk":
+        raise UserError(f"train.offload: true given, but train.recompute is {train.recompute}; it needs chunk")
+    if train.recompute == "chunk" and config.trainer.strategy == "layer_pipeline":
+        raise UserError(
+            "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices keep their own chunks, allowed: none, cell"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import lightning
@@ -18,6 +19,7 @@ from torchmetrics import SumMetric
 from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
+from comet_pl.recompute import read_chunks
 from comet_pl.schema import TrainConfig
 from comet_pl.windows import Window, count_targets, cut_windows, split_rows
 
@@ -43,7 +45,7 @@ class CometModule(lightning.LightningModule):
         self.val_sum, self.val_targets = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.skipped = self.skipped_in_a_row = 0
         self.grad_norm = 0.0  # of the last step, before clipping
-        if train.recompute:
+        if train.recompute != "none":  # chunk: one at a time, and in it one cell
             model.gradient_checkpointing = True
 
     def setup(self, stage: str) -> None:
@@ -99,6 +101,9 @@ class CometModule(lightning.LightningModule):
         windows = cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks)
         loss = torch.zeros((), device=self.device)
         read = getattr(self.trainer.strategy, "read", read_windows)
+        if self.settings.recompute == "chunk":
+            assert read is read_windows, "a pipeline's ranks keep their own chunks"
+            read = partial(read_chunks, offload=self.settings.offload)
         for part in read(self.model, windows, targets):
             if part is not None:
                 self.manual_backward(part)

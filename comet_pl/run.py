@@ -18,7 +18,8 @@ from comet_pl.schema import Config
 
 NAME_VARIABLE = "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
 FIXED = ("seed", "model", "backbone", "data", "train")
-FREE = ("data.num_workers", "train.recompute", "train.max_skipped", "train.peak_tflops")  # of the fixed sections: these change no number
+# of the fixed sections; at most rounding changes
+FREE = ("data.num_workers", "train.recompute", "train.offload", "train.max_skipped", "train.peak_tflops")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from comet_pl.parallel.schedule import SCHEDULES
 PARAMETERS = ("all", "memory", "lora", "memory+lora")
 PACKING = ("none", "documents", "shared")
 PLANS = ("fixed", "right_aligned", "random", "uniform", "sentence", "mixture")
+RECOMPUTE = ("none", "cell", "chunk")
 SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
@@ -219,7 +220,13 @@ class TrainConfig:
     clip: float | None = key(1.0, "largest global gradient norm; null: no clipping", above=0)
     accumulate: int = key(1, "micro-batches of data.batch_size added up in one step (the loader reads them together)", min=1)
     bptt_chunks: int | None = key(None, "chunks a window: gradients flow within it, memory flows on; null: through all chunks", min=1)
-    recompute: bool = key(False, "recompute each cell's activations in the backward pass: less memory, more time")
+    recompute: str = key(
+        "none",
+        "less memory, more time; cell: its activations are computed again in the backward pass; chunk: all but the memory between chunks",
+        choices=RECOMPUTE,
+        needs="none (once false), cell (once true), chunk",
+    )
+    offload: bool = key(False, "with recompute=chunk: the memory between chunks waits on the CPU")
     peak_tflops: float | None = key(
         None, "what a device can do, 10^12 operations a second in this precision; then train/mfu is logged; null: unknown", above=0
     )

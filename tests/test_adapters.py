@@ -71,7 +71,7 @@ def fit(model, steps=2, **train):
     return watch
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_exactly_what_is_named_learns(parameters, tied, recompute):

@@ -154,7 +154,7 @@ def close(one, two, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])
 def test_full_backpropagation_is_the_models_own(accumulate, recompute):
     model, batch = tiny(chunk_size=4), ragged([23, 9, 17])
     loss, gradients = direct(model, batch)
@@ -356,8 +356,8 @@ def test_exact_match_asks_for_the_digits_alone():
 # ---- several ranks
 
 
-@pytest.mark.parametrize("parameters", ["all", "memory+lora"])
-def test_two_ranks_are_one_with_both_batches(tmp_path, parameters):
+@pytest.mark.parametrize(("parameters", "recompute"), [("all", "none"), ("all", "chunk"), ("memory+lora", "none")])
+def test_two_ranks_are_one_with_both_batches(tmp_path, parameters, recompute):
     """The ranks have different numbers of windows, and one of them a micro-batch without targets."""
     model = tiny(chunk_size=4)
     add_adapters(model, TrainConfig(parameters=parameters))
@@ -365,7 +365,7 @@ def test_two_ranks_are_one_with_both_batches(tmp_path, parameters):
     batches[1]["labels"][1] = -100
     path = str(tmp_path / "gradients.pt")
     trainer = {"strategy": "ddp_fork", "devices": 2}
-    fit(copy.deepcopy(model), [batches], [Rank(path)], trainer, bptt_chunks=2, accumulate=2)
+    fit(copy.deepcopy(model), [batches], [Rank(path)], trainer, bptt_chunks=2, accumulate=2, recompute=recompute)
     width = batches[0]["input_ids"].shape[1]
     both = {key: torch.cat([torch.nn.functional.pad(b[key], (0, width - b[key].shape[1])) for b in batches]) for key in batches[0]}
     _, alone = fit(copy.deepcopy(model), [both], bptt_chunks=2)

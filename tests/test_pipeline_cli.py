@@ -196,7 +196,7 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
         ["strategy.schedule=chunk_level"],
         ["strategy.sharding=zero2"],
         ["train.bptt_chunks=2", "train.accumulate=2"],
-        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=layer_level", "train.recompute=true"],
+        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=layer_level", "train.recompute=cell"],
     ],
 )
 def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):

@@ -184,9 +184,10 @@ def test_the_best_so_far_is_remembered(tmp_path):
     same_run(straight, fit(tmp_path, "run", *keys, resume=True))
 
 
-@pytest.mark.parametrize("parameters", ["memory", "lora", "memory+lora"])
-def test_killed_while_a_part_learns(tmp_path, parameters):
-    keys = [*BY_STEPS, "trainer.max_steps=4", f"train.parameters={parameters}", *["train.lora_dropout=0.2"] * ("lora" in parameters)]
+@pytest.mark.parametrize(("parameters", "recompute"), [("memory", "none"), ("lora", "none"), ("memory+lora", "none"), ("lora", "chunk")])
+def test_killed_while_a_part_learns(tmp_path, parameters, recompute):
+    keys = [*BY_STEPS, "trainer.max_steps=4", f"train.parameters={parameters}", f"train.recompute={recompute}"]
+    keys += ["train.lora_dropout=0.2"] * ("lora" in parameters)
     straight = fit(tmp_path, "straight", *keys)
     fit(tmp_path, "run", *keys, kill=(2, "on_train_batch_start"))
     same_run(straight, fit(tmp_path, "run", *keys, resume=True))

@@ -201,7 +201,7 @@ OPTIONS = {
     "plain": {},
     "windows": {"bptt_chunks": 3},
     "accumulated": {"accumulate": 3},
-    "recomputed": {"recompute": True},
+    "recomputed": {"recompute": "cell"},
     "memory+lora": {"parameters": "memory+lora"},
 }
 

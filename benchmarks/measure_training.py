@@ -1,0 +1,88 @@
+"""A training step in this process: `python measure_training.py '{"recompute": ..., "length": ..., ...}'` prints one JSON line. training.py
+starts it.
+
+A step is forward and backward pass of one text, every token a target, all gradients, no optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+from live_bytes import LiveBytes
+from measure import timed
+from process_memory import resident
+from shapes import TEXT_VOCABULARY, Shape
+
+from comet_pl import CometForCausalLM, recompute
+from comet_pl.lit_module import read_windows
+from comet_pl.windows import Window, count_targets, cut_windows
+
+MIB = 2**20
+
+
+class Watched(recompute.Boundaries):
+    """Remembers how many bytes it held at most."""
+
+    most = 0
+
+    def add(self, *args: Any) -> None:
+        super().add(*args)
+        Watched.most = max(Watched.most, self.nbytes)
+
+
+def text(length: int, chunk: int) -> tuple[list[Window], int]:
+    """(its one window, the number of targets)"""
+    ids = torch.randint(0, TEXT_VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    return cut_windows(batch, chunk, None), count_targets(batch)
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """One way to recompute at one length: seconds of each step, memory above weights, gradients and text, loss and gradient norm."""
+    torch.manual_seed(0)
+    torch.set_num_threads(job["threads"])
+    shape = Shape(**job["shape"])
+    model = CometForCausalLM(shape.comet()).train()
+    model.gradient_checkpointing = job["recompute"] != "none"
+    recompute.Boundaries = Watched  # type: ignore[misc]
+    parameters = list(model.parameters())
+
+    def step(windows: list[Window], targets: int) -> float:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        read = recompute.read_chunks if job["recompute"] == "chunk" else read_windows
+        loss = 0.0
+        for part in read(model, windows, targets):
+            if part is not None:
+                part.backward()
+                loss += float(part.detach())
+        return loss
+
+    step(*text(shape.chunk, shape.chunk))  # warm-up
+    windows, targets = text(job["length"], shape.chunk)
+    model_mib = resident("VmRSS")
+    losses: list[float] = []
+    seconds = [timed(lambda: losses.append(step(windows, targets)), "cpu") for _ in range(job["rounds"])]
+    process_mib = resident("VmHWM") - model_mib  # before the count of tensors, which keeps books of its own
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]))
+    known = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
+    with LiveBytes([*known, *model.buffers(), windows[0].input_ids, windows[0].attention_mask, windows[0].shift_labels]) as live:
+        step(windows, targets)
+    return {
+        "what": job["recompute"],
+        "length": job["length"],
+        "wall": [wall for wall, _ in seconds],
+        "processor": [processor for _, processor in seconds],
+        "process_mib": process_mib,
+        "tensors_mib": live.peak / MIB,
+        "boundaries_mib": Watched.most / MIB,
+        "loss": losses[-1],
+        "grad_norm": float(norm),
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(json.loads(sys.argv[1]))))

@@ -1,0 +1,166 @@
+"""What a training step costs when it recomputes: time and memory of train.recompute=none, cell and chunk, by length.
+
+    python benchmarks/training.py            a quarter of an hour on one core: 2k to 32k tokens, 4 to 64 chunks
+    python benchmarks/training.py --small    some seconds: a look, no measurement
+
+Full backpropagation through one text, every token a target, no optimizer; a small model from scratch with the paper's proportions of chunk
+and memories. Each cell of the table is a process of its own. Memory is what the step takes above weights, their gradients and the text:
+bytes of all tensors at the worst moment, and beside it what the kernel counts. The memory between chunks ("boundaries") has to grow with
+the text; what is beyond it should not.
+Results: benchmarks/results/training*.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import matplotlib
+import report
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from shapes import Shape
+
+from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.schema import RECOMPUTE
+
+HERE = Path(__file__).resolve().parent
+SHAPES = {
+    None: Shape("training", 128, 4, 2, 32, 384, chunk=512, global_size=128, capacity=512, layers=6),
+    "small": Shape("training-small", 32, 2, 1, 16, 96, chunk=64, global_size=16, capacity=64),
+}
+LENGTHS = {None: [2048, 4096, 8192, 16384, 32768], "small": [256, 1024, 4096]}
+FLAT_FROM = {None: 8192, "small": 1024}  # tokens: 16 chunks, as 32k tokens of the paper's
+LESS = 0.6  # memory of chunk against cell, from FLAT_FROM on
+GROWS = 0.15  # memory of chunk beyond the boundaries may grow by this share, from FLAT_FROM on
+SAME = 1e-5  # loss and gradient norm, relative
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", dest="size", action="store_const", const="small", help="a smaller model, shorter texts")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the text")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="steps that are timed; the fastest counts (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    options = parser.parse_args(argv)
+    options.lengths = sorted(set(options.lengths or LENGTHS[options.size]))
+    for name, value in (("lengths", min(options.lengths)), ("rounds", options.rounds), ("threads", options.threads)):
+        if value < 1:
+            raise UserError(f"--{name}: {value} given, a whole number >= 1 is needed")
+    report.make_folder(options.out)
+    return options
+
+
+def measure(job: dict[str, Any]) -> dict[str, Any]:
+    """Runs measure_training.py on one job in a fresh process."""
+    threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    command = [sys.executable, str(HERE / "measure_training.py"), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["killed, most likely for want of memory"])[-1]
+        raise UserError(f"measuring {job['recompute']} of {job['length']} tokens ended with status {done.returncode}: {why}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+    """All measurements, with what they depend on, and the verdicts."""
+    shape, machine = SHAPES[options.size], report.machine("cpu")
+    common = {"threads": options.threads, "rounds": options.rounds, "shape": dataclasses.asdict(shape)}
+    jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
+    found = [measure(job) for job in track(jobs, description="measuring", transient=True)]
+    clock = "processor" if options.threads == 1 else "wall"
+    for one in found:
+        one["seconds"] = min(one[clock])
+    return {**common, "clock": clock, "machine": machine, "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}
+
+
+def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:
+    """What each way costs against the others at each length, and whether the aims are met."""
+    cells = {(one["what"], one["length"]): one for one in found}
+    lengths = sorted({length for _, length in cells})
+    ratios = []
+    for n in lengths:
+        none, cell, chunk = (cells[what, n] for what in RECOMPUTE)
+        apart = max(abs(one[key] / none[key] - 1) for one in (cell, chunk) for key in ("loss", "grad_norm"))
+        memory = {key: chunk[key] / cell[key] for key in ("tensors_mib", "process_mib")}
+        time = {f"seconds_to_{what}": chunk["seconds"] / cells[what, n]["seconds"] for what in ("none", "cell")}
+        ratios.append({"length": n, **memory, **time, "differs": apart})
+    long = [one for one in ratios if one["length"] >= flat_from]
+    beyond = [cells["chunk", one["length"]]["tensors_mib"] - cells["chunk", one["length"]]["boundaries_mib"] for one in long]
+    growth = max(beyond) / min(beyond) - 1 if len(beyond) > 1 else None
+    return {
+        "flat_from": flat_from,
+        "ratios": ratios,
+        "less": {"allowed": LESS, "met": all(one["tensors_mib"] <= LESS for one in long)},
+        "growth": {"beyond_boundaries": growth, "allowed": GROWS, "met": growth is None or growth < GROWS},
+        "same": {"allowed": SAME, "met": all(one["differs"] <= SAME for one in ratios)},
+    }
+
+
+def plot(result: dict[str, Any]) -> Figure:
+    """Memory and time of a step against length, all axes logarithmic."""
+    figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
+    left, right = figure.subplots(1, 2)
+    names = {what: f"recompute={what}" for what in RECOMPUTE}
+    between = [one | {"what": "boundaries", "tensors_mib": one["boundaries_mib"]} for one in result["lengths"] if one["boundaries_mib"]]
+    memory, both = "peak memory above the model, MiB", names | {"boundaries": "of chunk: the memory between chunks"}
+    report.curves(left, [*result["lengths"], *between], both, "tensors_mib", memory, "tokens")
+    report.curves(right, result["lengths"], names, "seconds", f"a step, seconds ({result['clock']} time)", "tokens")
+    left.legend(frameon=False, fontsize=8)
+    shape = result["shape"]
+    figure.suptitle(
+        f"Backpropagation through one text: {shape['layers']} layers x {shape['hidden']}, C={shape['chunk']}, m={shape['global_size']}, "
+        f"s={shape['stride']}, K={shape['capacity']}, float32, {result['threads']} thread(s)",
+        fontsize=10,
+    )
+    return figure
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table and the verdicts."""
+    console, found = Console(), result["verdict"]
+    table = report.new_table(f"a step, {result['clock']} time", "recompute", "tokens", "seconds", "MiB: tensors", "process", "boundaries")
+    for one in result["lengths"]:
+        memory = (one["tensors_mib"], one["process_mib"], one["boundaries_mib"])
+        table.add_row(one["what"], f"{one['length']:,}", f"{one['seconds']:.2f}", *(f"{x:,.1f}" if x else "-" for x in memory))
+    console.print(table)
+    for one in found["ratios"]:
+        console.print(
+            f"{one['length']:,} tokens, chunk / cell: tensors {one['tensors_mib']:.2f}, process {one['process_mib']:.2f}, "
+            f"time {one['seconds_to_cell']:.2f} (/ none {one['seconds_to_none']:.2f}); loss, gradient norm differ by {one['differs']:.0e}"
+        )
+    said = {True: "met", False: "MISSED"}
+    start = f"from {found['flat_from']:,} tokens on"
+    console.print(f"tensors of chunk / cell {start}: at most {LESS}: {said[found['less']['met']]}")
+    if found["growth"]["beyond_boundaries"] is not None:
+        grown = found["growth"]["beyond_boundaries"]
+        console.print(
+            f"tensors of chunk beyond boundaries, {start}: grows by {grown:.1%}, allowed {GROWS:.0%}: {said[found['growth']['met']]}"
+        )
+    console.print(f"loss and gradient norm within {SAME}: {said[found['same']['met']]}")
+
+
+def main(argv: list[str]) -> None:
+    options = parse(argv)
+    result = {"command": " ".join(["python benchmarks/training.py", *argv]), **benchmark(options)}
+    name = "-".join(["training", *filter(None, [options.size])])
+    report.write_json(options.out / f"{name}.json", result)
+    with matplotlib.rc_context({"font.size": 10}):
+        chart = plot(result)
+    report.write(options.out / f"{name}.png", lambda file: chart.savefig(file, format="png"))
+    show(result)
+
+
+if __name__ == "__main__":
+    run_cli(main)

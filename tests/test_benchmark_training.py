@@ -1,0 +1,69 @@
+"""The benchmark of the training step: it measures what it says, and its figures are computed right."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import measure_training
+import training
+
+from comet_pl import recompute
+from comet_pl.errors import UserError
+
+SMALL = dataclasses.asdict(training.SHAPES["small"])
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    monkeypatch.setattr(recompute, "Boundaries", recompute.Boundaries)  # measure() puts one that counts in its place
+    monkeypatch.setattr(measure_training.Watched, "most", 0)
+    return lambda what: measure_training.measure({"recompute": what, "length": 320, "rounds": 1, "threads": 1, "shape": SMALL})
+
+
+def test_all_ways_take_the_same_step(measured):
+    none, cell, chunk = (measured(what) for what in training.RECOMPUTE)
+    for one in (cell, chunk):
+        assert one["loss"] == pytest.approx(none["loss"], rel=1e-6) and one["grad_norm"] == pytest.approx(none["grad_norm"], rel=1e-5)
+    assert none["tensors_mib"] > cell["tensors_mib"] > chunk["tensors_mib"] > chunk["boundaries_mib"]
+    assert none["boundaries_mib"] == cell["boundaries_mib"] == 0
+    assert (
+        chunk["boundaries_mib"] == 2 * 4 * (16 + 8) * 32 * 4 / 2**20
+    )  # layers, boundaries of 5 chunks, slots and new entries, width, bytes
+    assert all(len(one["processor"]) == 1 and one["processor"][0] > 0 for one in (none, cell, chunk))
+
+
+def cells(length, chunk_mib, boundaries_mib, grad_norm=1.0):
+    common = {"length": length, "loss": 5.0, "grad_norm": 1.0, "boundaries_mib": 0.0}
+    sizes = {"none": (100.0, 4.0), "cell": (40.0, 5.0), "chunk": (chunk_mib, 6.0)}
+    found = [{"what": what, **common, "tensors_mib": mib, "process_mib": 2 * mib, "seconds": s} for what, (mib, s) in sizes.items()]
+    found[-1] |= {"boundaries_mib": boundaries_mib, "grad_norm": grad_norm}
+    return found
+
+
+def test_verdict_by_hand():
+    found = training.verdict([*cells(1024, 30.0, 1.0), *cells(8192, 12.0, 2.0), *cells(16384, 15.0, 4.0)], 8192)
+    first, *_, last = found["ratios"]
+    assert (first["tensors_mib"], last["tensors_mib"], last["process_mib"]) == pytest.approx((0.75, 0.375, 0.375))
+    assert (last["seconds_to_cell"], last["seconds_to_none"]) == pytest.approx((1.2, 1.5))
+    assert found["growth"]["beyond_boundaries"] == pytest.approx(0.1)  # 11 instead of 10
+    assert found["less"]["met"] and found["growth"]["met"] and found["same"]["met"]  # 1,024 tokens are too few to count
+    worse = training.verdict([*cells(8192, 12.0, 2.0), *cells(16384, 25.0, 4.0, grad_norm=1.001)], 8192)
+    assert not (worse["less"]["met"] or worse["growth"]["met"] or worse["same"]["met"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rounds", "0"], "--rounds: 0 given, a whole number >= 1"),
+        (["--lengths", "4", "-3"], "--lengths: -3 given"),
+        (["--round", "5"], "unrecognized arguments: --round"),
+    ],
+)
+def test_mistakes_are_one_line(options, message):
+    with pytest.raises(UserError) as caught:
+        training.parse(options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

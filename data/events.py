@@ -97,7 +97,7 @@ def read_log(
     """
     columns = columns or Columns()
     complaints = Complaints(on_error)
-    paths, table = _files(Path(root).expanduser(), Path(items).expanduser() if items else None)
+    paths, table = _files(root, items)
     reader = _Reader(columns, complaints, action, _descriptions(table, columns, complaints) if table and descriptions else None)
     for path in paths:
         reader.read(path)
@@ -109,8 +109,19 @@ def read_log(
     return reader.log(duplicates)
 
 
-def _files(root: Path, items: Path | None) -> tuple[list[Path], Path | None]:
+def event_files(root: str | Path, items: str | Path | None = None) -> list[Path]:
+    """All files of a log, its item table included.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths, table = _files(root, items)
+    return [*paths, *([table] if table else [])]
+
+
+def _files(root: str | Path, items: str | Path | None) -> tuple[list[Path], Path | None]:
     """The files of events, and the item table."""
+    root, items = Path(root).expanduser(), Path(items).expanduser() if items else None
     if items and not (items.is_file() and kind_of(items)):
         reason = f"is no file of the kinds {ENDINGS}" if items.is_file() else "is no file"
         raise UserError(f"data.items: {items} {reason}")

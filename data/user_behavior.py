@@ -17,10 +17,11 @@ events; the end so that before it lies a full window, or, where that is less, ha
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import lightning
@@ -35,7 +36,8 @@ from comet_pl.schema import UserBehaviorData
 from comet_pl.values import nearest
 from data.base import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
 from data.behavior_questions import Query, Question, ask, oracle, wording
-from data.events import PRICE_UNITS, Columns, History, Log, read_log, split_users
+from data.events import PRICE_UNITS, Columns, History, Log, event_files, read_log, split_users
+from data.samples import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens
@@ -385,7 +387,14 @@ def log_of(data: UserBehaviorData) -> Log:
         raise UserError("data.root: missing, give the event log: data.root=PATH (a jsonl, csv or parquet file, or a folder)")
     names = {name: getattr(data, f"{name}_column") for name in ("user", "time", "action", "item", "quantity", "price")}
     columns = Columns(**names, item_description=data.description_column)
-    return read_log(data.root, data.items, columns, data.on_error, data.duplicates, data.action, data.descriptions)
+    options = (columns, data.on_error, data.duplicates, data.action, data.descriptions)
+    return _log(json.dumps(file_facts(event_files(data.root, data.items))), data.root, data.items, *options)
+
+
+@lru_cache(maxsize=1)
+def _log(facts: str, *options: Any) -> Log:
+    """The tokenizer, the training and the evaluation of a run need the same log; `facts` say whether its files have changed."""
+    return read_log(*options)
 
 
 def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:

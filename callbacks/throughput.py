@@ -1,4 +1,4 @@
-"""train/tokens_per_s, train/tflops, train/mfu and memory/peak_gb."""
+"""train/tokens_per_s, train/padding, train/tflops, train/mfu and memory/peak_gb."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from comet_pl.windows import IGNORED, Window, cut_windows, split_rows
 
 class Throughput(lightning.Callback):
     """Real tokens (no padding) read a second since the last logged step, of all ranks; validations do not count as time.
+
+    train/padding: share of the step's columns that hold no token, on the first rank.
 
     train/tflops: 10^12 operations a second of all ranks together, those of the matrix products that the model needs (comet_pl/flops.py):
     nothing is counted for padding, masked pairs or recomputation. train/mfu: its share of what the devices could do, if train.peak_tflops
@@ -48,6 +50,7 @@ class Throughput(lightning.Callback):
         pl_module.log("train/tokens_per_s", rate, prog_bar=True, logger=False, batch_size=1)
         if pl_module.logs_at(trainer.global_step):
             values = {"train/tokens_per_s": rate, "train/tflops": tflops, "memory/peak_gb": peak_bytes(pl_module.device) / 1e9}
+            values["train/padding"] = 1 - float(batch["attention_mask"].float().mean())
             if pl_module.settings.peak_tflops is not None:
                 values["train/mfu"] = tflops / (pl_module.settings.peak_tflops * trainer.world_size)
             pl_module.record(values)

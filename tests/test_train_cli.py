@@ -78,7 +78,7 @@ def test_a_run_folder_holds_everything(trained):
 def test_tensorboard_holds_the_pinned_tags(trained):
     events = EventAccumulator(str(trained), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-    values = ("loss", "lr", "grad_norm", "tokens_per_s", "tflops", "skipped")
+    values = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "tflops", "skipped")
     train = (*(f"train/{value}" for value in values), "memory/peak_gb", "gate/mean")
     assert steps == {**{tag: [1, 2, 4] for tag in train}, "val/loss": [2, 4], "val/accuracy": [2, 4]}
     assert [event.step for event in events.Images("val/heatmap")] == [2, 4]

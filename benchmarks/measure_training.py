@@ -1,13 +1,17 @@
 """A training step in this process: `python measure_training.py '{"recompute": ..., "length": ..., ...}'` prints one JSON line. training.py
 starts it.
 
-A step is forward and backward pass of one text, every token a target, all gradients, no optimizer.
+A step is forward and backward pass of one text, every token a target, all gradients, no optimizer. With recompute "ratio", ours
+(recompute=none) and slots in full (tests/slots_in_full.py) take the same step in turn.
 """
 
 from __future__ import annotations
 
+import gc
 import json
+import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +19,11 @@ from live_bytes import LiveBytes
 from measure import timed
 from process_memory import resident
 from shapes import TEXT_VOCABULARY, Shape
+from slots_in_full import SlotsInFull
 
 from comet_pl import CometForCausalLM, recompute
 from comet_pl.lit_module import read_windows
-from comet_pl.windows import Window, count_targets, cut_windows
+from comet_pl.windows import IGNORED, Window, count_targets, cut_windows
 
 MIB = 2**20
 
@@ -84,5 +89,47 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of a step by each way, from empty memory; the order swaps each round. The same weights and text give the same gradients."""
+    torch.manual_seed(0)
+    torch.set_num_threads(job["threads"])
+    shape = Shape(**job["shape"])
+    model = CometForCausalLM(shape.comet()).train()
+
+    def comet(windows: list[Window], targets: int) -> None:
+        for part in read_windows(model, windows, targets):
+            assert part is not None
+            part.backward()
+
+    def slots_in_full(windows: list[Window], targets: int) -> None:
+        (window,) = windows
+        logits = SlotsInFull(model).read(window.input_ids, window.chunk_sizes[0])
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), window.shift_labels, ignore_index=IGNORED, reduction="sum")
+        (loss / targets).backward()
+
+    both: dict[str, Callable[..., None]] = {"comet": comet, "slots_in_full": slots_in_full}
+    warm, step = text(2 * shape.chunk, shape.chunk), text(job["length"], shape.chunk)
+    norms, found = {}, {name: list[tuple[float, float]]() for name in both}
+    for k in range(-1, job["rounds"]):  # the first round warms up, and shows that both do the same
+        for name in list(both)[:: -1 if k % 2 else 1]:
+            model.zero_grad()
+            seconds = timed(lambda one=both[name], given=step if k >= 0 else warm: one(*given), "cpu")
+            if k >= 0:
+                found[name].append(seconds)
+            norms[name] = float(
+                torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]))
+            )
+            gc.collect()
+    pairs = list(zip(found["comet"], found["slots_in_full"], strict=True))
+    return {
+        "length": job["length"],
+        "wall_ratio": statistics.median(ours[0] / other[0] for ours, other in pairs),
+        "processor_ratio": statistics.median(ours[1] / other[1] for ours, other in pairs),
+        "seconds": {name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]} for name, times in found.items()},
+        "grad_norms_differ": abs(norms["comet"] / norms["slots_in_full"] - 1),
+    }
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    given = json.loads(sys.argv[1])
+    print(json.dumps(measure_ratio(given) if given["recompute"] == "ratio" else measure(given)))

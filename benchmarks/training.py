@@ -1,12 +1,16 @@
 """What a training step costs when it recomputes: time and memory of train.recompute=none, cell and chunk, by length.
 
-    python benchmarks/training.py            a quarter of an hour on one core: 2k to 32k tokens, 4 to 64 chunks
+    python benchmarks/training.py            half an hour on one core: 2k to 32k tokens, 4 to 64 chunks
+    python benchmarks/training.py --full     the ratio at the paper's shape too: half an hour more, 20 GB
     python benchmarks/training.py --small    some seconds: a look, no measurement
 
 Full backpropagation through one text, every token a target, no optimizer; a small model from scratch with the paper's proportions of chunk
 and memories. Each cell of the table is a process of its own. Memory is what the step takes above weights, their gradients and the text:
 bytes of all tensors at the worst moment, and beside it what the kernel counts. The memory between chunks ("boundaries") has to grow with
 the text; what is beyond it should not.
+
+The ratio is that of a step to the same step with memory slots computed in full (tests/slots_in_full.py), 16 chunks from empty memory, in
+one process, in turn; it stands beside its floor from operation counts (comet_pl/flops.py).
 Results: benchmarks/results/training*.json and .png.
 """
 
@@ -28,8 +32,10 @@ import report
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
+from shapes import SHAPES as PREFILL_SHAPES
 from shapes import Shape
 
+from comet_pl import flops
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.schema import RECOMPUTE
 
@@ -38,8 +44,13 @@ SHAPES = {
     None: Shape("training", 128, 4, 2, 32, 384, chunk=512, global_size=128, capacity=512, layers=6),
     "small": Shape("training-small", 32, 2, 1, 16, 96, chunk=64, global_size=16, capacity=64),
 }
+SHAPES["full"] = SHAPES[None]
 LENGTHS = {None: [2048, 4096, 8192, 16384, 32768], "small": [256, 1024, 4096]}
-FLAT_FROM = {None: 8192, "small": 1024}  # tokens: 16 chunks, as 32k tokens of the paper's
+LENGTHS["full"] = LENGTHS[None]
+RATIO_SHAPES = {None: "quarter", "small": "sixteenth", "full": "paper"}
+RATIO_CHUNKS = 16  # 32k tokens of the paper's
+MARGIN = 1.10  # ours may take this much more than the floor
+FLAT_FROM = {None: 8192, "full": 8192, "small": 1024}  # tokens: 16 chunks, as 32k tokens of the paper's
 LESS = 0.6  # memory of chunk against cell, from FLAT_FROM on
 GROWS = 0.15  # memory of chunk beyond the boundaries may grow by this share, from FLAT_FROM on
 SAME = 1e-5  # loss and gradient norm, relative
@@ -47,7 +58,9 @@ SAME = 1e-5  # loss and gradient norm, relative
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", dest="size", action="store_const", const="small", help="a smaller model, shorter texts")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", dest="size", action="store_const", const="small", help="a smaller model, shorter texts")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="the ratio at the paper's shape")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the text")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="steps that are timed; the fastest counts (default: 1)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
@@ -78,11 +91,23 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     shape, machine = SHAPES[options.size], report.machine("cpu")
     common = {"threads": options.threads, "rounds": options.rounds, "shape": dataclasses.asdict(shape)}
     jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
-    found = [measure(job) for job in track(jobs, description="measuring", transient=True)]
+    ratio_shape = PREFILL_SHAPES[RATIO_SHAPES[options.size]]
+    ratio = {"recompute": "ratio", "length": RATIO_CHUNKS * ratio_shape.chunk, **common, "shape": dataclasses.asdict(ratio_shape)}
+    against, *found = [measure(job) for job in track([ratio, *jobs], description="measuring", transient=True)]
     clock = "processor" if options.threads == 1 else "wall"
+    value, least = against[f"{clock}_ratio"], floor(ratio_shape)
+    against |= {"shape": ratio_shape.name, "value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
     for one in found:
         one["seconds"] = min(one[clock])
-    return {**common, "clock": clock, "machine": machine, "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}
+    return {**common, "clock": clock, "machine": machine, "ratio": against,
+            "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}  # fmt: skip
+
+
+def floor(shape: Shape) -> float:
+    """The least that a step of RATIO_CHUNKS chunks can take of the same with slots in full, if both run at the same speed."""
+    config = shape.comet()
+    row = flops.Row.of(config, RATIO_CHUNKS * shape.chunk)
+    return flops.training_step(config, [row]).total / flops.training_step(config, [row], slots="in_full").total
 
 
 def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:
@@ -141,6 +166,11 @@ def show(result: dict[str, Any]) -> None:
             f"time {one['seconds_to_cell']:.2f} (/ none {one['seconds_to_none']:.2f}); loss, gradient norm differ by {one['differs']:.0e}"
         )
     said = {True: "met", False: "MISSED"}
+    ratio = result["ratio"]
+    console.print(
+        f"a step / the same with slots in full, {ratio['shape']} shape, {ratio['length']:,} tokens: {ratio['value']:.3f} "
+        f"(floor {ratio['floor']:.3f}, allowed {ratio['bound']:.3f}): {said[ratio['met']]}"
+    )
     start = f"from {found['flat_from']:,} tokens on"
     console.print(f"tensors of chunk / cell {start}: at most {LESS}: {said[found['less']['met']]}")
     if found["growth"]["beyond_boundaries"] is not None:

@@ -44,6 +44,19 @@ def cells(length, chunk_mib, boundaries_mib, grad_norm=1.0):
     return found
 
 
+def test_slots_in_full_take_the_same_step():
+    found = measure_training.measure_ratio({"length": 320, "rounds": 2, "threads": 1, "shape": SMALL})
+    assert found["grad_norms_differ"] < 1e-5
+    assert all(len(one["processor"]) == 2 for one in found["seconds"].values())
+    assert found["processor_ratio"] > 0
+
+
+def test_the_floor_is_that_of_32k_tokens_of_the_paper():
+    """The first chunks have no memory, so it lies above the 0.66 of a reading with full memory."""
+    floors = [training.floor(training.PREFILL_SHAPES[name]) for name in ("paper", "quarter")]
+    assert floors[0] == pytest.approx(0.707, abs=2e-3) and floors[1] == pytest.approx(floors[0], rel=0.02)
+
+
 def test_verdict_by_hand():
     found = training.verdict([*cells(1024, 30.0, 1.0), *cells(8192, 12.0, 2.0), *cells(16384, 15.0, 4.0)], 8192)
     first, *_, last = found["ratios"]

@@ -181,7 +181,7 @@ class UserBehaviorData:
     questions: int = key(1, "questions that a training row asks about its window, one after the other", min=1)
     day_header: bool = key(True, "the day once above its events; false: in each line")
     whole_words: bool = key(
-        True, "a tokenizer trained here: an item, day, time or price is one token where vocab_size allows; false: digit by digit"
+        True, "a tokenizer trained here: an item, time or price is one token where vocab_size allows, a day two; false: digit by digit"
     )
     duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
     train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)

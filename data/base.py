@@ -35,8 +35,9 @@ def train_tokenizer(
     """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
     Every digit is a token of its own; with whole_words numbers and times are merged like words, a date is its month and its day, so that a
-    date of which no text has told is as short as others, and a word is the same token with and without a space before it. Special tokens: <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the
-    chat template writes '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
+    date of which no text has told is as short as others, and a word is the same token with and without a space before it. Special tokens:
+    <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the chat template writes
+    '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
 
     Args:
         texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts

@@ -259,6 +259,24 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
         CometCache.load(tmp_path / "broken")
 
 
+def test_a_fingerprint_is_looked_up_only_while_the_configuration_is_the_same():
+    """Also where something inside the configuration is changed in place."""
+    model = tiny()
+    first = model.fingerprint
+    assert model.fingerprint == first == tiny(seed=1).fingerprint
+    for holder, key, other in (
+        (vars(model.config), "chunk_size", 6),
+        (vars(model.config.backbone_config), "rms_norm_eps", 1e-3),
+        (model.config.backbone_config.rope_parameters, "rope_theta", 1e5),
+    ):
+        before, holder[key] = holder[key], other
+        changed, fresh = model.fingerprint, tiny()
+        fresh.config = model.config
+        assert changed == fresh.fingerprint != first, key
+        holder[key] = before
+        assert model.fingerprint == first, key
+
+
 def test_clones_and_reordered_rows_go_their_own_ways():
     model, ids = tiny(), text(2, 12)
     more = text(2, 4, seed=3)

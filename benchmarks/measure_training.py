@@ -18,10 +18,11 @@ import torch
 from live_bytes import LiveBytes
 from measure import timed
 from process_memory import resident
+from rates import product_rate
 from shapes import TEXT_VOCABULARY, Shape
 from slots_in_full import SlotsInFull
 
-from comet_pl import CometForCausalLM, recompute
+from comet_pl import CometForCausalLM, flops, recompute
 from comet_pl.lit_module import read_windows
 from comet_pl.windows import IGNORED, Window, count_targets, cut_windows
 
@@ -86,6 +87,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "boundaries_mib": Watched.most / MIB,
         "loss": losses[-1],
         "grad_norm": float(norm),
+        "operations": flops.training_step(model.config, [flops.Row.of(model.config, job["length"])]).total,  # nothing counts twice
+        "product_rate": product_rate("cpu", torch.float32, job["clock"]),
     }
 
 

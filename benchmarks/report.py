@@ -20,7 +20,10 @@ from rich.table import Table
 from comet_pl.errors import UserError
 
 NAMES = {"comet": "CoMeT", "slots_in_full": "slots in full", "full_attention": "full attention"}
+NAMES |= {"sliding_window": "sliding window, sinks"}
+EXTRAPOLATED = "extrapolated"  # drawn as one line more
 COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red", "in_place": "tab:pink"}
+COLOURS |= {"sliding_window": "tab:green", EXTRAPOLATED: "tab:red"}
 COLOURS |= {"chunk": "tab:blue", "cell": "tab:orange", "none": "tab:red", "boundaries": "tab:gray"}  # of training.py
 FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
 
@@ -47,6 +50,32 @@ def flatness(lengths: list[dict[str, Any]], keys: Sequence[str] = ("peak_mib", "
         values = [one[key] for one in found]
         spread[key] = (max(values) - min(values)) / min(values)
     return spread
+
+
+def crossover(ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+    """The context from which on ours stays cheaper.
+
+    Args:
+        ours, full: (length, ms a token) each.
+
+    Returns:
+        {"tokens", "how"}: interpolated between measured lengths; extrapolated beyond the longest; "at most" the shortest, if ours is
+        cheaper everywhere. None: no length in common, or the lines do not meet.
+    """
+    costs = dict(full)
+    gaps = sorted((n, costs[n] - ms) for n, ms in ours if n in costs)  # > 0: ours is cheaper
+    dearer = [i for i, (_, gap) in enumerate(gaps) if gap <= 0]
+    if not gaps:
+        return None
+    if not dearer:
+        return {"tokens": gaps[0][0], "how": "at most: ours is cheaper at the shortest context already"}
+    i, how = dearer[-1], "interpolated linearly"
+    if i == len(gaps) - 1:
+        i, how = i - 1, "extrapolated linearly"
+    if i < 0 or gaps[i + 1][1] <= gaps[i][1]:
+        return None
+    (n, gap), (n2, gap2) = gaps[i : i + 2]
+    return {"tokens": round(n - gap * (n2 - n) / (gap2 - gap)), "how": f"{how} from {n} and {n2}"}
 
 
 def make_folder(out: Path) -> None:
@@ -88,7 +117,9 @@ def plot(result: dict[str, Any]) -> Figure:
     time = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
     panels = ((time, f"ms a token ({result['clock']} time)"), ("peak_mib", "peak memory, MiB"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
-        curves(axes, result["lengths"], NAMES, key, label, "tokens read")
+        curves(
+            axes, [*result["lengths"], *beyond(result)], NAMES | {EXTRAPOLATED: "full attention, extrapolated"}, key, label, "tokens read"
+        )
     figure.axes[0].legend(frameon=False)
     ratio = result["ratio"]
     figure.suptitle(
@@ -99,12 +130,20 @@ def plot(result: dict[str, Any]) -> Figure:
     return figure
 
 
+def beyond(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Full attention's last measured point and the extrapolated one, as a curve of their own."""
+    one = result["against_full_attention"]["extrapolated"]
+    measured = [found for found in result["lengths"] if found["what"] == "full_attention"]
+    return [point | {"what": EXTRAPOLATED} for point in (max(measured, key=lambda found: found["length"]), one)] if one else []
+
+
 def curves(axes: Axes, found: Sequence[Mapping[str, Any]], names: Mapping[str, str], key: str, label: str, xlabel: str) -> None:
     """A line for each of `names` that was found: `key` against "length", both axes logarithmic with plain numbers."""
     for what, name in names.items():
         points = sorted((one["length"], one[key]) for one in found if one["what"] == what)
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what])
+            style = {"linestyle": "--", "fillstyle": "none"} if what == EXTRAPOLATED else {}
+            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what], **style)
     ticks = sorted({one["length"] for one in found})
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
     axes.set_xticks(ticks, [short(n) for n in ticks])
@@ -121,20 +160,25 @@ def short(tokens: int) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table and the two verdicts."""
+    """The table and the verdicts."""
     console = Console()
-    table = Table(title=f"{result['lengths_shape']} shape, {result['device']}, {result['dtype']}, {result['threads']} thread(s)")
-    for head in ("", "tokens", "ms/token", "cpu ms/token", "peak MiB", "by reading"):
-        table.add_column(head, justify="left" if not head else "right")
+    title = f"{result['lengths_shape']} shape, {result['device']}, {result['dtype']}, {result['threads']} thread(s)"
+    table = new_table(title, "", "tokens", "ms/token", "cpu ms/token", "peak MiB", "by reading", "of product", "linear")
     for one in result["lengths"]:
         numbers = (one["ms_per_token"], one["processor_ms_per_token"])
-        memory = (one["peak_mib"], one["reading_mib"])
-        table.add_row(NAMES[one["what"]], f"{one['length']:,}", *(f"{x:.4f}" for x in numbers), *(f"{x:.0f}" for x in memory))
+        memory, rate = (one["peak_mib"], one["reading_mib"]), one["achieved"]
+        shares = (f"{rate['share']:.0%}", f"{rate['linear']['share']:.0%}")
+        table.add_row(NAMES[one["what"]], f"{one['length']:,}", *(f"{x:.4f}" for x in numbers), *(f"{x:.0f}" for x in memory), *shares)
     console.print(table)
-    ratio, flat = result["ratio"], result["flatness"]
+    console.print("  (of product: operations a second as a share of a plain matrix product's; linear: in the linear layers alone)")
+    ratio, flat, linear = result["ratio"], result["flatness"], result["linear_rate"]
     console.print(
         f"CoMeT / slots in full, {ratio['shape']} shape: {ratio['value']:.3f} ({result['clock']} time; wall {ratio['wall_ratio']:.3f}); "
         f"floor {ratio['floor']:.3f}, allowed {ratio['bound']:.3f}: {'met' if ratio['met'] else 'MISSED'}"
+    )
+    console.print(
+        f"CoMeT's linear layers, {ratio['shape']} shape: {linear['value']:.0%} of the rate of a plain matrix product, "
+        f"wanted {linear['bound']:.0%}: {'met' if linear['met'] else 'MISSED'}"
     )
     if ratio["shape"] != "paper":
         console.print("  (at this size what does not grow with the shape, Python above all, counts for more than the operations)")
@@ -143,6 +187,23 @@ def show(result: dict[str, Any]) -> None:
         met = "met" if flat["peak_mib"] <= FLAT_WITHIN else "MISSED"
         console.print(f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}")
         console.print(f"  (what reading adds to the process differs by {flat['reading_mib']:.1%})")
+    for line in against_full_attention(result):
+        console.print(line)
+
+
+def against_full_attention(result: dict[str, Any]) -> list[str]:
+    """What reading says about CoMeT and full attention, a sentence each."""
+    found, lines = result["against_full_attention"], []
+    start = found["cheaper_from"]
+    told = f"{start['tokens']:,} tokens ({start['how']})" if start else "not found"
+    lines.append(f"CoMeT is cheaper than full attention from: {told}")
+    for key in ("longest", EXTRAPOLATED):
+        one = found[key]
+        if one:
+            how = f"{EXTRAPOLATED}: {one['how']}" if key == EXTRAPOLATED else "the longest it read"
+            times = f"{one['time']:.1f} x the time and {one['memory']:.1f} x the memory"
+            lines.append(f"at {one['length']:,} tokens ({how}) full attention takes {times}")
+    return lines
 
 
 def new_table(title: str, *heads: str) -> Table:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import Qwen3Config
 
-from comet_pl import CometConfig
+from comet_pl import CometConfig, flops
 
 TEXT_VOCABULARY = 256  # the head is no part of the measurement
 
@@ -81,18 +81,13 @@ FORMULA = (
 
 
 def operations(shape: Shape) -> tuple[int, int]:
-    """(ours, slots in full): multiply-adds of one layer on one chunk with full memory, by FORMULA.
+    """(ours, slots in full): multiply-adds of one layer on one chunk with full memory, by FORMULA; comet_pl/flops.py counts them.
 
     Head, norms, gates and adapters are left out: the last two are below 0.02 % of the paper's shape.
     """
-    W, M = shape.own, shape.slots
-    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    slot = 2 * shape.hidden * keys
-    token = 2 * shape.hidden * queries + slot + 3 * shape.hidden * shape.intermediate
-    pair = 2 * queries
-    ours = W * token + M * slot + (W * M + W * (W + 1) // 2) * pair
-    in_full = (M + W) * token + (M + W) * (M + W + 1) // 2 * pair
-    return ours, in_full
+    config = shape.comet()
+    ours, in_full = (flops.cell(config, flops.whole_chunk(config), slots) for slots in ("recomputed", "in_full"))
+    return (ours.total - ours.memory) // 2, (in_full.total - in_full.memory) // 2
 
 
 def floor(shape: Shape) -> float:

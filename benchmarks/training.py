@@ -7,10 +7,11 @@
 Full backpropagation through one text, every token a target, no optimizer; a small model from scratch with the paper's proportions of chunk
 and memories. Each cell of the table is a process of its own. Memory is what the step takes above weights, their gradients and the text:
 bytes of all tensors at the worst moment, and beside it what the kernel counts. The memory between chunks ("boundaries") has to grow with
-the text; what is beyond it should not.
+the text; what is beyond it should not. "Of product" is the step's operations a second (comet_pl/flops.py, without what is computed again)
+as a share of a plain matrix product's in the same process.
 
 The ratio is that of a step to the same step with memory slots computed in full (tests/slots_in_full.py), 16 chunks from empty memory, in
-one process, in turn; it stands beside its floor from operation counts (comet_pl/flops.py).
+one process, in turn; it stands beside its floor from operation counts.
 Results: benchmarks/results/training*.json and .png.
 """
 
@@ -89,18 +90,18 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, with what they depend on, and the verdicts."""
     shape, machine = SHAPES[options.size], report.machine("cpu")
-    common = {"threads": options.threads, "rounds": options.rounds, "shape": dataclasses.asdict(shape)}
+    clock = "processor" if options.threads == 1 else "wall"
+    common = {"threads": options.threads, "rounds": options.rounds, "clock": clock, "shape": dataclasses.asdict(shape)}
     jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
     ratio_shape = PREFILL_SHAPES[RATIO_SHAPES[options.size]]
     ratio = {"recompute": "ratio", "length": RATIO_CHUNKS * ratio_shape.chunk, **common, "shape": dataclasses.asdict(ratio_shape)}
     against, *found = [measure(job) for job in track([ratio, *jobs], description="measuring", transient=True)]
-    clock = "processor" if options.threads == 1 else "wall"
     value, least = against[f"{clock}_ratio"], floor(ratio_shape)
     against |= {"shape": ratio_shape.name, "value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
     for one in found:
         one["seconds"] = min(one[clock])
-    return {**common, "clock": clock, "machine": machine, "ratio": against,
-            "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}  # fmt: skip
+        one["share"] = one["operations"] / one["seconds"] / one["product_rate"]
+    return {**common, "machine": machine, "ratio": against, "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}
 
 
 def floor(shape: Shape) -> float:
@@ -155,10 +156,11 @@ def plot(result: dict[str, Any]) -> Figure:
 def show(result: dict[str, Any]) -> None:
     """The table and the verdicts."""
     console, found = Console(), result["verdict"]
-    table = report.new_table(f"a step, {result['clock']} time", "recompute", "tokens", "seconds", "MiB: tensors", "process", "boundaries")
+    heads = ("recompute", "tokens", "seconds", "MiB: tensors", "process", "boundaries", "of product")
+    table = report.new_table(f"a step, {result['clock']} time", *heads)
     for one in result["lengths"]:
-        memory = (one["tensors_mib"], one["process_mib"], one["boundaries_mib"])
-        table.add_row(one["what"], f"{one['length']:,}", f"{one['seconds']:.2f}", *(f"{x:,.1f}" if x else "-" for x in memory))
+        memory = (f"{one[key]:,.1f}" if one[key] else "-" for key in ("tensors_mib", "process_mib", "boundaries_mib"))
+        table.add_row(one["what"], f"{one['length']:,}", f"{one['seconds']:.2f}", *memory, f"{one['share']:.0%}")
     console.print(table)
     for one in found["ratios"]:
         console.print(

@@ -197,6 +197,7 @@ def test_small_run_of_decode(tmp_path, capsys):
         assert 0 < one["median_ms"] <= one["p99_ms"] and one["processor_ms_per_token"] > 0
         assert (one["closing_ms"] is not None) == (what == "comet")
     assert found["comet", 64]["kinds"]["closing"]["steps"] == result["cycles"]
+    assert result["floor"]["context"] == 1024 and 0 < result["floor"]["ratio"] < 1  # so small a memory moves less
     assert result["verdict"]["flatness"]["cache_bytes"] == 0 and result["clock"] == "processor" and not result["skipped"]
     growth = found["full_attention", 20000]["cache_bytes"] / found["full_attention", 16384]["cache_bytes"]
     assert growth == pytest.approx(20000 / 16384)

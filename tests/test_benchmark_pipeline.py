@@ -260,5 +260,6 @@ def test_mistakes_are_one_line(options, message, monkeypatch):
 
 def test_make_bench_runs_small_sizes():
     commands = subprocess.run(["make", "-n", "bench"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    for name in ("prefill", "pipeline"):
+    for name in ("prefill", "pipeline", "decode", "training", "data"):
         assert f"benchmarks/{name}.py --small" in commands
+    assert "benchmarks/startup.py --rounds 1" in commands and "--lengths" not in commands

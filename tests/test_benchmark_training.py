@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import measure_training
 import training
 
-from comet_pl import recompute
+from comet_pl import flops, recompute
 from comet_pl.errors import UserError
 
 SMALL = dataclasses.asdict(training.SHAPES["small"])
@@ -21,7 +21,8 @@ SMALL = dataclasses.asdict(training.SHAPES["small"])
 def measured(monkeypatch):
     monkeypatch.setattr(recompute, "Boundaries", recompute.Boundaries)  # measure() puts one that counts in its place
     monkeypatch.setattr(measure_training.Watched, "most", 0)
-    return lambda what: measure_training.measure({"recompute": what, "length": 320, "rounds": 1, "threads": 1, "shape": SMALL})
+    job = {"length": 320, "rounds": 1, "threads": 1, "clock": "processor", "shape": SMALL}
+    return lambda what: measure_training.measure(job | {"recompute": what})
 
 
 def test_all_ways_take_the_same_step(measured):
@@ -33,6 +34,9 @@ def test_all_ways_take_the_same_step(measured):
     assert (
         chunk["boundaries_mib"] == 2 * 4 * (16 + 8) * 32 * 4 / 2**20
     )  # layers, boundaries of 5 chunks, slots and new entries, width, bytes
+    config = training.SHAPES["small"].comet()
+    assert none["operations"] == cell["operations"] == chunk["operations"] == flops.training_step(config, [flops.Row.of(config, 320)]).total
+    assert none["product_rate"] > 1e8
     assert all(len(one["processor"]) == 1 and one["processor"][0] > 0 for one in (none, cell, chunk))
 
 

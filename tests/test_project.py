@@ -105,7 +105,7 @@ def test_make_setup_installs_once_and_again_when_the_pins_change(make_folder: Pa
     assert again.count("pip install") == 1 and "--constraint constraints.txt" in again
 
 
-@pytest.mark.parametrize("target", ["train", "test", "test-full", "lint", "bench", "smollm2"])
+@pytest.mark.parametrize("target", ["train", "test", "test-full", "lint", "bench", "bench-full", "smollm2"])
 def test_every_make_target_sets_up_first(make_folder: Path, target: str):
     commands = run("make", "-n", target, cwd=make_folder).stdout
     assert "pip install" in commands and len(commands.splitlines()) > len(run("make", "-n", "setup", cwd=make_folder).stdout.splitlines())

@@ -201,6 +201,11 @@ def training(result: Result) -> Iterator[str]:
     yield from table([*heads, "MiB of tensors", "MiB of the process", "boundaries between chunks"], rows)
     yield "The share counts the operations of `none`. Forward passes, with one backward pass that counts as two: none 1, cell 2, chunk 3."
     yield ""
+    if "ratio" in result:
+        one = result["ratio"]
+        told = f"{number(one['value'], 3)}, floor {number(one['floor'], 3)}, allowed {number(one['bound'], 3)} ({met(one)})"
+        yield f"- A step of {one['length']:,} tokens / the same with slots in full, {one['shape']} shape: {told}."
+        yield ""
     found = result["verdict"]
     heads = (
         "tokens",

@@ -43,7 +43,7 @@ def describe(hint: Any, rules: Rules) -> str:
     words = []
     for arm in arms(hint):
         if get_origin(arm) is list:
-            words.append(f"list of {describe(get_args(arm)[0], rules)}")
+            words.append(f"non-empty list of {describe(get_args(arm)[0], rules)}")
         elif arm is str and "choices" in rules:
             words.append(", ".join(rules["choices"]))
         elif arm in (int, float) and bounds:

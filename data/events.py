@@ -269,7 +269,8 @@ class _Reader:
 def _given(row: Row, name: str) -> Any:
     value = row.get(name)
     if value is None or value == "":
-        raise ValueError(f"{name}: {'null given' if name in row else 'missing' + nearest(name, map(str, row))}")
+        there = f"missing{nearest(name, map(str, row))}; the columns are {', '.join(map(str, row))}"
+        raise ValueError(f"{name}: {'null given' if name in row else there:.300}")
     return value
 
 

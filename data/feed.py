@@ -15,12 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
+from comet_pl.errors import UserError
 from data.base import IGNORED, loader, pad_rows
 from data.jsonl import Complaints
 from data.packing import join, pack
 from data.plans import chunk_plan, draw_stride
 from data.samples import CachedSamples, Sample, Source, encoded
 
+EMPTY_EPOCHS = 1000  # small weights may leave an epoch without a row, by lot; so many are no chance
 FIRST_WINDOW = 32  # rows; each window has twice as many as the one before, up to data.shuffle_window
 
 
@@ -106,6 +108,9 @@ class Streamed:
 
     Args:
         size: rows a window. workers: processes that encode.
+
+    Attributes:
+        complaints: about the rows of the first epoch, as far as it has been read.
     """
 
     def __init__(self, source: Source, size: int, workers: int = 0):
@@ -120,7 +125,9 @@ class Streamed:
             return self.held
         if number == 0 or self.place != (epoch, number - 1):
             start = sum(self._size(earlier) for earlier in range(number))
-            self.rows = encoded(self.source, self.complaints, self.workers, start)
+            complaints = Complaints(self.source.on_error)  # each row is complained about once, not in each epoch
+            self.complaints = complaints if epoch == 0 else self.complaints
+            self.rows = encoded(self.source, complaints, self.workers, start)
         self.place, found = (epoch, number), list(islice(self.rows, self._size(number)))
         self.held = [sample for sample in found if sample is not None] if found else None
         return self.held
@@ -160,12 +167,14 @@ class Feed:
         return self.batches
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        given, empty = self.given, 0
         while self.given < self.batches:
             samples = self.windows.window(self.epoch, self.window)
             if samples is None:
-                if self.window == 0:
-                    raise ValueError("a corpus without samples")  # the data module has refused it
-                self.epoch, self.window, self.place = self.epoch + 1, 0, 0
+                empty = empty + 1 if self.given == given else 0
+                if empty > EMPTY_EPOCHS:
+                    raise UserError(f"data.weights: {empty} epochs in a row had not a single row; larger weights are needed")
+                given, self.epoch, self.window, self.place = self.given, self.epoch + 1, 0, 0
                 continue
             yield from self._window(samples)
             self.window, self.place = self.window + 1, 0

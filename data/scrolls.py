@@ -63,11 +63,13 @@ def tasks(data: ScrollsData) -> list[str]:
         there = [task for task in TASKS if any(find(root / task, split) for split in ("train", "validation", "test"))]
         if not there:
             raise UserError(f"data.root: {data.root} holds no <task>/<split>.jsonl[.xz|.gz|.zst] with a task of {', '.join(TASKS)}")
-    for task in data.tasks or []:
+    for number, task in enumerate(data.tasks or []):
+        if task in data.tasks[:number]:
+            raise UserError(f"data.tasks: {task} given twice; data.weights says how often a task is read")
         if task not in there:
             reason = "no task of SCROLLS" if task not in TASKS else f"{data.root} has no {task}/<split>.jsonl[.xz|.gz|.zst]"
             raise UserError(f"data.tasks: {task!r} given, {reason}{nearest(task, there)}; there are: {', '.join(there)}")
-    return list(dict.fromkeys(data.tasks or there))
+    return data.tasks or there
 
 
 def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> Iterator[tuple[str, Row]]:
@@ -88,11 +90,19 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
             complaints.add(place, f"pid: {pid!r:.40} again, first at {pids[pid]}")
             continue
         wrong = [key for key in needed if not isinstance(row.get(key), str) or not row[key].strip()]
+        halves = [key for key in ("id", "input", "output") if isinstance(row.get(key), str) and not _is_unicode(row[key])]
         if wrong:
             given = "missing" if wrong[0] not in row else f"{row[wrong[0]]!r:.40} given"
             complaints.add(place, f"{wrong[0]}: {given}, text is needed")
+        elif halves:
+            complaints.add(place, f"{halves[0]}: not Unicode text (half of a surrogate pair)")
         else:
             yield place, row
+
+
+def _is_unicode(text: str) -> bool:
+    """JSON can spell halves of characters, which no tokenizer takes."""
+    return text.isascii() or text == text.encode(errors="ignore").decode()
 
 
 def split_input(task: str, row: Row) -> tuple[str, str]:
@@ -159,7 +169,7 @@ class Frame:
         """(why a row is of no use, what helps), where there is less than no room for a document."""
         needed = self.max_length - room
         reason = f"question and answer alone have {needed} tokens, data.max_length is {self.max_length}"
-        return reason, f"data.max_length={needed} makes room for them"
+        return reason, f"data.max_length={needed} makes room for those of this row"
 
 
 @dataclass(frozen=True)
@@ -310,6 +320,8 @@ class ScrollsDataModule(TextDataModule):
         if self.data.weights is None:
             return None
         names = tasks(self.data)
+        if not any(self.data.weights):
+            raise UserError("data.weights: all 0 given, nothing would be trained on; allowed: numbers >= 0, one of them above 0")
         if len(self.data.weights) != len(names):
             raise UserError(f"data.weights: {len(self.data.weights)} given, one for each of {', '.join(names)} is needed")
         return dict(zip(names, self.data.weights, strict=True))

@@ -24,10 +24,11 @@ def kind_of(path: Path) -> str:
 
 
 def rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
-    """('path:number', row); the number is that of the line, or of the row in a parquet file.
+    """('path:number', row); the number is that of the row's first line, or of the row in a parquet file.
 
     Raises:
-        UserError: the file cannot be read or unpacked. UnusableRow: a line is no row, and complaints raise.
+        UserError: the file cannot be read or unpacked; a quote in a csv file is never closed.
+        UnusableRow: a line is no row, and complaints raise.
     """
     kind = kind_of(path)
     return read(path, complaints) if kind == ".jsonl" else _csv(path, complaints) if kind == ".csv" else _parquet(path)
@@ -46,8 +47,21 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
                     complaints.add(f"{path}:{line_number}", f"not UTF-8 ({error.reason} at byte {error.start})")
 
     with _readable(path, lambda: line_number):
-        for row in csv.DictReader(lines()):
-            place = f"{path}:{line_number}"
+        reader = csv.DictReader(lines(), strict=True)
+        _ = reader.fieldnames  # reads the header
+        while True:
+            place, before = f"{path}:{line_number + 1}", line_number
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "end of data" in str(error):  # however bad rows are treated: these are not one row
+                    raise UserError(
+                        f"{place}: a quote is never closed, the {line_number - before} lines from here on are one field"
+                    ) from None
+                complaints.add(place, str(error))
+                continue
             if None in row:
                 complaints.add(place, f"{len(row) - 1 + len(row[None])} fields, but the header has {len(row) - 1}")
             else:

@@ -73,8 +73,10 @@ class TextDataModule(lightning.LightningDataModule):
                 raise UserError(
                     "trainer.max_epochs: given with data.streaming=true, which does not know how long an epoch is; max_steps does"
                 )
-            streamed = Streamed(source, data.shuffle_window, data.num_workers)
-            self._refuse_nothing(bool(streamed.window(0, 0)))
+            streamed, number = Streamed(source, data.shuffle_window, data.num_workers), 0
+            while (first := streamed.window(0, number)) == []:  # none of its rows can be used
+                number += 1
+            self._refuse_nothing(bool(first), streamed.complaints.summary())
             return streamed
         samples = cached(source, Path(data.cache).expanduser(), "train", data.num_workers)
         self._refuse_nothing(len(samples) > 0)
@@ -84,9 +86,15 @@ class TextDataModule(lightning.LightningDataModule):
             say(f"train: {len(samples)} texts packed into {len(rows)} rows of {data.max_length} tokens, {padding:.1%} of them padding")
         return Cached(samples)
 
-    def _refuse_nothing(self, some: bool) -> None:
+    def _refuse_nothing(self, some: bool, skipped: str | None = None) -> None:
         if not some:
-            raise UserError(f"data.root: {getattr(self.data, 'root', None)} has no training rows{self.asked()}")
+            why = f"; {skipped}" if skipped else ""
+            raise UserError(f"data.root: {getattr(self.data, 'root', None)} has no training rows{self.asked()}{why}")
+
+    def teardown(self, stage: str) -> None:
+        """Says at the end what was skipped; where all rows are read before, that has been said before."""
+        if stage == "fit" and isinstance(self.windows, Streamed) and (line := self.windows.complaints.summary()):
+            say(f"train: {line} (of the rows that were read)")
 
     def asked(self) -> str:
         """' for ...', what of data.root was asked for."""

@@ -227,7 +227,7 @@ class Behavior:
                 if found and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1 <= length:
                     return found
         raise UserError(
-            f"data.max_length: {length} given, too short for any question about the {self.split} users' histories "
+            f"data.train_length: {length} given, too short for any question about the {self.split} users' histories "
             f"({self.reserved} tokens are kept for question, answer and template)"
         )
 
@@ -402,7 +402,7 @@ def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:
         if kind not in KINDS:
             raise UserError(f"data.kinds: {kind!r} given{nearest(kind, KINDS)}, allowed: {', '.join(KINDS)}")
         if kind == "total" and not log.has_price:
-            raise UserError("data.kinds: total given, but data.columns.price is null: the log has no prices")
+            raise UserError("data.kinds: total given, but data.price_column is null: the log has no prices")
     return [kind for kind in kinds or KINDS if kind != "total" or log.has_price]
 
 

@@ -127,6 +127,7 @@ BAD = {
     '{"id": "a", "input": "Q"}': "output: missing, text is needed",
     '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
     '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
+    '{"id": "a", "input": "Q\\ud800", "output": "x"}': r"input: not Unicode text \(half of a surrogate pair\)",
     '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': "pid: 'c_0' again, first at .*train.jsonl:1",
 }
 
@@ -145,7 +146,9 @@ def test_a_row_that_is_too_long_may_have_a_larger_max_length(tmp_path: Path, cap
     row = {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
     path = write(tmp_path, rows=[ROWS[3], row])
     message = r"question and answer alone have (\d+) tokens, data.max_length is 90"
-    with pytest.raises(UserError, match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for them; data.on_error=skip") as error:
+    with pytest.raises(
+        UserError, match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for those of this row; data.on_error=skip"
+    ) as error:
         corpus(tmp_path, max_length=90)
     least = int(str(error.value).split("data.max_length=")[1].split()[0])
     with pytest.raises(UserError):
@@ -181,6 +184,7 @@ def test_which_tasks(tmp_path: Path):
     refused = {
         ("qmsun",): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
         ("qasper",): rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
+        ("qmsum", "qmsum"): "qmsum given twice; data.weights says how often",
     }
     for names, message in refused.items():
         with pytest.raises(UserError, match=f"^data.tasks: {message}"):
@@ -233,6 +237,27 @@ def test_nothing_to_train_on(tmp_path: Path):
     write(tmp_path, split="validation")
     data = ScrollsData(root=str(tmp_path), cache=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"^data.root: .* has no training rows for narrative_qa$"):
+        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+
+
+def test_weights_that_leave_nothing(tmp_path: Path):
+    write(tmp_path)
+    data = ScrollsData(root=str(tmp_path), cache=str(tmp_path / "cache"), weights=[0.0])
+    with pytest.raises(UserError, match=r"^data.weights: all 0 given, nothing would be trained on"):
+        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+
+
+def test_streaming_looks_beyond_unusable_rows_and_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """More of them than the first window has; and a corpus with nothing else names them."""
+    bad = [{**ROWS[3], "id": str(n), "pid": str(n), "output": None} for n in range(40)]
+    path = write(tmp_path, rows=[*bad, ROWS[3]])
+    data = ScrollsData(root=str(tmp_path), streaming=True, on_error="skip", batch_size=1, max_length=90)
+    module = ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+    assert len(list(module.train_dataloader())) == 3  # the only row in three epochs
+    module.teardown("fit")
+    assert f"train: 40 unusable rows skipped; the first: {path}:1: output: None given" in capsys.readouterr().out
+    write(tmp_path, rows=bad)
+    with pytest.raises(UserError, match=r"has no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output"):
         ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 

@@ -183,6 +183,15 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, 
 
 
 @pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_epochs_without_a_row_end_in_a_line(source, tmp_path, streaming, packing, monkeypatch):
+    monkeypatch.setattr("data.feed.EMPTY_EPOCHS", 3)
+    monkeypatch.setitem(LAYOUTS, "none", Layout(40, 7, 3, packing, weights={"even": 0.0, "odd": 0.0}))
+    with pytest.raises(UserError, match=r"data.weights: 4 epochs in a row had not a single row"):
+        list(feed(source, tmp_path, "none", streaming))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_document_once_an_epoch_and_in_new_company_in_the_next(source, tmp_path, layout, streaming):
     texts = {tuple(sample.ids.tolist()) for sample in filter(None, encoded(source, module.Complaints("skip")))}

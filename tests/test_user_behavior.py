@@ -169,8 +169,26 @@ def test_unusable_rows_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match=r"other.parquet:2: malformed row: price: (nan|null) given"):
         read_log(table)
     path.write_bytes(good.replace(b"item", b"thing"))
-    with pytest.raises(UserError, match=r"events.csv:2: malformed row: item: missing"):
+    with pytest.raises(
+        UserError, match=r"events.csv:2: malformed row: item: missing; the columns are user_id, timestamp, action, thing, q"
+    ):
         read_log(path)
+
+
+@pytest.mark.parametrize("on_error", ["raise", "skip"])
+def test_a_quote_that_is_never_closed_is_named_where_it_opens(tmp_path: Path, on_error: str):
+    """However unusable rows are treated: what it swallows are many."""
+    path = tmp_path / "events.csv"
+    row = "a,2011-01-01,purchase,7,1,2\n"
+    path.write_text("user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7') + row * 20)
+    with pytest.raises(UserError, match=r"events.csv:3: a quote is never closed, the 21 lines from here on are one field$"):
+        read_log(path, on_error=on_error)
+    path.write_text("user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7"7') + row)
+    if on_error == "skip":
+        assert len(read_log(path, on_error=on_error).histories[0]) == 2
+    else:
+        with pytest.raises(UserError, match=r"events.csv:3: malformed row: .*expected after"):
+            read_log(path)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):
@@ -352,7 +370,7 @@ def test_options_that_cannot_be(log: Log):
     ]:
         with pytest.raises(UserError, match=reason):
             behavior(log, **options)
-    with pytest.raises(UserError, match=r"data.max_length: 60 given, too short for any question"):
+    with pytest.raises(UserError, match=r"data.train_length: 60 given, too short for any question"):
         behavior(log, length=60)[0]
     with pytest.raises(UserError, match=r"total given, but data.columns.price is null"):
         behavior(Log(**{**vars(log), "has_price": False}), kinds=["total"])

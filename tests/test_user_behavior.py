@@ -372,7 +372,7 @@ def test_options_that_cannot_be(log: Log):
             behavior(log, **options)
     with pytest.raises(UserError, match=r"data.train_length: 60 given, too short for any question"):
         behavior(log, length=60)[0]
-    with pytest.raises(UserError, match=r"total given, but data.columns.price is null"):
+    with pytest.raises(UserError, match=r"total given, but data.price_column is null"):
         behavior(Log(**{**vars(log), "has_price": False}), kinds=["total"])
 
 

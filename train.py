@@ -43,6 +43,10 @@ def main(argv: list[str]) -> None:
         if trainer.is_global_zero:
             print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
         sys.exit(128 + stopped.number)
+    except SystemExit as stopped:
+        if isinstance(stopped.__context__, KeyboardInterrupt):  # before the first step Lightning itself ends on Ctrl-C, with status 1
+            raise KeyboardInterrupt from None
+        raise
     except (UserError, MisconfigurationException) as error:
         if trainer.global_step == 0 and trainer.is_global_zero:
             run.discard()

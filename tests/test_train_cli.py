@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import runpy
@@ -243,6 +244,17 @@ def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
     step = torch.load(tmp_path / "passkey" / "x" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert last.startswith(f"stopped after step {step}, saved in ")
     assert last.endswith("run.name=x resume=true")
+
+
+def test_ctrl_c_before_the_first_step_is_no_error(tmp_path, monkeypatch):
+    """Lightning would end with status 1."""
+
+    def interrupted(self, stage):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("comet_pl.lit_module.CometModule.setup", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        importlib.import_module("train").main(command(tmp_path, "x", *SMALL)[2:])
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -108,7 +108,8 @@ def test_the_program_writes_the_page(tmp_path):
 
 
 def test_make_bench_full_ends_with_the_page():
-    commands = subprocess.run(["make", "--no-print-directory", "-n", "bench-full"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    make = ["make", "--no-print-directory", "-n", "bench-full"]
+    commands = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     assert commands[-1].endswith("benchmarks/performance.py")
     for name in ("startup", "prefill", "pipeline", "training", "decode", "data"):
         assert sum(f"benchmarks/{name}.py" in line and "--small" not in line for line in commands) == 1

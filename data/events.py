@@ -27,7 +27,7 @@ import numpy as np
 from comet_pl.errors import UserError
 from comet_pl.values import nearest
 from data.base import say
-from data.jsonl import Complaints, Row, UnusableRow
+from data.jsonl import Complaints, Row, UnusableRow, is_unicode
 from data.tables import ENDINGS, kind_of, rows
 
 PRICE_UNITS = 10_000
@@ -280,7 +280,7 @@ def _text(row: Row, name: str) -> str:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as files write whole numbers beside missing ones
     text = " ".join(str(value).split()) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
-    if not text or not (text.isascii() or text == text.encode(errors="ignore").decode()):  # half a character cannot be written
+    if not text or not is_unicode(text):
         raise ValueError(f"{name}: {value!r:.40} given, text is needed")
     return text
 

@@ -45,6 +45,11 @@ class Complaints:
         return f"{self.count} unusable row{'s' * (self.count > 1)} skipped; the first: {self.first}" if self.count else None
 
 
+def is_unicode(text: str) -> bool:
+    """JSON can spell halves of characters, which can neither be tokenised nor written."""
+    return text.isascii() or text == text.encode(errors="ignore").decode()
+
+
 def find(folder: Path, split: str) -> Path | None:
     """<folder>/<split>.jsonl, plain or compressed; None if there is none."""
     paths = (folder / f"{split}.jsonl{suffix}" for suffix in OPEN)

@@ -29,7 +29,7 @@ from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from comet_pl.values import nearest
 from data.base import IGNORED, say, stop_token
-from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, read
+from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
 from data.samples import Sample, file_facts
 from data.text import TextDataModule
 
@@ -90,7 +90,7 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
             complaints.add(place, f"pid: {pid!r:.40} again, first at {pids[pid]}")
             continue
         wrong = [key for key in needed if not isinstance(row.get(key), str) or not row[key].strip()]
-        halves = [key for key in ("id", "input", "output") if isinstance(row.get(key), str) and not _is_unicode(row[key])]
+        halves = [key for key in ("id", "input", "output") if isinstance(row.get(key), str) and not is_unicode(row[key])]
         if wrong:
             given = "missing" if wrong[0] not in row else f"{row[wrong[0]]!r:.40} given"
             complaints.add(place, f"{wrong[0]}: {given}, text is needed")
@@ -98,11 +98,6 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
             complaints.add(place, f"{halves[0]}: not Unicode text (half of a surrogate pair)")
         else:
             yield place, row
-
-
-def _is_unicode(text: str) -> bool:
-    """JSON can spell halves of characters, which no tokenizer takes."""
-    return text.isascii() or text == text.encode(errors="ignore").decode()
 
 
 def split_input(task: str, row: Row) -> tuple[str, str]:

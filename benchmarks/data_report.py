@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import report
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -14,12 +12,6 @@ from comet_pl.results import PLAIN
 
 NAMES = {"ours": "ours: tokenised, cut, packed", "plain": "plain load_dataset + map"}
 COLOURS = {"given": "tab:blue", "generated": "tab:orange"}
-
-
-def write_plot(path: Path, result: dict[str, Any]) -> None:
-    with matplotlib.rc_context({"font.size": 10}):
-        chart = plot(result)
-    report.write(path, lambda file: chart.savefig(file, format="png"))
 
 
 def plot(result: dict[str, Any]) -> Figure:

@@ -203,7 +203,7 @@ def main(argv: list[str]) -> None:
         result = {"command": " ".join(["python benchmarks/decode.py", *argv]), **benchmark(options)}
     name = "-".join(["decode", *filter(None, [options.size, "cuda" if options.device == "cuda" else None])])
     report.write_json(options.out / f"{name}.json", result)
-    decode_report.write_plot(options.out / f"{name}.png", result)
+    report.write_plot(options.out / f"{name}.png", result, decode_report.plot)
     decode_report.show(result)
 
 

@@ -267,7 +267,7 @@ def main(argv: list[str]) -> None:
     result = {"command": " ".join(["python benchmarks/data.py", *argv]), **benchmark(options)}
     name = "-".join(["data", *filter(None, [options.size])])
     report.write_json(options.out / f"{name}.json", result)
-    data_report.write_plot(options.out / f"{name}.png", result)
+    report.write_plot(options.out / f"{name}.png", result, data_report.plot)
     data_report.show(result)
 
 

@@ -90,15 +90,25 @@ def settle_device(options: argparse.Namespace) -> None:
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
-    """Runs measure.py on one job in a fresh process, so that nothing an earlier one left behind counts."""
+    """Runs measure.py on one job in a fresh process."""
+    length = f" of {job['length']} tokens" if "length" in job else ""
+    return run_job("measure.py", job, f"{job['what']}{length}")
+
+
+def run_job(script: str, job: dict[str, Any], named: str) -> dict[str, Any]:
+    """The JSON line that a script of this folder prints about a job; in a fresh process, so that nothing an earlier one left behind counts.
+
+    Raises:
+        UserError: it fails; the line says of which measurement (`named`).
+    """
     threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, str(HERE / "measure.py"), json.dumps(job)]
+    command = [sys.executable, str(HERE / script), json.dumps(job)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["killed, most likely for want of memory"])[-1]
-        length = f" of {job['length']} tokens" if "length" in job else ""
-        raise UserError(f"measuring {job['what']}{length} ended with status {done.returncode}: {why}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise UserError(f"measuring {named} ended with status {done.returncode}: {why}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:

@@ -105,9 +105,10 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     write(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
-def write_plot(path: Path, result: dict[str, Any]) -> None:
+def write_plot(path: Path, result: dict[str, Any], draw: Callable[[dict[str, Any]], Figure] | None = None) -> None:
+    """What `draw` makes of the result (None: `plot`), as a PNG."""
     with matplotlib.rc_context({"font.size": 10}):
-        chart = plot(result)
+        chart = (draw or plot)(result)
     write(path, lambda file: chart.savefig(file, format="png"))
 
 

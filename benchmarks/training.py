@@ -19,18 +19,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import matplotlib
 import report
 from matplotlib.figure import Figure
+from prefill import run_job
 from rich.console import Console
 from rich.progress import track
 from shapes import SHAPES as PREFILL_SHAPES
@@ -77,14 +74,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Runs measure_training.py on one job in a fresh process."""
-    threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    command = [sys.executable, str(HERE / "measure_training.py"), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or ["killed, most likely for want of memory"])[-1]
-        raise UserError(f"measuring {job['recompute']} of {job['length']} tokens ended with status {done.returncode}: {why}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_job("measure_training.py", job, f"{job['recompute']} of {job['length']} tokens")
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
@@ -188,9 +178,7 @@ def main(argv: list[str]) -> None:
     result = {"command": " ".join(["python benchmarks/training.py", *argv]), **benchmark(options)}
     name = "-".join(["training", *filter(None, [options.size])])
     report.write_json(options.out / f"{name}.json", result)
-    with matplotlib.rc_context({"font.size": 10}):
-        chart = plot(result)
-    report.write(options.out / f"{name}.png", lambda file: chart.savefig(file, format="png"))
+    report.write_plot(options.out / f"{name}.png", result, plot)
     show(result)
 
 

@@ -183,6 +183,10 @@ class UserBehaviorData:
     whole_words: bool = key(
         True, "a tokenizer trained here: an item, time or price is one token where vocab_size allows, a day two; false: digit by digit"
     )
+    keep_events: float = key(
+        1.0, "training windows leave out events at random: the least share that is kept (next_item is then the next kept)", above=0, max=1
+    )
+    shift_days: int = key(0, "training windows have their days moved, all alike, by up to so many", min=0)
     duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
     train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)
     length_schedule: list[list[int]] | None = key(

@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from copy import copy
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -41,7 +42,9 @@ from data.samples import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens
+LONGER = 1.5  # events of a varied history, in windows
 WINDOWS = 8  # tries before another kind of question is asked
+DAY = np.timedelta64(1, "D")
 TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer
 
 
@@ -111,14 +114,17 @@ def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBas
     return Encoded(stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]])
 
 
-def texts(log: Log, action: str = "purchase", day_header: bool = True) -> Iterator[str]:
-    """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer."""
+def texts(log: Log, action: str = "purchase", day_header: bool = True, shift_days: int = 0) -> Iterator[str]:
+    """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer. Days are
+    moved by up to shift_days, so that it knows the months that `Behavior.varied` makes."""
     training = set(split_users([history.user for history in log.histories])["train"])
     chosen = [history for history in log.histories if history.user in training]
     most = TEXT_EVENTS // len(chosen) + 1  # of a user
     kinds = list(KINDS)
-    for history in chosen:
-        for number, (day, line) in enumerate(lines(_part(history, 0, most), log, day_header)):
+    for whole in chosen:
+        history = _part(whole, 0, most)
+        history = replace(history, time=history.time + (np.arange(len(history)) * 37 % (2 * shift_days + 1) - shift_days) * DAY)
+        for number, (day, line) in enumerate(lines(history, log, day_header)):
             item, date = int(history.item[number]), history.time[number].astype("datetime64[D]")
             which, answer = ("last", "yes") if number % 2 else ("first", "no")
             query = Query(kinds[number // 2 % len(kinds)], item, item, date, date, which)
@@ -204,6 +210,35 @@ class Behavior:
             ids = np.concatenate([ids, words, answer]).astype(np.int64)
             labels = np.concatenate([labels, [IGNORED] * len(words), answer]).astype(np.int64)
         return ids, labels
+
+    def varied(self, index: int, length: int | None, keep: float, shift_days: int) -> Behavior:
+        """Questions about a history made for row `index` out of a stretch of a real one, for training: a share of its events, drawn
+        between `keep` and 1 (each order of magnitude alike), the others left out, and all days moved alike, by up to shift_days. In a
+        sparse history a window has many different days, so that an answer has to be looked up and not guessed; moved days cannot be
+        learnt by heart.
+
+        Args:
+            keep: 0 < keep <= 1. length: of the row, in tokens (None: max_length); the history is a little longer.
+        """
+        if keep == 1 and not shift_days:
+            return self
+        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[2, 0, 0, length or self.max_length]))
+        user = self._user(random)
+        history, encoded = self.log.histories[user], self.encoded(user)
+        wanted = int(LONGER * (length or self.max_length) * len(history) / len(encoded.ids)) + 1
+        stretch = min(len(history), int(wanted / np.exp(random.uniform(np.log(keep), 0))))
+        start = random.integers(len(history) - stretch + 1)
+        kept = start + np.sort(random.choice(stretch, min(wanted, stretch), replace=False))
+        time = history.time[kept] + random.integers(-shift_days, shift_days + 1) * DAY
+        columns = {field.name: getattr(history, field.name)[kept] for field in fields(History)[1:]}
+        one = copy(self)
+        one.log = replace(self.log, histories=[History(history.user, **{**columns, "time": time})])
+        one.users, one.events_until, one.cache = [0], np.array([len(kept)]), {}
+        return one
+
+    def _user(self, random: np.random.Generator) -> int:
+        """A user of the split, drawn by the number of events."""
+        return self.users[int(np.searchsorted(self.events_until, random.integers(self.events_until[-1]), side="right"))]
 
     def _ask(self, kind: str, user: int, start: int, end: int, random: np.random.Generator) -> Question | None:
         encoded = self.encoded(user)
@@ -298,7 +333,7 @@ class Behavior:
 
     def _window(self, kind: str, room: int, random: np.random.Generator) -> tuple[int, int, int]:
         """(user, start, end)."""
-        user = self.users[int(np.searchsorted(self.events_until, random.integers(self.events_until[-1]), side="right"))]
+        user = self._user(random)
         history, encoded = self.log.histories[user], self.encoded(user)
         count = len(history)
         full = int(np.searchsorted(encoded.ends, room)) + 1  # events that fill a window
@@ -330,7 +365,7 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
 
     @staticmethod
     def texts(data: UserBehaviorData) -> Iterator[str]:
-        return texts(log_of(data), data.action, data.day_header)
+        return texts(log_of(data), data.action, data.day_header, data.shift_days)
 
     def __init__(self, data: UserBehaviorData, tokenizer: PreTrainedTokenizerBase, seed: int, max_steps: int, accumulate: int = 1):
         super().__init__()
@@ -374,7 +409,8 @@ class _Scheduled:
         return len(self.questions)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.questions.row_of(index, length_at(self.data, index // self.rows_a_step))
+        length = length_at(self.data, index // self.rows_a_step)
+        return self.questions.varied(index, length, self.data.keep_events, self.data.shift_days).row_of(index, length)
 
 
 def log_of(data: UserBehaviorData) -> Log:

@@ -513,6 +513,43 @@ def test_a_row_may_ask_several_questions_about_its_window(log: Log):
     assert several > 20
 
 
+def test_training_rows_may_be_about_a_history_with_fewer_events_on_other_days(log: Log):
+    """Its events are some of the user's, in order, all moved alike; answers are derived again from what is left; nothing is drawn twice."""
+    found, shares, moves = behavior(log, length=500), [], set()
+    plain = {history.user: history for history in log.histories}
+    for number in range(60):
+        one = found.varied(number, None, 0.1, 40)
+        (history,) = one.log.histories
+        whole, moved, places = plain[history.user], set(), []
+        key = ("action", "item", "quantity", "price")
+        rows = [tuple(int(getattr(whole, name)[n]) for name in key) for n in range(len(whole))]
+        for n in range(len(history)):  # prices are all but unique, so that an event is found again by what it says
+            places.append(rows.index(tuple(int(getattr(history, name)[n]) for name in key), places[-1] + 1 if places else 0))
+            moved.add(int((history.time[n] - whole.time[places[-1]]) // np.timedelta64(1, "s")))
+        assert len(moved) == 1
+        (by,) = moved
+        assert by % 86400 == 0 and abs(by) <= 40 * 86400
+        moves.add(by)
+        shares.append(len(places) / (places[-1] - places[0] + 1))
+        question = one.question(number)
+        rows = [
+            {"user_id": history.user, "timestamp": str(t), "action": log.actions[a], "item": log.items[i], "quantity": int(q), "price": p / 1e4}
+            for t, a, i, q, p in zip(history.time, history.action, history.item, history.quantity, history.price.tolist(), strict=True)
+        ]
+        (user,) = frames(rows).values()
+        answer, evidence = derive(wording(question.query, log, "purchase"), user, question.start, question.end)
+        assert (question.answer, list(question.evidence)) == (answer, evidence)
+        again = found.varied(number, None, 0.1, 40)
+        assert all((one == other).all() for one, other in zip(again.row_of(number), one.row_of(number), strict=True))
+    assert len(moves) > 30 and max(shares) == 1 and min(shares) < 0.3
+    assert found.varied(0, None, 1.0, 0) is found
+
+
+def test_a_tokenizer_knows_the_months_that_moved_days_have(log: Log):
+    months = {text[:7] for text in texts(log, shift_days=200) if text[:2] == "20"}
+    assert {"2010-08", "2011-10"} <= months and not months & {text[:7] for text in texts(log) if text[:7] == "2010-08"}
+
+
 @given(st.data())
 def test_answers_on_any_small_log(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """Few items, few days, many equal times: where ties, repeats and empty windows are common."""

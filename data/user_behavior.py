@@ -410,7 +410,10 @@ class _Scheduled:
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         length = length_at(self.data, index // self.rows_a_step)
-        return self.questions.varied(index, length, self.data.keep_events, self.data.shift_days).row_of(index, length)
+        try:
+            return self.questions.varied(index, length, self.data.keep_events, self.data.shift_days).row_of(index, length)
+        except UserError:  # a stretch that allows no question, such as one of cancels; the whole log does
+            return self.questions.row_of(index, length)
 
 
 def log_of(data: UserBehaviorData) -> Log:

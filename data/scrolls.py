@@ -198,6 +198,7 @@ class Corpus:
     def __post_init__(self) -> None:
         self.frame = Frame(self.tokenizer, self.data.max_length)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
+        self._inputs: dict[tuple[str, str], tuple[bytes, str]] = {}  # (task, id) -> digest, place; rows of one id are references of one input
         data, complaints = self.data, Complaints(self.data.on_error)
         for task in tasks(data):
             count = len(self.examples)
@@ -213,6 +214,9 @@ class Corpus:
 
     def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
         question, document = split_input(task, row)
+        first, at = self._inputs.setdefault((task, row["id"]), (_digest(row["input"]), place))
+        if first != _digest(row["input"]):
+            return complaints.add(place, f"id: {row['id']!r:.40} again with another input, first at {at}")
         output = row.get("output") or ""
         ids, answer = self.frame.question(question), self.frame.answer(output)
         room = self.frame.room(ids, answer)

@@ -99,6 +99,13 @@ def test_repeated_ids_are_references_of_one_question(tmp_path: Path):
     assert [one.id for one in found.questions("narrative_qa", 9)] == ["a", "b", "c"]
 
 
+def test_an_id_with_another_input_is_no_further_reference(tmp_path: Path):
+    path = write(tmp_path, split="validation", rows=[*ROWS, ROWS[1] | {"pid": "b_1", "input": "Who else?"}])
+    with pytest.raises(UserError, match=rf"^{path}:5: malformed row: id: 'b' again with another input, first at {path}:2[^\n]*$"):
+        corpus(tmp_path, "validation")
+    assert len(corpus(tmp_path, "validation", on_error="skip").examples) == 4
+
+
 def test_an_empty_file_is_named(tmp_path: Path):
     write(tmp_path)
     path = write(tmp_path, "contract_nli", rows=[])

@@ -198,7 +198,7 @@ class Corpus:
     def __post_init__(self) -> None:
         self.frame = Frame(self.tokenizer, self.data.max_length)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
-        self._inputs: dict[tuple[str, str], tuple[bytes, str]] = {}  # (task, id) -> digest, place; rows of one id are references of one input
+        self._inputs: dict[tuple[str, str], tuple[bytes, str]] = {}  # (task, id) -> digest, place: rows of one id have one input
         data, complaints = self.data, Complaints(self.data.on_error)
         for task in tasks(data):
             count = len(self.examples)

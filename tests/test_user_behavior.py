@@ -533,8 +533,8 @@ def test_training_rows_may_be_about_a_history_with_fewer_events_on_other_days(lo
         shares.append(len(places) / (places[-1] - places[0] + 1))
         question = one.question(number)
         rows = [
-            {"user_id": history.user, "timestamp": str(t), "action": log.actions[a], "item": log.items[i], "quantity": int(q), "price": p / 1e4}
-            for t, a, i, q, p in zip(history.time, history.action, history.item, history.quantity, history.price.tolist(), strict=True)
+            dict(zip(NAMES, (history.user, str(time), log.actions[action], log.items[item], int(quantity), price / 1e4), strict=True))
+            for time, action, item, quantity, price in zip(*(getattr(history, name) for name in ("time", *key)), strict=True)
         ]
         (user,) = frames(rows).values()
         answer, evidence = derive(wording(question.query, log, "purchase"), user, question.start, question.end)

@@ -36,6 +36,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python benchmarks/prefill.py --small --out runs/bench $(ARGS)
+	$(BIN)/python benchmarks/reading.py conf=passkey README.md --name small --tokens 50000 --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/pipeline.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/decode.py --small --out runs/bench $(ARGS)
 	$(BIN)/python benchmarks/training.py --small --out runs/bench $(ARGS)
@@ -47,6 +48,7 @@ bench: setup
 bench-full: setup
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/prefill.py --device auto --threads 1 --rounds 5 --lengths 4096 16384 65536 262144 1048576
+	$(BIN)/python benchmarks/reading.py conf=passkey README.md docs/*.md --name small --threads 1
 	$(BIN)/python benchmarks/pipeline.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/decode.py --device auto

@@ -147,6 +147,29 @@ def prefill(result: Result) -> Iterator[str]:
         yield f"- CoMeT against full attention (crossover, ratios, extrapolation): {ABSENT}."
 
 
+def reading(result: Result) -> Iterator[str]:
+    found, last = result["verdict"], result["marks"][-1]
+    clock = f"{result['clock']} time for ms a token"
+    yield f"{result['parameters'] / 1e6:,.1f} million weights, {memory_shape(result['shape'])}; {clock}."
+    yield ""
+    minutes, times = last["seconds"] / 60, (number(found["first_ms"], 3), number(found["last_ms"], 3))
+    held = (number(last["process_mib"], 0), number(result["cache_bytes"] / 2**20, 1), number(result["full_attention_bytes"] / 2**20, 0))
+    yield from table(
+        (
+            "tokens read",
+            "minutes",
+            "ms/token, first quarter",
+            "last quarter",
+            "process, MiB",
+            "memory of the text, MiB",
+            "full attention's keys and values (computed), MiB",
+        ),
+        [(f"{last['tokens']:,}", number(minutes, 1), *times, *held)],
+    )
+    memory = found["memory"]
+    yield f"- After the first quarter the process grew by {share(memory['grown'], 1)}, allowed {share(memory['allowed'])} ({met(memory)})."
+
+
 def decode(result: Result) -> Iterator[str]:
     comet, clock = result["comet"], result["clock"]
     sizes = f"C={comet['chunk_size']}, m={comet['global_size']}, s={comet['compression_stride']}, K={comet['temporary_capacity']}"
@@ -281,6 +304,13 @@ def data(result: Result) -> Iterator[str]:
 SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # title, file, command, lines
     ("Reading", "prefill", "python benchmarks/prefill.py --threads 1 --rounds 5", prefill),
     ("Reading on a GPU", "prefill-cuda", "python benchmarks/prefill.py --device cuda", prefill),
+    ("Reading a million tokens", "reading-small", "python benchmarks/reading.py conf=passkey FILE... --name small", reading),
+    (
+        "Reading books with SmolLM2-135M",
+        "reading-smollm2",
+        "python benchmarks/reading.py models/smollm2_135m FILE... --name smollm2 --minutes 60",
+        reading,
+    ),
     ("Decoding", "decode", "python benchmarks/decode.py", decode),
     ("Decoding with the paper's memory", "decode-full", "python benchmarks/decode.py --full", decode),
     ("Decoding on a GPU", "decode-cuda", "python benchmarks/decode.py --device cuda", decode),

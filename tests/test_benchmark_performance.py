@@ -111,6 +111,6 @@ def test_make_bench_full_ends_with_the_page():
     make = ["make", "--no-print-directory", "-n", "bench-full"]
     commands = subprocess.run(make, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
     assert commands[-1].endswith("benchmarks/performance.py")
-    for name in ("startup", "prefill", "pipeline", "training", "decode", "data"):
+    for name in ("startup", "prefill", "reading", "pipeline", "training", "decode", "data"):
         assert sum(f"benchmarks/{name}.py" in line and "--small" not in line for line in commands) == 1
     assert any("1048576" in line and "--device auto" in line for line in commands)

@@ -4,9 +4,9 @@
     python benchmarks/reading.py models/smollm2_135m FILE... --name smollm2 --minutes 60
 
 Reads as `python -m comet_pl.read` does, from files (again and again, if they end first), one text that never ends for the model. MODEL is
-what it is there, or conf=NAME: the model of a conf, untrained, for weights change no cost. About 50 marks on the way: tokens, seconds, memory of the process. Beside
-them stands what full attention would hold: its keys and values, by arithmetic. Ctrl-C ends the reading and keeps what was measured.
-Results: benchmarks/results/reading-NAME.json and .png.
+what it is there, or conf=NAME: the model of a conf, untrained, for weights change no cost. About 50 marks on the way: tokens, seconds,
+memory of the process. Beside them stands what full attention would hold: its keys and values, by arithmetic. Ctrl-C ends the reading and
+keeps what was measured. Results: benchmarks/results/reading-NAME.json and .png.
 """
 
 from __future__ import annotations

@@ -30,8 +30,15 @@ class Layer:
 
 
 def conf_names(conf_dir: Path, section: str = "") -> list[str]:
-    """The confs that can be named: conf=NAME, or with section="backbone" backbone=NAME."""
-    return sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
+    """The confs that can be named: conf=NAME or conf=FOLDER/NAME, or with section="backbone" backbone=NAME."""
+    names = sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
+    folders = sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name)) if not section else []
+    return names + [f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)]
+
+
+def _is_section(folder: str) -> bool:
+    """Whether conf/<folder>/ holds values of one section, not whole confs."""
+    return dataclasses.is_dataclass(get_type_hints(Config).get(folder))
 
 
 def read_arguments(argv: list[str]) -> dict[str, str]:
@@ -61,9 +68,18 @@ def command_line_layer(given: dict[str, str]) -> Layer:
 
 def _parse(key: str, text: str) -> Any:
     """Where only text is expected it is taken as it stands (run.name=007); all else is read as yaml."""
-    hints = [set(arms(hint)) for schema in _schemas(key) for name, hint in get_type_hints(schema).items() if name == key.split(".")[-1]]
+    hints = [set(arms(hint)) for hint in hints_of(key)]
     if hints and all(hint <= {str, type(None)} for hint in hints) and text not in ("null", "~") and text[0] not in "'\"":
         return text
+    return read_yaml(key, text)
+
+
+def read_yaml(key: str, text: str) -> Any:
+    """The value that a text on the command line stands for, in OmegaConf's dialect of yaml; interpolations stay as they are.
+
+    Raises:
+        UserError: malformed yaml.
+    """
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -74,6 +90,11 @@ def in_a_line(error: Exception) -> str:
     """'key: what is wrong', from an error of OmegaConf."""
     key = getattr(error, "full_key", None)
     return f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+
+
+def hints_of(key: str) -> list[Any]:
+    """The declared types of a dotted key: one, of a key of the data section one for each kind of data that has it; [] if it is unknown."""
+    return [hint for schema in _schemas(key) for name, hint in get_type_hints(schema).items() if name == key.split(".")[-1]]
 
 
 def _schemas(key: str) -> list[type]:
@@ -90,6 +111,8 @@ def _schemas(key: str) -> list[type]:
 def conf_layers(name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, ...] = ()) -> Iterator[Layer]:
     """The layers of conf/<name>.yaml: those of its `defaults:` in order, then its own; 'backbone/small' holds that section's keys."""
     section, _, stem = name.rpartition("/")
+    if not _is_section(section):
+        section, stem = "", name
     option = section or "conf"
     if name in path:
         raise UserError(f"{asked_by}: defaults go round in a circle: {' -> '.join([*path, name])}")

@@ -70,14 +70,25 @@ class Results:
         console.print(f"written: {self.out / 'eval' / self.kind}.json, {self.out / 'predictions'}", **PLAIN)
 
     def _replace(self, name: str, content: bytes) -> None:
-        path = self.out / name
-        beside = path.with_name(f".{path.name}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(content)
-            os.replace(beside, path)
-        except OSError as error:
-            raise UserError(f"out: {path} cannot be written: {error.strerror or error}") from None
+        replace(self.out / name, content)
+
+
+def replace(path: Path, content: bytes, key: str = "out") -> None:
+    """Writes a file, atomically, and the folders that lead to it.
+
+    Args:
+        key: what chose the place, for the message.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{key}: {path} cannot be written: {error.strerror or error}") from None
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

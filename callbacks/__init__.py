@@ -1,1 +1,1 @@
-"""Lightning callbacks: checkpoints, random state, progress bar, throughput, gates, validation figures."""
+"""Lightning callbacks: checkpoints, random state, progress bar, throughput, gate monitor, validation figures."""

@@ -176,7 +176,6 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
-    from callbacks.gates import GateMean
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
     from callbacks.run_logger import LogConfig, RunLogger
@@ -186,7 +185,11 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     t = config.trainer
     # A run that is shorter than the interval is validated at its end.
     val_interval = min(t.val_check_interval, t.max_steps) if isinstance(t.val_check_interval, int) else t.val_check_interval
-    callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
+    callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput()]
+    if config.monitor.gates:
+        from callbacks.gate_monitor import GateMonitor
+
+        callbacks.append(GateMonitor(run.path, config.monitor.every))
     if isinstance(config.data, PasskeyData):
         from callbacks.passkey_heatmap import PasskeyHeatmap
 

@@ -248,6 +248,7 @@ def _check_together(config: Config, command: str) -> None:
     if command == "train":
         _check_parameters(config)
         _check_recompute(config)
+        _check_gate_penalty(config)
 
 
 def _check_parameters(config: Config) -> None:
@@ -272,3 +273,19 @@ def _check_recompute(config: Config) -> None:
         raise UserError(
             "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices keep their own chunks, allowed: none, cell"
         )
+
+
+def _check_gate_penalty(config: Config) -> None:
+    """There are gates, gradients reach them, and the target has an effect."""
+    train, model = config.train, config.model
+    if train.gate_target != TrainConfig().gate_target and not train.gate_pull:
+        raise UserError(f"train.gate_target: {train.gate_target} given, but train.gate_pull is 0; it needs a weight > 0")
+    for name in ("gate_pull", "gate_entropy"):
+        given = f"train.{name}: {getattr(train, name)} given"
+        if not getattr(train, name):
+            continue
+        if not model.global_size or model.gate == "none":
+            key = "model.gate=none" if model.global_size else "model.global_size=0"
+            raise UserError(f"{given}, but {key} leaves no gates, allowed: 0, or another {key.split('=')[0]}")
+        if train.bptt_chunks == 1:
+            raise UserError(f"{given}, but with train.bptt_chunks=1 no gradient reaches a gate, allowed: 0, or train.bptt_chunks >= 2")

@@ -17,11 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from comet_pl.errors import UserErrorOnAllRanks
+from comet_pl.gate_penalty import GatePenalty
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
 from comet_pl.recompute import read_chunks
 from comet_pl.schema import TrainConfig
-from comet_pl.windows import Window, count_targets, cut_windows, split_rows
+from comet_pl.windows import Window, count_gates, count_targets, cut_windows, split_rows
 
 
 class CometModule(lightning.LightningModule):
@@ -45,6 +46,9 @@ class CometModule(lightning.LightningModule):
         self.val_sum, self.val_targets = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
         self.skipped = self.skipped_in_a_row = 0
         self.grad_norm = 0.0  # of the last step, before clipping
+        self.gate_penalty = GatePenalty.of(train)
+        for memory in model.gates:
+            memory.penalty = self.gate_penalty
         if train.recompute != "none":  # chunk: one at a time, and in it one cell
             model.gradient_checkpointing = True
 
@@ -77,8 +81,13 @@ class CometModule(lightning.LightningModule):
         copies = self.trainer.world_size // self.data_parallel[1]  # ranks that have the same rows
         targets = int(self.sum_over_ranks(count_targets(batch))) // copies  # all micro-batches and windows
         loss = torch.zeros((), device=self.device)
+        micros = split_rows(batch, self.settings.accumulate)
+        if self.gate_penalty is not None:
+            count = sum(count_gates(self._windows(micro)) for micro in micros)
+            gates = int(self.sum_over_ranks(count)) // copies * len(self.model.gates)
+            self.gate_penalty.share = self._loss_scale / max(1, gates)
         with self._no_sync():
-            for micro in split_rows(batch, self.settings.accumulate):
+            for micro in micros:
                 loss += self._walk(micro, max(1, targets))
         self._sum_gradients(targets)
         learning_rate = optimizer.param_groups[0]["lr"]
@@ -98,7 +107,7 @@ class CometModule(lightning.LightningModule):
 
     def _walk(self, batch: dict[str, Any], targets: int) -> Tensor:
         """Adds up a micro-batch's gradients window by window; returns its part of the loss."""
-        windows = cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks)
+        windows = self._windows(batch)
         loss = torch.zeros((), device=self.device)
         read = getattr(self.trainer.strategy, "read", read_windows)
         if self.settings.recompute == "chunk":
@@ -109,6 +118,15 @@ class CometModule(lightning.LightningModule):
                 self.manual_backward(part)
                 loss += part.detach()
         return loss
+
+    def _windows(self, batch: dict[str, Any]) -> list[Window]:
+        return cut_windows(batch, self.model.config.chunk_size, self.settings.bptt_chunks)
+
+    @property
+    def _loss_scale(self) -> float:
+        """What the precision plugin multiplies losses by (16-mixed)."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clips the gradients; clears them if their norm is not finite. Lightning calls this after unscaling, just before the step."""

@@ -148,7 +148,7 @@ def _read_ahead(model: CometForCausalLM, chunk: Window, cache: CometCache | None
 def _second_time(model: CometForCausalLM, random: RandomStates) -> Iterator[None]:
     """The random numbers of the first time, after which nobody sees that there was a second; gate values have been recorded."""
     processor, (devices, states) = random
-    recording = any(cell.global_memory is not None and cell.global_memory.gate_values is not None for cell in model.model.layers)
+    recording = model.records_gates
     with torch.random.fork_rng(devices):
         torch.set_rng_state(processor)
         set_device_states(devices, states)

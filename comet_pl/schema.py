@@ -224,6 +224,13 @@ class TrainConfig:
     clip: float | None = key(1.0, "largest global gradient norm; null: no clipping", above=0)
     accumulate: int = key(1, "micro-batches of data.batch_size added up in one step (the loader reads them together)", min=1)
     bptt_chunks: int | None = key(None, "chunks a window: gradients flow within it, memory flows on; null: through all chunks", min=1)
+    gate_pull: float = key(
+        0.0, "penalty gate_pull * (mean g - gate_target)^2, averaged over chunks and layers: pulls gates to a value; 0: off", min=0
+    )
+    gate_target: float = key(0.9, "with gate_pull: the mean g that gates are pulled to", min=0, max=1)
+    gate_entropy: float = key(
+        0.0, "penalty -gate_entropy * mean of -g ln g - (1-g) ln(1-g), averaged likewise: keeps gates undecided; 0: off", min=0
+    )
     recompute: str = key(
         "none",
         "less memory, more time; cell: its activations are computed again in the backward pass; chunk: all but the memory between chunks",
@@ -257,6 +264,14 @@ class EvalConfig:
         None, "scrolls, user_behavior: tokens of a prompt's last chunk, which the answer continues; null: as chunk_size leaves it", min=1
     )
     batch_size: int = key(8, "scrolls, user_behavior: prompts generated at once", min=1)
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a training run shows of its memory."""
+
+    gates: bool = key(True, "mean, variance and half-life of each layer's gates, histograms, a heat-map, a warning of collapsed gates")
+    every: int = key(100, "steps between histograms", min=1)
 
 
 @dataclass(frozen=True)
@@ -315,5 +330,6 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -5,7 +5,9 @@ Legend: B rows, N columns, W columns of a window.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -83,6 +85,27 @@ def count_targets(batch: dict[str, Any]) -> int:
     """Labelled tokens of a batch: those with a label and a real token before them."""
     real = batch["attention_mask"].bool()
     return int(((batch["labels"][:, 1:] != IGNORED) & real[:, 1:] & real[:, :-1]).sum())
+
+
+def count_gates(windows: Sequence[Window]) -> int:
+    """Gates of one layer that learn, over all rows: of chunks that start with a state and have, in their window, a later target of their
+    row, before its memory is emptied."""
+    count = 0
+    started = [False] * (len(windows[0].chunk_sizes) if windows else 0)
+    for window in windows:
+        labelled = (window.shift_labels != IGNORED).tolist()
+        for b, sizes in enumerate(window.chunk_sizes):
+            resets = window.resets[b] if window.resets else [False] * len(sizes)
+            ends = list(accumulate(sizes, initial=0))
+            state, had = started[b], []
+            for size, reset in zip(sizes, resets, strict=True):
+                had.append(state and not reset and size > 0)
+                state = (state and not reset) or size > 0
+            started[b], wanted = state, False
+            for t in reversed(range(len(sizes))):
+                count += had[t] and wanted
+                wanted = (wanted or any(labelled[b][ends[t] : ends[t + 1]])) and not resets[t]
+    return count
 
 
 def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:

@@ -79,10 +79,14 @@ def test_a_run_folder_holds_everything(trained):
 def test_tensorboard_holds_the_pinned_tags(trained):
     events = EventAccumulator(str(trained), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    layers = yaml.safe_load((trained / "config.yaml").read_text())["backbone"]["num_hidden_layers"]
     values = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "tflops", "skipped")
-    train = (*(f"train/{value}" for value in values), "memory/peak_gb", "gate/mean")
+    gates = (f"gate/{value}/layer_{layer}" for value in ("mean", "variance", "half_life") for layer in range(layers))
+    train = (*(f"train/{value}" for value in values), "memory/peak_gb", "gate/mean", *gates)
     assert steps == {**{tag: [1, 2, 4] for tag in train}, "val/loss": [2, 4], "val/accuracy": [2, 4]}
     assert [event.step for event in events.Images("val/heatmap")] == [2, 4]
+    assert [event.step for event in events.Images("gate/by_chunk")] == [2, 4]
+    assert (trained / "gates.png").is_file()
     values = {tag: events.Scalars(tag)[-1].value for tag in steps}
     assert 0 < values["gate/mean"] < 1
     assert values["train/tokens_per_s"] > 10

@@ -24,7 +24,7 @@ from comet_pl.model.backbone import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.call import Call, check_prompt
 from comet_pl.model.config import CometConfig, check_keys
-from comet_pl.model.memory import GateProjection
+from comet_pl.model.memory import GateProjection, GlobalMemory
 from comet_pl.model.step import Step
 from comet_pl.model.walk import WALKS, LocalSeam
 
@@ -52,6 +52,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         self.walk = "chunk_major"
         self.seam = LocalSeam  # a Strategy swaps it
         self.gradient_checkpointing = False  # recompute each cell's activations in the backward pass
+        self.records_gates = False
+        self.gated: list[tuple[list[int], list[int]]] = []  # of the last forward, if it was recorded: each step's (gated, read)
         self._fingerprint = ("", "")  # (the configuration in words, its fingerprint) of the last call
         if decoder is not None:
             weight = decoder.lm_head.weight
@@ -172,9 +174,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             cache.rows = call.clocks  # their strides decide the buffers' sizes
             cache.reserve(self.config, self.dtype, input_ids.device)
         cache.weights, cache.model = None, self
-        for cell in self.model.layers:
-            if cell.global_memory is not None and cell.global_memory.gate_values is not None:
-                cell.global_memory.gate_values.clear()
+        if self.records_gates:
+            self.record_gates()
 
         outputs = list(self._walk(call, input_ids, cache.memories, in_place))
         cache.rows, cache.columns = call.clocks_after, cache.columns + input_ids.shape[1]
@@ -192,6 +193,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         for t, i in WALKS[self.walk](call.steps, len(cells)):
             if t not in steps:
                 steps[t] = self._rope(call.step(t, in_place, input_ids.device))
+                if self.records_gates and steps[t].closes and steps[t].has_state:
+                    self.gated.append((steps[t].gated, steps[t].read))
                 hidden[t] = self.model.embed_tokens(ids.gather(1, steps[t].source))
             before = seam.receive(i) if t == 0 else memory[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -268,15 +271,26 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         """(name, parameter) of the memory modules: gates, norms and adapters."""
         return ((name, parameter) for name, parameter in self.named_parameters() if is_memory(name))
 
-    def record_gates(self, on: bool = True) -> None:
-        """Whether each forward keeps its gate values for `gate_values()`."""
-        for cell in self.model.layers:
-            if cell.global_memory is not None:
-                cell.global_memory.gate_values = [] if on else None
+    @property
+    def gates(self) -> list[GlobalMemory]:
+        """The global memory of each layer, if they have gates; else none."""
+        memories = [cell.global_memory for cell in self.model.layers]
+        return [memory for memory in memories if memory is not None and memory.gate is not None]
 
-    def gate_values(self) -> list[list[Tensor]]:
-        """For each layer, g (B, m, 1 or d) of each chunk after the first of the last forward, detached."""
-        return [list(cell.global_memory.gate_values or []) for cell in self.model.layers if cell.global_memory is not None]
+    def record_gates(self, on: bool = True) -> None:
+        """Whether each forward keeps its gate values for `gate_values()`; those of the last one are forgotten."""
+        self.records_gates, self.gated = on, []
+        for memory in self.gates:
+            memory.gate_values = [] if on else None
+
+    def gate_values(self) -> list[tuple[list[int], list[Tensor]]]:
+        """For each step of the last forward with gates: of its n rows that a gate updated, how many text tokens they had read before the
+        chunk; and for each layer g (n, m, 1 or d), detached. Rows that rest, or that have no state yet, are left out."""
+        found = []
+        for t, (gated, read) in enumerate(self.gated):
+            rows = torch.tensor(gated, dtype=torch.long, device=self.lm_head.weight.device)
+            found.append((read, [memory.gate_values[t][rows] for memory in self.gates if memory.gate_values]))
+        return found
 
     # ---- generation: Hugging Face's
 

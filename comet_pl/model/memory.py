@@ -7,6 +7,8 @@ Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,7 @@ class GlobalMemory(nn.Module):
         self.gate = None if config.gate == "none" else Gate(config)
         self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
         self.gate_values: list[Tensor] | None = None  # a list: every g of the current forward is appended, detached
+        self.penalty: Callable[[Tensor], Tensor] | None = None  # g -> g with a gradient of its own (comet_pl/gate_penalty.py)
 
     def write(self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None) -> Tensor:
         """The new state S (B, m, d). `previous`: S after the chunk before, None in a first chunk; `first` (B,) marks the rows in their
@@ -71,6 +74,8 @@ class GlobalMemory(nn.Module):
         g = self.gate(candidate, previous)
         if self.gate_values is not None:
             self.gate_values.append(g.detach())
+        if self.penalty is not None:
+            g = self.penalty(g)
         state = g * previous + (1 - g) * candidate
         return state if first is None else torch.where(first[:, None, None], candidate, state)
 

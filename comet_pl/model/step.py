@@ -50,6 +50,8 @@ class Step:
     temporary_before: int  # columns of T used before the step
     temporary_index: Tensor | None  # ragged: (B, T') columns of [T | new] that make the new T
     capacity: int
+    gated: list[int]  # rows whose state a gate updates: they close a chunk and had a state before
+    read: list[int]  # their text tokens before that chunk
     selected: Tensor | None = None  # (k,) flat places in (B, W) of the text tokens whose output is wanted
     target: Tensor | None = None  # (k,) their flat places in (B, N)
     rope: Rope = field(default=None, repr=False)  # type: ignore[assignment]
@@ -125,6 +127,7 @@ def build_step(
     opening = [b for b in active if before[b].fill == 0]
     going = [b for b in active if before[b].fill]
     closing = [b for b in active if segments[b].closes]  # type: ignore[union-attr]
+    gated = [b for b in closing if before[b].global_slots]
     entering = (kinds == 1).sum(1)
     held = [pending_tokens(c) for c in before]
     stays = [b for b in range(rows) if b not in closing and (segments[b] or before[b].fill)]
@@ -159,6 +162,8 @@ def build_step(
         temporary_before=max(c.temporary_slots for c in before),
         temporary_index=None,
         capacity=capacity,
+        gated=gated,
+        read=[before[b].num_tokens - before[b].fill for b in gated],
         selected=tensor(selected),
         target=tensor(target),
     )

@@ -1,0 +1,207 @@
+"""gate/...: how much of the global memory's old state is kept, by layer and chunk; a warning where gates no longer decide anything.
+
+Legend: L layers, T chunks of a text, n rows.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.hooks import RemovableHandle
+
+from comet_pl.lit_module import CometModule
+
+BINS = 64  # of [0, 1], in a histogram
+SATURATED = 0.999  # the sigmoid's slope g (1 - g) is then 1/250 of its greatest; a gate bias of 5 starts at 0.993
+PATIENCE = 5  # logged steps in a row: one text may need nothing kept, or nothing written
+ADVICE = {
+    "1": "nothing is written after a text's first chunk; try a smaller model.gate_bias, train.lr or train.memory_lr_factor, a smaller "
+    "model.temporary_capacity, which leaves more to the global memory, train.gate_pull=0.1 or train.gate_entropy=0.01",
+    "0": "nothing is kept for longer than a chunk; try model.gate_bias=3, a smaller train.lr or train.memory_lr_factor, "
+    "train.gate_pull=0.1 or train.gate_entropy=0.01",
+}
+
+
+class GateMonitor(lightning.Callback):
+    """The gates of training steps, over rows and slots; no rows that rest, and no first chunks, which have no gate.
+
+    Each logged step: gate/mean over all layers; gate/mean/layer_i, gate/variance/layer_i and gate/half_life/layer_i, in chunks (see
+    `half_life`; absent where it has no end). Every so many steps: histograms gate/layer_i. At validations and at the end of training: the
+    figure gate/by_chunk, mean g of the logged steps since the one before. Chunk t of a text begins at its token t C, so that chunks of
+    other sizes than C have a place too.
+
+    Once a layer's mean has been above 0.999 or below 0.001 in five logged steps in a row, one line says so, in the log and as the text
+    gate/collapsed.
+
+    Args:
+        folder: gates.png, the last figure, is written there; None: nowhere. every: steps between histograms.
+    """
+
+    def __init__(self, folder: Path | None = None, every: int = 100):
+        self.folder, self.every = folder, every
+        self.logs = self.draws = False  # what becomes of the current step
+        self.step = torch.zeros(3, 0, 0)  # of the current step: number, sum and sum of squares of g, (3, L, T)
+        self.bins = torch.zeros(0, BINS)  # (L, BINS)
+        self.since = torch.zeros(3, 0, 0)  # of the logged steps since the last figure
+        self.runs: list[list[Any]] = []  # of each layer: collapsed to "0", "1" or None; in how many logged steps in a row; is it reported
+        self.hook: RemovableHandle | None = None
+
+    # ---- what is gathered
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: CometModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        number = trainer.global_step + 1
+        self.logs, self.draws = pl_module.logs_at(number), number % self.every == 0
+        layers = len(pl_module.model.gates)
+        if layers and (self.logs or self.draws):
+            self.step, self.bins = torch.zeros(3, layers, 0, dtype=torch.float64), torch.zeros(layers, BINS, dtype=torch.float64)
+            pl_module.model.record_gates(True)
+            self.hook = pl_module.model.register_forward_hook(self._add)  # a step has a forward for each window
+
+    def _add(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        for read, layers in model.gate_values():  # type: ignore[operator]
+            if not read:
+                continue
+            chunks = torch.tensor(read) // model.config.chunk_size  # type: ignore[operator, union-attr]
+            sums = torch.stack([moments(g) for g in layers], 1).cpu().double()
+            self.step = widen(self.step, int(chunks.max()) + 1).index_add(2, chunks, sums)
+            if self.draws:
+                self.bins += torch.stack([torch.histc(g.float(), BINS, 0, 1) for g in layers]).cpu()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if self.hook is None:
+            return
+        self.hook.remove()
+        self.hook = None
+        pl_module.model.record_gates(False)
+        self.step, self.bins = over_ranks(self.step, pl_module), over_ranks(self.bins, pl_module)
+        if self.logs and self.step[0].any():
+            self._log(pl_module)
+        if self.draws and trainer.is_global_zero and pl_module.logger is not None:
+            for i, counts in enumerate(self.bins):
+                self._histogram(pl_module, i, counts)
+
+    # ---- what becomes of it
+
+    def _log(self, module: CometModule) -> None:
+        count, total, squares = self.step.sum(2)  # (L,) each
+        means = total / count
+        values = {"gate/mean": float(total.sum() / count.sum())}
+        for i, mean in enumerate(means.tolist()):
+            values[f"gate/mean/layer_{i}"] = mean
+            values[f"gate/variance/layer_{i}"] = max(0.0, float(squares[i] / count[i]) - mean**2)
+            if math.isfinite(life := half_life(mean)):
+                values[f"gate/half_life/layer_{i}"] = life
+            self._watch(module, i, mean)
+        module.record(values)
+        columns = max(self.step.shape[2], self.since.shape[2])
+        before = self.since if self.since.numel() else torch.zeros_like(self.step)
+        self.since = widen(before, columns) + widen(self.step, columns)
+
+    def _watch(self, module: CometModule, layer: int, mean: float) -> None:
+        while len(self.runs) <= layer:
+            self.runs.append([None, 0, False])
+        side = "1" if mean > SATURATED else "0" if mean < 1 - SATURATED else None
+        before, steps, reported = self.runs[layer]
+        steps = steps + 1 if side == before else 1
+        late = side is not None and steps >= PATIENCE and not reported
+        self.runs[layer] = [side, steps, reported or late]
+        if late:
+            line = (
+                f"step {module.global_step}: the gates of layer {layer} have collapsed to {side} (mean {mean:.6f}, in {steps} logged steps "
+                f"in a row): {ADVICE[str(side)]}"
+            )
+            rank_zero_warn(line)
+            if module.trainer.is_global_zero and module.logger is not None:
+                module.logger.experiment.add_text("gate/collapsed", line, global_step=module.global_step)  # type: ignore[attr-defined]
+
+    def _histogram(self, module: CometModule, layer: int, counts: Tensor) -> None:
+        if not (number := float(counts.sum())):
+            return
+        _, total, squares = self.step[:, layer].sum(1).tolist()
+        edges = np.arange(1, BINS + 1) / BINS
+        module.logger.experiment.add_histogram_raw(  # type: ignore[union-attr, attr-defined]
+            f"gate/layer_{layer}", 0.0, 1.0, number, total, squares, edges.tolist(), counts.tolist(), global_step=module.global_step
+        )
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+        self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: lightning.Trainer, module: CometModule) -> None:
+        count, total, _ = self.since
+        self.since = torch.zeros(3, 0, 0)
+        if not count.any() or not trainer.is_global_zero:
+            return
+        figure = gate_map((total / count).numpy(), module.model.config.chunk_size)
+        if self.folder is not None:
+            picture = io.BytesIO()
+            figure.savefig(picture, format="png")
+            beside = self.folder / ".gates.png.part"
+            beside.write_bytes(picture.getvalue())
+            os.replace(beside, self.folder / "gates.png")
+        if module.logger is not None:
+            module.logger.experiment.add_figure("gate/by_chunk", figure, global_step=trainer.global_step)  # type: ignore[attr-defined]
+
+    # ---- a resumed run goes on counting
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"since": self.since, "runs": [list(run) for run in self.runs]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.since, self.runs = state_dict["since"], [list(run) for run in state_dict["runs"]]
+
+
+def half_life(mean: float) -> float:
+    """Chunks until half of what a slot held has been overwritten, at this mean g in every chunk: ln 2 / -ln g."""
+    return 0.0 if mean <= 0 else math.inf if mean >= 1 else math.log(2) / -math.log(mean)
+
+
+def moments(g: Tensor) -> Tensor:
+    """(n, m, 1 or d) -> (3, n): number, sum and sum of squares of each row's values."""
+    flat = g.flatten(1).to(torch.float32 if g.device.type == "mps" else torch.float64)
+    return torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)])
+
+
+def widen(sums: Tensor, columns: int) -> Tensor:
+    """(3, L, T) with room for at least so many chunks."""
+    return pad(sums, (0, max(0, columns - sums.shape[2])))
+
+
+def over_ranks(sums: Tensor, module: CometModule) -> Tensor:
+    """Summed over all ranks, of which each may have seen other chunks: (..., T) -> (..., the longest T)."""
+    if module.trainer.world_size == 1:
+        return sums
+    reduce = module.trainer.strategy.reduce
+    columns = int(reduce(torch.tensor(sums.shape[-1], device=module.device), reduce_op="max"))
+    return reduce(pad(sums, (0, columns - sums.shape[-1])).to(module.device), reduce_op="sum").cpu()  # type: ignore[union-attr]
+
+
+def gate_map(means: np.ndarray, chunk_size: int) -> Figure:
+    """Mean g by layer (y) and chunk (x).
+
+    Args:
+        means: (L, T), NaN where there was no gate, as in chunk 0. chunk_size: C, for the axis.
+    """
+    figure = Figure(figsize=(7.5, 1.8 + 0.22 * max(4, min(40, len(means)))), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    image = axes.imshow(means, aspect="auto", interpolation="nearest", cmap="viridis")
+    axes.set_xlabel(f"chunk (text tokens read before it / {chunk_size})")
+    axes.set_ylabel("layer")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    axes.set_title("Mean gate: share of the old state that a chunk keeps", fontsize=11)
+    figure.colorbar(image, ax=axes, label="mean g")
+    return figure

@@ -177,6 +177,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
 
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
     from callbacks.gates import GateMean
+    from callbacks.predictions import Predictions
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
     from callbacks.run_logger import LogConfig, RunLogger
@@ -187,18 +188,21 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     # A run that is shorter than the interval is validated at its end.
     val_interval = min(t.val_check_interval, t.max_steps) if isinstance(t.val_check_interval, int) else t.val_check_interval
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), GateMean()]
+    predictions = Predictions(run.path / "monitor") if config.monitor.predictions else None
     if isinstance(config.data, PasskeyData):
         from callbacks.passkey_heatmap import PasskeyHeatmap
 
-        callbacks.append(PasskeyHeatmap(config.data.train_length))
+        callbacks.append(PasskeyHeatmap(config.data.train_length, predictions))
     elif isinstance(config.data, UserBehaviorData):
         from callbacks.behavior_scores import BehaviorScores
 
-        callbacks.append(BehaviorScores())
+        callbacks.append(BehaviorScores(predictions))
     elif isinstance(config.data, ScrollsData) and config.eval.val_questions:
         from callbacks.scrolls_scores import ScrollsScores
 
-        callbacks.append(ScrollsScores(config.eval))
+        callbacks.append(ScrollsScores(config.eval, predictions))
+    callbacks += [predictions] if predictions else []  # after those that fill it
+    callbacks += _monitors(config, run)
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
     strategy = build_strategy(config)
     try:
@@ -229,6 +233,20 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     if not isinstance(strategy, str):
         check_pipeline(config, strategy)
     return trainer
+
+
+def _monitors(config: Config, run: Run) -> list[lightning.Callback]:
+    """The callbacks that the monitor section switches on; what is off is not there."""
+    monitors: list[lightning.Callback] = []
+    if config.monitor.memory:
+        from callbacks.memory_monitor import MemoryMonitor
+
+        monitors.append(MemoryMonitor(run.path / "monitor", config.monitor.memory_every))
+    if config.monitor.length_report:
+        from callbacks.length_report import LengthReport
+
+        monitors.append(LengthReport(run.path / "monitor"))
+    return monitors
 
 
 def build_strategy(config: Config) -> str | LayerPipelineStrategy:

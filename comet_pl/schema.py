@@ -260,6 +260,16 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What is looked at while training, and written into the run's monitor/ folder and TensorBoard."""
+
+    memory: bool = key(True, "at validations: norms, effective rank and likeness of the memories, and who attends to them, on one text")
+    memory_every: int = key(1, "with memory: only at validations after a multiple of so many steps", min=1)
+    length_report: bool = key(True, "at validations: loss by position in the document, in chunks")
+    predictions: bool = key(True, "at validations that predict answers: each of them as text, in TensorBoard and as jsonl")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int | None = key(500, "write last.ckpt every so many steps; null: never by steps", min=1)
     every_minutes: float | None = key(10.0, "write last.ckpt every so many minutes; null: never by time", above=0)
@@ -314,6 +324,7 @@ class Config:
     data: PasskeyData | ScrollsData | AgentData | UserBehaviorData = field(default_factory=PasskeyData)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

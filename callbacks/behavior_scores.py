@@ -6,16 +6,21 @@ from typing import Any
 
 import lightning
 
+from callbacks.predictions import Predictions
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves
 from data.base import IGNORED
 
 
 class BehaviorScores(lightning.Callback):
-    """From the logits of validation_step, teacher-forced: an answer is right if each of its tokens is the likeliest after those before."""
+    """From the logits of validation_step, teacher-forced: an answer is right if each of its tokens is the likeliest after those before.
 
-    def __init__(self) -> None:
-        self.metric = BehaviorAccuracy()
+    Args:
+        predictions: is told of each answer.
+    """
+
+    def __init__(self, predictions: Predictions | None = None):
+        self.metric, self.predictions = BehaviorAccuracy(), predictions
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.metric = BehaviorAccuracy().to(pl_module.device)
@@ -28,6 +33,9 @@ class BehaviorScores(lightning.Callback):
         text = outputs["logits"][:, -count - 1 : -1, : pl_module.model.config.first_new_id]  # generation suppresses the new tokens
         right = ((text.argmax(-1) == targets) | (targets == IGNORED)).all(1).tolist()[: len(batch["kinds"])]
         self.metric.update([str(one) for one in right], ["True"] * len(right), batch["kinds"], batch["ages"])
+        if self.predictions:
+            facts = [{"kind": kind, "age": age} for kind, age in zip(batch["kinds"], batch["ages"], strict=True)]
+            self.predictions.add_likeliest(trainer, batch, outputs["logits"][..., : pl_module.model.config.first_new_id], right, facts)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         values = self.metric.compute()

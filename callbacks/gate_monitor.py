@@ -5,9 +5,7 @@ Legend: L layers, T chunks of a text, n rows.
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from comet_pl.lit_module import CometModule
+from comet_pl.results import as_png, replace_file
 
 BINS = 64  # of [0, 1], in a histogram
 SATURATED = 0.999  # the sigmoid's slope g (1 - g) is then 1/250 of its greatest; a gate bias of 5 starts at 0.993
@@ -147,11 +146,7 @@ class GateMonitor(lightning.Callback):
             return
         figure = gate_map((total / count).numpy(), module.model.config.chunk_size)
         if self.folder is not None:
-            picture = io.BytesIO()
-            figure.savefig(picture, format="png")
-            beside = self.folder / ".gates.png.part"
-            beside.write_bytes(picture.getvalue())
-            os.replace(beside, self.folder / "gates.png")
+            replace_file(self.folder / "gates.png", as_png(figure), "run.root")
         if module.logger is not None:
             module.logger.experiment.add_figure("gate/by_chunk", figure, global_step=trainer.global_step)  # type: ignore[attr-defined]
 

@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from callbacks.predictions import Predictions
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
 from data.base import IGNORED
@@ -17,11 +18,11 @@ class PasskeyHeatmap(lightning.Callback):
     """From the logits of validation_step, teacher-forced: with all digits before it right, a digit is right if it is also when generated.
 
     Args:
-        train_length: tokens of a training example, for the figure's title.
+        train_length: tokens of a training example, for the figure's title. predictions: is told of each example.
     """
 
-    def __init__(self, train_length: int):
-        self.train_length = train_length
+    def __init__(self, train_length: int, predictions: Predictions | None = None):
+        self.train_length, self.predictions = train_length, predictions
         self.metric = PasskeyAccuracy()
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -34,6 +35,9 @@ class PasskeyHeatmap(lightning.Callback):
             text = outputs["logits"][..., : pl_module.model.config.first_new_id]  # generation suppresses the new tokens
             correct = exact_match(text, batch["labels"])[: len(batch["depth"])]  # a rank that has no more to read has a row without a depth
             self.metric.update(batch["length"], batch["depth"], correct)
+            if self.predictions:
+                facts = [{"length": batch["length"], "depth": depth} for depth in batch["depth"]]
+                self.predictions.add_likeliest(trainer, batch, text, correct.tolist(), facts)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         if not self.metric.update_called:

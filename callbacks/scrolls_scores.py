@@ -6,9 +6,10 @@ from typing import Any
 
 import lightning
 
+from callbacks.predictions import Predictions
 from comet_pl.evaluation.reading import answer_prompts
 from comet_pl.lit_module import CometModule
-from comet_pl.metrics.scrolls import ScrollsScore
+from comet_pl.metrics.scrolls import ScrollsScore, scores
 from comet_pl.schema import EvalConfig
 from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
 
@@ -17,11 +18,11 @@ class ScrollsScores(lightning.Callback):
     """Greedy answers to the first questions that are validated on, with all their references; dealt to the ranks.
 
     Args:
-        settings: val_questions a task, max_new_tokens, batch_size.
+        settings: val_questions a task, max_new_tokens, batch_size. predictions: is told of each answer.
     """
 
-    def __init__(self, settings: EvalConfig):
-        self.settings = settings
+    def __init__(self, settings: EvalConfig, predictions: Predictions | None = None):
+        self.settings, self.predictions = settings, predictions
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         module: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -36,6 +37,10 @@ class ScrollsScores(lightning.Callback):
             prompts = [module.validation.prompt(one) for one in mine]
             texts = answer_prompts(pl_module.model, module.tokenizer, prompts, self.settings, longest)
             metric.update(texts, [one.references for one in mine])
+            if self.predictions:
+                for one, prompt, text in zip(mine, prompts, texts, strict=True):
+                    score = scores(task, text, one.references)["scrolls_score"]
+                    self.predictions.add(trainer, one.id, prompt, text, one.references, score, {"task": task})
             score = metric.compute()["scrolls_score"]
             pl_module.log(f"val/{task}", score, logger=False)
             pl_module.record({f"val/{task}": score})

@@ -176,6 +176,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
+    from callbacks.predictions import Predictions
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
     from callbacks.run_logger import LogConfig, RunLogger
@@ -189,19 +190,22 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     if config.monitor.gates:
         from callbacks.gate_monitor import GateMonitor
 
-        callbacks.append(GateMonitor(run.path, config.monitor.every))
+        callbacks.append(GateMonitor(run.path / "monitor", config.monitor.gates_every))
+    predictions = Predictions(run.path / "monitor") if config.monitor.predictions else None
     if isinstance(config.data, PasskeyData):
         from callbacks.passkey_heatmap import PasskeyHeatmap
 
-        callbacks.append(PasskeyHeatmap(config.data.train_length))
+        callbacks.append(PasskeyHeatmap(config.data.train_length, predictions))
     elif isinstance(config.data, UserBehaviorData):
         from callbacks.behavior_scores import BehaviorScores
 
-        callbacks.append(BehaviorScores())
+        callbacks.append(BehaviorScores(predictions))
     elif isinstance(config.data, ScrollsData) and config.eval.val_questions:
         from callbacks.scrolls_scores import ScrollsScores
 
-        callbacks.append(ScrollsScores(config.eval))
+        callbacks.append(ScrollsScores(config.eval, predictions))
+    callbacks += [predictions] if predictions else []  # after those that fill it
+    callbacks += _monitors(config, run)
     callbacks += [StepProgress(), RunCheckpoints(run.checkpoints, config.checkpoint, content)]
     strategy = build_strategy(config)
     try:
@@ -232,6 +236,20 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     if not isinstance(strategy, str):
         check_pipeline(config, strategy)
     return trainer
+
+
+def _monitors(config: Config, run: Run) -> list[lightning.Callback]:
+    """The callbacks that the monitor section switches on; what is off is not there."""
+    monitors: list[lightning.Callback] = []
+    if config.monitor.memory:
+        from callbacks.memory_monitor import MemoryMonitor
+
+        monitors.append(MemoryMonitor(run.path / "monitor", config.monitor.memory_every))
+    if config.monitor.length_report:
+        from callbacks.length_report import LengthReport
+
+        monitors.append(LengthReport(run.path / "monitor"))
+    return monitors
 
 
 def build_strategy(config: Config) -> str | LayerPipelineStrategy:

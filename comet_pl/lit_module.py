@@ -184,7 +184,7 @@ class CometModule(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
         """Teacher-forced loss of a batch (a sum over its targets) and, if it has "logits_to_keep", the logits of so many last columns."""
-        names = ("input_ids", "attention_mask", "labels", "logits_to_keep")
+        names = ("input_ids", "attention_mask", "labels", "logits_to_keep", "chunk_sizes", "resets", "strides")
         given = {name: batch[name] for name in names if name in batch}
         output = self.model(**given, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)

@@ -27,3 +27,11 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor
         return one(hidden, targets)
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
     return torch.stack([checkpoint(one, h, t, use_reentrant=False) for h, t in blocks]).sum()
+
+
+@torch.no_grad()
+def cross_entropies(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK) -> Tensor:
+    """(n,) each position's cross-entropy, float32 (or wider), without gradients. Arguments: as above."""
+    logits = (head(h) for h in hidden.split(block))
+    parts = zip(logits, targets.split(block), strict=True)
+    return torch.cat([F.cross_entropy(one.to(torch.promote_types(one.dtype, torch.float32)), t, reduction="none") for one, t in parts])

@@ -38,9 +38,9 @@ class Results:
     def write(self, values: dict[str, Any], predictions: dict[str, list[Answer]]) -> None:
         """Replaces <kind>.json and the answers by task."""
         for task, answers in predictions.items():
-            self._replace(f"predictions/{task}.json", _json({answer["id"]: answer["prediction"] for answer in answers}, indent=2))
-            self._replace(f"predictions/{task}.jsonl", b"".join(_json(answer) for answer in answers))
-        self._replace(f"eval/{self.kind}.json", _json(values, indent=2))
+            self._replace(f"predictions/{task}.json", as_json({answer["id"]: answer["prediction"] for answer in answers}, indent=2))
+            self._replace(f"predictions/{task}.jsonl", b"".join(as_json(answer) for answer in answers))
+        self._replace(f"eval/{self.kind}.json", as_json(values, indent=2))
 
     def read(self) -> dict[str, Any]:
         """What <kind>.json holds; {} if there is none, or not a whole one."""
@@ -58,9 +58,7 @@ class Results:
 
     def draw(self, figure: Figure) -> None:
         """Replaces <kind>.png."""
-        picture = io.BytesIO()
-        figure.savefig(picture, format="png")
-        self._replace(f"eval/{self.kind}.png", picture.getvalue())
+        self._replace(f"eval/{self.kind}.png", as_png(figure))
 
     def show(self, title: str, table: Table) -> None:
         """Prints the table under its title, and where the files are."""
@@ -70,17 +68,14 @@ class Results:
         console.print(f"written: {self.out / 'eval' / self.kind}.json, {self.out / 'predictions'}", **PLAIN)
 
     def _replace(self, name: str, content: bytes) -> None:
-        replace(self.out / name, content)
+        replace_file(self.out / name, content, "out")
 
 
-def replace(path: Path, content: bytes, key: str = "out") -> None:
-    """Writes a file, atomically, and the folders that lead to it.
-
-    Args:
-        key: what chose the place, for the message.
+def replace_file(path: Path, content: bytes, key: str) -> None:
+    """Writes a file atomically, its folder too.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written; key: what decides where it is.
     """
     beside = path.with_name(f".{path.name}.part")
     try:
@@ -91,7 +86,13 @@ def replace(path: Path, content: bytes, key: str = "out") -> None:
         raise UserError(f"{key}: {path} cannot be written: {error.strerror or error}") from None
 
 
-def _json(value: Any, indent: int | None = None) -> bytes:
+def as_png(figure: Figure) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def as_json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 
 

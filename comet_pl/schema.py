@@ -268,10 +268,14 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What a training run shows of its memory."""
+    """What is looked at while training, and written into the run's monitor/ folder and TensorBoard."""
 
     gates: bool = key(True, "mean, variance and half-life of each layer's gates, histograms, a heat-map, a warning of collapsed gates")
-    every: int = key(100, "steps between histograms", min=1)
+    gates_every: int = key(100, "with gates: steps between histograms", min=1)
+    memory: bool = key(True, "at validations: norms, effective rank and likeness of the memories, and who attends to them, on one text")
+    memory_every: int = key(1, "with memory: only at validations after a multiple of so many steps", min=1)
+    length_report: bool = key(True, "at validations: loss by position in the document, in chunks")
+    predictions: bool = key(True, "at validations that predict answers: each of them as text, in TensorBoard and as jsonl")
 
 
 @dataclass(frozen=True)
@@ -329,7 +333,7 @@ class Config:
     data: PasskeyData | ScrollsData | AgentData | UserBehaviorData = field(default_factory=PasskeyData)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError
-from comet_pl.results import PLAIN, replace
+from comet_pl.results import PLAIN, replace_file
 from comet_pl.values import nearest
 
 Found = tuple[dict[str, str], dict[str, float]]
@@ -88,7 +88,7 @@ def write(path: Path, found: Sequence[Found], patterns: Sequence[str] | None, co
     Raises:
         UserError: a pattern that no metric matches; files that cannot be written.
     """
-    replace(path.with_name(f"{path.name}.csv"), as_csv(found).encode(), "run.root")
+    replace_file(path.with_name(f"{path.name}.csv"), as_csv(found).encode(), "run.root")
     metrics, groups = choose(found, patterns), group(found)
     axes = [name for name in found[0][0] if name != SEED]
     rows = [[text for _, text in place] + [shown(values.get(metric)) for metric in metrics] for place, values in groups.items()]
@@ -97,11 +97,11 @@ def write(path: Path, found: Sequence[Found], patterns: Sequence[str] | None, co
         f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds" if counts else "no values"
     )
     caption = f"{seeds}; mean ± standard deviation" if counts and counts[-1] > 1 else seeds
-    replace(path.with_name(f"{path.name}.md"), as_markdown([*axes, *metrics], rows, len(axes), caption).encode(), "run.root")
+    replace_file(path.with_name(f"{path.name}.md"), as_markdown([*axes, *metrics], rows, len(axes), caption).encode(), "run.root")
     if metrics:
         picture = io.BytesIO()
         plot(groups, metrics, caption).savefig(picture, format="png")
-        replace(path.with_name(f"{path.name}.png"), picture.getvalue(), "run.root")
+        replace_file(path.with_name(f"{path.name}.png"), picture.getvalue(), "run.root")
     table = Table(*axes)
     for metric in metrics:
         table.add_column(metric, justify="right", overflow="fold")

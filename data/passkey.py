@@ -200,7 +200,7 @@ class PasskeyDataModule(lightning.LightningDataModule):
         world: int = 1,
     ):
         super().__init__()
-        self.data, self.max_steps, self.rows = data, max_steps, data.batch_size * accumulate
+        self.data, self.tokenizer, self.max_steps, self.rows = data, tokenizer, max_steps, data.batch_size * accumulate
         self.rank, self.world = self.val_rank, self.val_world = rank, world
         self.training = PasskeyExamples(data, tokenizer, seed, "train")
         self.validation = PasskeyExamples(data, tokenizer, seed, "validation")

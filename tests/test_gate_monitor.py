@@ -190,8 +190,8 @@ def test_histograms_heat_map_and_text(tmp_path):
 
 def test_the_conf_switches_it(tmp_path):
     for value, number in (("true", 1), ("false", 0)):
-        config = load([f"run.root={tmp_path}", "run.name=x", "trainer.accelerator=cpu", f"monitor.gates={value}", "monitor.every=7"])
+        config = load([f"run.root={tmp_path}", "run.name=x", "trainer.accelerator=cpu", f"monitor.gates={value}", "monitor.gates_every=7"])
         trainer = build.build_trainer(config, plan_run(config), {})
         found = [one for one in trainer.callbacks if isinstance(one, GateMonitor)]
         assert len(found) == number
-        assert all((one.every, one.folder) == (7, Path(tmp_path) / "passkey" / "x") for one in found)
+        assert all((one.every, one.folder) == (7, Path(tmp_path) / "passkey" / "x" / "monitor") for one in found)

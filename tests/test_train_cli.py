@@ -83,10 +83,15 @@ def test_tensorboard_holds_the_pinned_tags(trained):
     values = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "tflops", "skipped")
     gates = (f"gate/{value}/layer_{layer}" for value in ("mean", "variance", "half_life") for layer in range(layers))
     train = (*(f"train/{value}" for value in values), "memory/peak_gb", "gate/mean", *gates)
-    assert steps == {**{tag: [1, 2, 4] for tag in train}, "val/loss": [2, 4], "val/accuracy": [2, 4]}
-    assert [event.step for event in events.Images("val/heatmap")] == [2, 4]
-    assert [event.step for event in events.Images("gate/by_chunk")] == [2, 4]
-    assert (trained / "gates.png").is_file()
+    memory = ("norm_state", "norm_global", "norm_temporary", "rank_state", "rank_temporary")
+    memory += ("attention_global", "attention_temporary", "attention_own")
+    looked = (f"memory/{tag}/layer_{layer}" for tag in memory for layer in range(layers))
+    validated = ("val/loss", "val/accuracy", "val/loss_by_chunk/2-3", *looked)
+    assert steps == {**{tag: [1, 2, 4] for tag in train}, **{tag: [2, 4] for tag in validated}}
+    for figure in ("val/heatmap", "val/loss_by_chunk", "memory/report", "gate/by_chunk"):
+        assert [event.step for event in events.Images(figure)] == [2, 4]
+    assert [event.step for event in events.Tensors("val/predictions/text_summary")] == [2, 4]
+    assert (trained / "monitor" / "gates.png").is_file()
     values = {tag: events.Scalars(tag)[-1].value for tag in steps}
     assert 0 < values["gate/mean"] < 1
     assert values["train/tokens_per_s"] > 10
@@ -95,6 +100,26 @@ def test_tensorboard_holds_the_pinned_tags(trained):
     assert "chunk_size: 16" in config.tensor_proto.string_val[0].decode()
     hparams = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     assert b"model.chunk_size" in hparams
+
+
+def test_monitors_write_files_beside(trained):
+    names = {"memory.png", "length_report.png", "length_report.json", "predictions-2.jsonl", "predictions-4.jsonl"}
+    assert {path.name for path in (trained / "monitor").iterdir()} == names
+    answers = [json.loads(line) for line in (trained / "monitor" / "predictions-4.jsonl").read_text().splitlines()]
+    assert [(one["depth"], one["length"], one["score"]) for one in answers] == [(0, 64, 0), (1, 64, 0)]
+    assert all(len(one["references"][0]) == 5 and one["prompt_end"].endswith("The pass key is ") for one in answers)
+    report = json.loads((trained / "monitor" / "length_report.json").read_text())
+    assert (report["step"], sum(one["labels"] for one in report["buckets"])) == (4, 12)  # five digits and the stop token, two rows
+
+
+def test_monitors_that_are_off_write_nothing(tmp_path):
+    keys = [f"monitor.{name}=false" for name in ("memory", "length_report", "predictions")]
+    folder = run(tmp_path, "off", *keys, "trainer.max_steps=2", "eval.after_fit=false")
+    assert not (folder / "monitor").exists()
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith(("memory/norm", "memory/rank", "memory/att", "val/loss_by"))]
+    assert events.Tags()["images"] == ["val/heatmap"]
+    assert "val/predictions/text_summary" not in events.Tags()["tensors"]
 
 
 def test_without_a_name_a_run_has_a_time_stamp(tmp_path):

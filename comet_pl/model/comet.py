@@ -19,7 +19,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from comet_pl import checkpoint as formats
-from comet_pl.loss import summed_cross_entropy
+from comet_pl.loss import cross_entropies, summed_cross_entropy
 from comet_pl.model.backbone import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.call import Call, check_prompt
@@ -54,6 +54,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False  # recompute each cell's activations in the backward pass
         self.records_gates = False
         self.gated: list[tuple[list[int], list[int]]] = []  # of the last forward, if it was recorded: each step's (gated, read)
+        self.records_losses = False
+        self.token_losses: tuple[Tensor, Tensor] | None = None
         self._fingerprint = ("", "")  # (the configuration in words, its fingerprint) of the last call
         if decoder is not None:
             weight = decoder.lm_head.weight
@@ -231,7 +233,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             labelled = targets != -100
             count = call.labelled if num_items is None else num_items
             loss = torch.zeros((), dtype=torch.float32, device=input_ids.device)
-            if call.labelled:
+            if self.records_losses and not torch.is_grad_enabled():
+                losses = cross_entropies(hidden[labelled], targets[labelled], self.lm_head)
+                self.token_losses = places[labelled], losses
+                loss = losses.sum() / count if call.labelled else loss
+            elif call.labelled:
                 loss = summed_cross_entropy(hidden[labelled], targets[labelled], self.lm_head) / count
         if call.keep is not None:
             rows, columns = input_ids.shape
@@ -291,6 +297,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             rows = torch.tensor(gated, dtype=torch.long, device=self.lm_head.weight.device)
             found.append((read, [memory.gate_values[t][rows] for memory in self.gates if memory.gate_values]))
         return found
+
+    def record_losses(self, on: bool = True) -> None:
+        """Whether each forward with labels and without gradients keeps every target's loss in `token_losses`: flat places (k,) in (B, N)
+        of the columns that have a target, and its cross-entropy (k,), in any order."""
+        self.records_losses, self.token_losses = on, None
 
     # ---- generation: Hugging Face's
 

@@ -1,0 +1,46 @@
+"""memory/<value>/layer_<i>, the figure memory/report and monitor/memory.png: what the memories hold, and who attends to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from comet_pl.lit_module import CometModule
+from comet_pl.metrics.memory import picture, read_memory
+from comet_pl.results import as_png, replace_file
+
+
+class MemoryMonitor(lightning.Callback):
+    """Reads the first text of a validation once more, with hooks on the cells; nothing of it is there at any other time.
+
+    Args:
+        folder: where the picture goes. every: only at validations after a multiple of so many steps.
+    """
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = folder, every
+        self.ids: Tensor | None = None
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0 and trainer.global_step % self.every == 0:
+            self.ids = batch["input_ids"][:1, batch["attention_mask"][0].bool()]
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+        ids, self.ids = self.ids, None
+        if ids is None:
+            return
+        if trainer.world_size > 1:
+            ids = trainer.strategy.broadcast(ids.cpu()).to(pl_module.device)  # weights in shards: all ranks have to do the same
+        report = read_memory(pl_module.model, ids)
+        if report is None or not trainer.is_global_zero:
+            return
+        pl_module.record({f"memory/{tag}/layer_{i}": value for i, layer in enumerate(report.layers) for tag, value in layer.items()})
+        figure = picture(report)
+        replace_file(self.folder / "memory.png", as_png(figure), "run.root")
+        if pl_module.logger is not None:
+            pl_module.logger.experiment.add_figure("memory/report", figure, global_step=trainer.global_step)  # type: ignore[attr-defined]

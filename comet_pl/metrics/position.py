@@ -1,0 +1,91 @@
+"""Loss by position in the document, and its picture: does far context help?
+
+The position of a target is the chunk, counted from the document's first, of the token that it is predicted from: what lies in chunks
+before is known through the memory alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics import Metric
+
+from comet_pl.model.chunking import fixed_chunks
+
+BUCKETS = 48  # 2^46 chunks and more are counted together
+Bucket = dict[str, Any]
+"""{"from", "to": chunks, both included, "loss": mean or None, "labels": targets}"""
+
+
+class LossByPosition(Metric):
+    """Mean loss of targets in chunk 0, 1, 2-3, 4-7, 8-15, ... of their document."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros(BUCKETS, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, places: Tensor, losses: Tensor, chunks: np.ndarray) -> None:
+        """places: (k,) flat columns in (B, N) that have a target. losses: (k,) of these. chunks: (B, N), see chunk_of_columns."""
+        # The exponent of x = f * 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7, ...
+        bucket = torch.from_numpy(np.frexp(chunks.reshape(-1)[places.cpu().numpy()])[1].clip(max=BUCKETS - 1)).long()
+        self.total += torch.zeros(BUCKETS, dtype=torch.float64).index_add(0, bucket, losses.double().cpu()).to(self.device)
+        self.count += torch.bincount(bucket, minlength=BUCKETS).double().to(self.device)
+
+    def compute(self) -> list[Bucket]:
+        """All buckets up to the last one with a target; loss None: no target, or not finite."""
+        total, count = self.total.tolist(), self.count.tolist()
+        last = max((number for number, n in enumerate(count) if n), default=-1)
+        means = [total[number] / count[number] if count[number] else np.nan for number in range(last + 1)]
+        return [
+            {"from": 1 << number >> 1, "to": (1 << number) - 1, "loss": mean if np.isfinite(mean) else None, "labels": int(count[number])}
+            for number, mean in enumerate(means)
+        ]
+
+
+def chunk_of_columns(
+    mask: Tensor, chunk_size: int, chunk_sizes: Sequence[Sequence[int]] | None = None, resets: Sequence[Sequence[bool]] | None = None
+) -> np.ndarray:
+    """(B, N) int: the chunk of each real column, from 0 on at its document's begin; 0 at padding.
+
+    Args:
+        mask: (B, N), 0 = padding on any side. chunk_size: C, where no chunk_sizes are prescribed. chunk_sizes, resets: a list each row, as
+            the model takes them.
+    """
+    real = mask.bool().cpu().numpy()
+    chunks = np.zeros(real.shape, dtype=np.int64)
+    for row, here in enumerate(real):
+        sizes = fixed_chunks(int(here.sum()), chunk_size) if chunk_sizes is None else list(chunk_sizes[row])
+        numbers = np.arange(len(sizes))
+        if resets is not None:  # a document's first chunk is number 0
+            numbers -= np.maximum.accumulate(np.where(resets[row], numbers, 0))
+        chunks[row, here] = np.repeat(numbers, sizes)
+    return chunks
+
+
+def name(bucket: Bucket) -> str:
+    """0, 1, 2-3, 4-7, ..."""
+    return str(bucket["from"]) if bucket["to"] <= bucket["from"] else f"{bucket['from']}-{bucket['to']}"
+
+
+def curve(buckets: Sequence[Bucket]) -> Figure:
+    """Mean loss (y) by position in the document (x, log-spaced), with the number of targets; buckets without any are left out."""
+    seen = [(place, one) for place, one in enumerate(buckets) if one["loss"] is not None]
+    figure = Figure(figsize=(2.6 + 0.7 * max(4, len(buckets)), 3.4), layout="constrained", dpi=100)
+    axes = figure.subplots()
+    axes.plot([place for place, _ in seen], [one["loss"] for _, one in seen], marker="o")
+    axes.set_xticks(range(len(buckets)), [f"{name(one)}\n{one['labels']:,}" for one in buckets])
+    axes.set_xlabel("chunk of the document, number of targets below")
+    axes.set_ylabel("mean loss")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_title("Loss by position in the document", fontsize=11)
+    return figure

@@ -103,7 +103,7 @@ def test_tensorboard_holds_the_pinned_tags(trained):
 
 
 def test_monitors_write_files_beside(trained):
-    names = {"memory.png", "length_report.png", "length_report.json", "predictions-2.jsonl", "predictions-4.jsonl"}
+    names = {"gates.png", "memory.png", "length_report.png", "length_report.json", "predictions-2.jsonl", "predictions-4.jsonl"}
     assert {path.name for path in (trained / "monitor").iterdir()} == names
     answers = [json.loads(line) for line in (trained / "monitor" / "predictions-4.jsonl").read_text().splitlines()]
     assert [(one["depth"], one["length"], one["score"]) for one in answers] == [(0, 64, 0), (1, 64, 0)]
@@ -113,11 +113,13 @@ def test_monitors_write_files_beside(trained):
 
 
 def test_monitors_that_are_off_write_nothing(tmp_path):
-    keys = [f"monitor.{name}=false" for name in ("memory", "length_report", "predictions")]
+    keys = [f"monitor.{name}=false" for name in ("gates", "memory", "length_report", "predictions")]
     folder = run(tmp_path, "off", *keys, "trainer.max_steps=2", "eval.after_fit=false")
     assert not (folder / "monitor").exists()
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
-    assert not [tag for tag in events.Tags()["scalars"] if tag.startswith(("memory/norm", "memory/rank", "memory/att", "val/loss_by"))]
+    assert not [
+        tag for tag in events.Tags()["scalars"] if tag.startswith(("gate/", "memory/norm", "memory/rank", "memory/att", "val/loss_by"))
+    ]
     assert events.Tags()["images"] == ["val/heatmap"]
     assert "val/predictions/text_summary" not in events.Tags()["tensors"]
 

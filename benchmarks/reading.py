@@ -71,9 +71,9 @@ class Enough(Exception):
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    machine = report.machine(options.device if options.device != "auto" else "cpu")
     conversation = untrained(options.model) if options.model.startswith("conf=") else open_conversation(options, None)[0]
     model, config = conversation.model, conversation.model.config
+    machine = report.machine(model.device.type)
     marks: list[dict[str, float]] = []
     wall, processor, last = time.monotonic(), time.process_time(), 0
 

@@ -40,7 +40,7 @@ from comet_pl import sweep_table
 from comet_pl.conf_files import hints_of, read_arguments, read_yaml
 from comet_pl.config import load, to_dict
 from comet_pl.errors import UserError, run_cli
-from comet_pl.results import PLAIN, replace_file
+from comet_pl.results import PLAIN, as_json, replace_file
 from comet_pl.schema import key
 from comet_pl.values import as_type, convert, nearest
 
@@ -195,7 +195,7 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                 run = running.pop(process)
                 if process.returncode == 0:
                     found = sweep_table.read_values(run.folder)
-                    replace_file(run.folder / DONE, f"{json.dumps(found, indent=2)}\n".encode(), "run.root")
+                    replace_file(run.folder / DONE, as_json(found, indent=2), "run.root")
                     done = total - len(waiting) - len(running) - len(failed)
                     console.print(f"{done}/{total} {run.folder.name}: {sweep_table.in_a_line(found)}", **PLAIN)
                 else:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError
-from comet_pl.results import PLAIN, replace_file
+from comet_pl.results import PLAIN, as_png, replace_file
 from comet_pl.values import nearest
 
 Found = tuple[dict[str, str], dict[str, float]]
@@ -99,9 +99,7 @@ def write(path: Path, found: Sequence[Found], patterns: Sequence[str] | None, co
     caption = f"{seeds}; mean ± standard deviation" if counts and counts[-1] > 1 else seeds
     replace_file(path.with_name(f"{path.name}.md"), as_markdown([*axes, *metrics], rows, len(axes), caption).encode(), "run.root")
     if metrics:
-        picture = io.BytesIO()
-        plot(groups, metrics, caption).savefig(picture, format="png")
-        replace_file(path.with_name(f"{path.name}.png"), picture.getvalue(), "run.root")
+        replace_file(path.with_name(f"{path.name}.png"), as_png(plot(groups, metrics, caption)), "run.root")
     table = Table(*axes)
     for metric in metrics:
         table.add_column(metric, justify="right", overflow="fold")

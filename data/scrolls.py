@@ -214,8 +214,9 @@ class Corpus:
 
     def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
         question, document = split_input(task, row)
-        first, at = self._inputs.setdefault((task, row["id"]), (_digest(row["input"]), place))
-        if first != _digest(row["input"]):
+        whole = _digest(row["input"])
+        first, at = self._inputs.setdefault((task, row["id"]), (whole, place))
+        if first != whole:
             return complaints.add(place, f"id: {row['id']!r:.40} again with another input, first at {at}")
         output = row.get("output") or ""
         ids, answer = self.frame.question(question), self.frame.answer(output)

@@ -32,7 +32,7 @@ from rich.console import Console
 
 from comet_pl import CometCache, flops
 from comet_pl.any_model import add_options, open_conversation
-from comet_pl.build import build_model, build_tokenizer
+from comet_pl.build import build_model, build_tokenizer, device_of
 from comet_pl.config import load
 from comet_pl.conversation import Conversation, encode
 from comet_pl.errors import Parser, UserError, run_cli
@@ -71,7 +71,7 @@ class Enough(Exception):
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(options.threads)
-    conversation = untrained(options.model) if options.model.startswith("conf=") else open_conversation(options, None)[0]
+    conversation = untrained(options) if options.model.startswith("conf=") else open_conversation(options, None)[0]
     model, config = conversation.model, conversation.model.config
     machine = report.machine(model.device.type)
     marks: list[dict[str, float]] = []
@@ -121,10 +121,11 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def untrained(name: str) -> Conversation:
-    config = load([name])
+def untrained(options: argparse.Namespace) -> Conversation:
+    """The conf's model with the options that `open_conversation` would heed."""
+    config = load([options.model, f"trainer.accelerator={options.device}", *(f"model.{one}" for one in options.set)])
     tokenizer = build_tokenizer(config)
-    model = build_model(config, tokenizer).eval()
+    model = build_model(config, tokenizer).eval().to(device_of(config), getattr(torch, options.dtype or "float32"))
     model.config.rollover = True  # or an open chunk would grow for ever
     return Conversation(model, tokenizer, CometCache())
 
@@ -183,6 +184,7 @@ def main(argv: list[str]) -> None:
     files = " ".join(f"PATH/{Path(file).name}" for file in options.files)
     rest = [f"--tokens {options.tokens}", f"--minutes {options.minutes:g}", f"--threads {options.threads}"]
     sets = [f"--set {one}" for one in options.set]
+    sets += [f"--dtype {options.dtype}"] if options.dtype else []
     command = ["python benchmarks/reading.py", options.model, files, f"--name {options.name}", *rest, *sets]
     result = {"command": " ".join(command), **benchmark(options)}
     report.write_json(options.out / f"reading-{options.name}.json", result)

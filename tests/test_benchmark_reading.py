@@ -37,6 +37,14 @@ def test_a_short_reading(tmp_path, capsys):
     assert "| 12,288 |" in performance.page(tmp_path)
 
 
+def test_options_of_the_model_reach_a_confs_too(tmp_path):
+    options = ["conf=passkey", "--set", "chunk_size=32", "--dtype", "bfloat16", "--device", "cpu"]
+    reading.main([*options, str(TEXT), "--name", "small", "--tokens", "4096", "--threads", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "reading-small.json").read_text())
+    assert (found["shape"]["chunk"], found["dtype"]) == (32, "bfloat16")
+    assert found["command"].endswith("--set chunk_size=32 --dtype bfloat16")
+
+
 def test_verdict_by_hand():
     marks = [{"tokens": n * 100, "seconds": n * 1.0, "processor_seconds": n * n / 10, "process_mib": 100.0 + n} for n in range(1, 9)]
     found = reading.verdict(marks, "processor_seconds")

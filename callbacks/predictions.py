@@ -10,10 +10,9 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from comet_pl.results import Answer, as_json, replace_file
+from comet_pl.results import Answer, as_json, prompt_end, replace_file
 from data.base import IGNORED
 
-TAIL = 64  # tokens of a prompt's end that are shown
 SHOWN = 16  # examples in TensorBoard; the file has all
 
 
@@ -40,7 +39,7 @@ class Predictions(lightning.Callback):
     ) -> None:
         """One answer; prompt: its tokens, facts: what else the file says of it."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        end = {"prompt_end": tokenizer.decode(list(prompt[-TAIL:]))}
+        end = {"prompt_end": prompt_end(tokenizer, prompt)}
         self.answers.append({"id": name, **end, "prediction": prediction, "references": references, "score": score, **facts})
 
     def add_likeliest(

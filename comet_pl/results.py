@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,13 @@ from rich.text import Text
 from comet_pl.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
 
+TAIL = 64  # tokens of a prompt's end that are shown
 Answer = dict[str, Any]
-"""{"id", "prediction", "references", "score", ...} of one example"""
+"""{"id", "prompt_end", "prediction", "references", "score", ...} of one example; score None: the right answer is secret"""
 
 
 class Results:
@@ -69,6 +73,26 @@ class Results:
 
     def _replace(self, name: str, content: bytes) -> None:
         replace_file(self.out / name, content, "out")
+
+
+def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] | np.ndarray) -> str:
+    """The text of a prompt's last TAIL tokens, (n,) ids."""
+    return str(tokenizer.decode([int(i) for i in prompt[-TAIL:]]))
+
+
+def worst_first(file: Path) -> list[Answer]:
+    """The answers of a predictions .jsonl, the lowest score first; equal ones in the file's order, those without a score last.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        answers = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
+        return sorted(answers, key=lambda answer: (answer.get("score") is None, answer.get("score") or 0))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, AttributeError, TypeError):
+        raise UserError(f"{file}: not a file of predictions, a JSON object {{id, prediction, references, score}} a line") from None
 
 
 def replace_file(path: Path, content: bytes, key: str) -> None:

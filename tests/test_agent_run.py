@@ -13,6 +13,7 @@ from models import tiny
 from comet_pl import build
 from comet_pl.config import load
 from comet_pl.evaluation.agent import act
+from comet_pl.metrics.scrolls import f1
 from data.agent_traces import source_of, split_of, validation_samples
 from data.base import AGENT_TOKENS, train_tokenizer
 from data.samples import Sample
@@ -51,6 +52,8 @@ def test_turn_by_turn_is_the_whole_text(comet):
         said = model.generate(ids[:, :content], max_new_tokens=9, do_sample=False, eos_token_id=3, pad_token_id=3)[0, content:]
         assert answer["prediction"] == Words.decode(said)
         assert answer["references"] == [Words.decode(ids[0, content:end])]
+        assert answer["prompt_end"] == Words.decode(ids[0, :content])
+        assert answer["score"] == f1(answer["prediction"], answer["references"][0])  # no turn calls a tool
 
 
 def write_traces(folder, count=12):

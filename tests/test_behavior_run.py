@@ -32,6 +32,9 @@ def test_a_run_trains_validates_and_compares_with_truncation_and_retrieval(tmp_p
     assert aged and all(cell["accuracy"] == 1 for cell in aged)  # the whole window holds the evidence
     lines = [json.loads(line) for line in (folder / "predictions" / "last_1k.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and {"kind", "age", "prediction", "references"} <= set(lines[0])
+    whole = [json.loads(line) for line in (folder / "predictions" / "CoMeT.jsonl").read_text().splitlines()]
+    assert all("?" in line["prompt_end"] for line in lines)
+    assert [line["prompt_end"][-40:] for line in lines] == [line["prompt_end"][-40:] for line in whole]  # the same question's end
     assert (folder / "eval" / "user_behavior.png").stat().st_size > 1000
 
 

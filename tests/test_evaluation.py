@@ -122,6 +122,7 @@ def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert len(lines) == 12 and predictions == {line["id"]: line["prediction"] for line in lines}
     assert all(line["score"] == float(line["prediction"] == line["references"][0]) == float(line["depth"] > 0) for line in lines)
     assert all(line["references"][0].isdigit() and len(line["references"][0]) == DIGITS for line in lines)
+    assert all(line["prompt_end"].endswith("The pass key is ") for line in lines)
     shown = capsys.readouterr().out
     assert "200" in shown and "66.7%" in shown and str(tmp_path) in shown.replace("\n", "")
     assert not list(tmp_path.rglob("*.part"))
@@ -188,6 +189,8 @@ def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
         lines = [json.loads(line) for line in (tmp_path / "predictions" / f"{task}.jsonl").read_text().splitlines()]
         assert texts == {line["id"]: line["prediction"] for line in lines}
         assert {line["id"]: len(line["references"]) for line in lines} == {"0": 2, "1": 1, "2": 1}
+        assert [line["question"] for line in lines] == ["Who ran ?", "Who ran far ?", "Who ran far far ?"]  # it stands before the document
+        assert all(line["prompt_end"].endswith("<|assistant|>") for line in lines)
         assert all(line["score"] == scores(task, line["prediction"], line["references"])["scrolls_score"] for line in lines)
         assert results[task]["scrolls_score"] == pytest.approx(sum(line["score"] for line in lines) / 3)
         assert results[task]["n"] == 3

@@ -12,7 +12,19 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torchmetrics.text import SQuAD
 
-from comet_pl.metrics.agent import BUCKETS, NOWHERE, AgentScore, action_text, as_arguments, bucket, by_distance, parse_action, same_json
+from comet_pl.metrics.agent import (
+    BUCKETS,
+    NOWHERE,
+    AgentScore,
+    action_text,
+    as_arguments,
+    bucket,
+    by_distance,
+    judge,
+    parse_action,
+    same_json,
+)
+from comet_pl.metrics.scrolls import f1
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
@@ -98,6 +110,23 @@ def test_buckets():
 
 
 CALL = action_text("find", {"order": "W123", "count": 2})
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "judged"),
+    [
+        (action_text("find", {"count": 2.0, "order": "W123"}), CALL, (True, True, True)),
+        (action_text("find", {"order": "W124", "count": 2}), CALL, (True, True, False)),
+        (action_text("seek", {"order": "W123", "count": 2}), CALL, (True, False, False)),
+        ("The order, please?", CALL, (True, False, False)),
+        (CALL, "It was sent.", (False, False, False)),
+        ("It was sent.", "It was sent.", (False, False, False)),
+    ],
+)
+def test_a_turn_is_judged(prediction, reference, judged):
+    assert judge(prediction, reference) == (f1(prediction, reference), *judged)
+
+
 UPDATES = [
     # distance, turn, loss, tokens, reference, prediction
     (1, 1, 2.0, 4, CALL, action_text("find", {"count": 2.0, "order": "W123"})),

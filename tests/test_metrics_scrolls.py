@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import lzma
 import re
@@ -17,14 +18,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from rouge_score.rouge_scorer import RougeScorer
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import (
     METRICS,
+    PAPER,
+    PAPER_AVERAGES,
     SCROLLS,
     ScrollsScore,
     average,
+    beside_paper,
     exact_match,
     f1,
     main,
@@ -275,3 +280,31 @@ def test_submissions_that_are_refused(tmp_path: Path):
     with pytest.raises(UserError, match="cannot be written"):
         submission_csv(whole, path / "below.csv")
     assert path.read_bytes() == before
+
+
+# -- beside the paper's ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_papers_numbers_name_our_tasks_and_metrics():
+    assert all(metric in METRICS[task] and task in SCROLLS for task, (metric, *_) in PAPER.items())
+    numbers = {task: numbers for task, (_, *numbers) in PAPER.items()}
+    assert numbers == {"gov_report": [62.5, 61.0], "summ_screen_fd": [33.4, 32.5], "qasper": [35.5, 40.3], "narrative_qa": [22.6, 22.1],
+                       "quality": [56.0, 64.2]}  # fmt: skip
+    assert PAPER_AVERAGES["CoMeT"] == 40.10 and PAPER_AVERAGES["full attention"] == 42.23
+    assert sorted(PAPER_AVERAGES.values(), reverse=True) == list(PAPER_AVERAGES.values()) and len(PAPER_AVERAGES) == 7
+
+
+def lines(values: dict) -> list[str]:
+    console = Console(width=160, file=io.StringIO())
+    console.print(beside_paper(values))
+    return [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+
+
+def test_the_table_puts_like_beside_like():
+    """The paper's ROUGE-1 stands beside a geometric mean, so the task's own ROUGE-1 has to be there too; qmsum is not in the paper."""
+    values = {"gov_report": score("gov_report"), "qmsum": score("qmsum")}
+    shown = lines({**values, "average": average(values)})
+    assert "gov_report 55.81 3 rouge1 72.22, rouge2 33.33, rougeL 72.22 rouge1 62.5 rouge1 61.0" in shown
+    assert "qmsum 55.81 3 rouge1 72.22, rouge2 33.33, rougeL 72.22" in shown
+    assert "average 55.81 40.10 42.23" in shown
+    assert "average 40.10 42.23" in lines({})  # a test split: nothing was scored

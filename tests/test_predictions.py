@@ -13,6 +13,8 @@ from tiny_runs import ROOT, TINY
 from callbacks import scrolls_scores
 from callbacks.behavior_scores import BehaviorScores
 from callbacks.predictions import Predictions, as_table
+from comet_pl.errors import UserError
+from comet_pl.results import as_json, worst_first
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 WORDS = list("_abcdefghi")
@@ -112,3 +114,23 @@ def test_scrolls_answers_are_generated_once(tmp_path, monkeypatch):
     ]
     assert [one["score"] for one in found] == pytest.approx([100, 200 / 3])
     assert all(one["references"] == ["a lamp"] and one["prompt_end"].endswith("<|assistant|>") for one in found)
+
+
+def test_the_worst_come_first(tmp_path):
+    """Equal scores in the file's order, secret answers last; a line's text may hold what Python takes for line ends."""
+    scores = [1.0, None, 0.0, 0.5, 0.0]
+    answers = [{"id": str(n), "prediction": "a\u2028b\x85", "references": [], "score": score} for n, score in enumerate(scores)]
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b"".join(map(as_json, answers)))
+    assert worst_first(file) == [answers[n] for n in (2, 4, 3, 0, 1)]
+    file.write_text("")
+    assert worst_first(file) == []
+
+
+@pytest.mark.parametrize("content", ["{", "3\n", '{"score": "a"}\n{"score": 1}\n', b"\xff\n", None])
+def test_what_is_no_predictions_file_is_named(tmp_path, content):
+    file = tmp_path / "x.jsonl"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=r"x\.jsonl: (not a file of predictions|cannot be read)"):
+        worst_first(file)

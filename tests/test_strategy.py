@@ -203,6 +203,7 @@ OPTIONS = {
     "accumulated": {"accumulate": 3},
     "recomputed": {"recompute": "cell"},
     "memory+lora": {"parameters": "memory+lora"},
+    "penalised": {"gate_pull": 30.0, "gate_target": 0.8, "accumulate": 3, "bptt_chunks": 3},
 }
 
 
@@ -213,6 +214,7 @@ CORE = [
     ("zero2 along the pipeline", "accumulated"),
     ("zero3", "recomputed"),
     ("pipeline", "memory+lora"),
+    ("pipeline", "penalised"),
 ]
 
 

@@ -11,10 +11,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.evaluation.reading import generate
-from comet_pl.metrics.agent import AgentScore, by_distance
+from comet_pl.metrics.agent import AgentScore, by_distance, judge
 from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results
+from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import AgentData, Config
 from data.agent_traces import source_of, validation_samples
 from data.samples import Sample
@@ -41,12 +41,15 @@ def evaluate_agent(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, 
             values = metric.compute()
             results.write(values, {"agent": answers})
         results.draw(by_distance(values))
-    results.show(f"{len(traces)} agent traces, turn by turn, by turn distance", _agent_table(values))
+    results.show(f"{len(traces)} agent traces, turn by turn, by turn distance", agent_table(values))
     return values
 
 
 def act(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, trace: Sample, max_new_tokens: int) -> Iterator[Answer]:
-    """For each assistant turn of a trace: what the model would say there, and its loss on what was said."""
+    """For each assistant turn of a trace: what the model would say there, and its loss on what was said.
+
+    score: where a tool was called, whether the same is called with the same arguments; else F1 of the words.
+    """
     ids = torch.from_numpy(trace.ids.astype(np.int64))[None].to(model.device)
     cache, read, number = CometCache(), 0, 0
     for role, _, content, end, distance in trace.notes["turns"]:
@@ -62,11 +65,14 @@ def act(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, trace: Samp
         loss = torch.nn.functional.cross_entropy(logits, ids[0, content:end], reduction="sum")
         read = end
         texts = [str(tokenizer.decode(part, skip_special_tokens=True)).strip() for part in (given[0], ids[0, content:end])]
+        f1, calls, _, action = judge(*texts)
+        scored = {"prediction": texts[0], "references": [texts[1]], "score": float(action) if calls else f1}
         facts = {"turn": number, "distance": distance, "loss": float(loss), "tokens": end - content}
-        yield {"id": f"{trace.notes['id']}-{number}", "prediction": texts[0], "references": [texts[1]], **facts}
+        yield {"id": f"{trace.notes['id']}-{number}", "prompt_end": prompt_end(tokenizer, trace.ids[:content]), **scored, **facts}
 
 
-def _agent_table(values: dict[str, Any]) -> Table:
+def agent_table(values: dict[str, Any]) -> Table:
+    """A row each turn distance, then all, of AgentScore's values."""
     table = Table("turn distance")
     for name in ("turns", "perplexity", "token F1", "calls", "tool right", "and arguments"):
         table.add_column(name, justify="right")

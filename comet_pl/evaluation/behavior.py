@@ -11,7 +11,7 @@ from comet_pl.evaluation.reading import answer_prompts
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
 from comet_pl.metrics.passkey import short
 from comet_pl.model.comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results
+from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import Config, UserBehaviorData
 from data.user_behavior import Behavior, log_of
 
@@ -45,8 +45,9 @@ def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBas
             ceiling.update([questions.oracle(one, shown) for one, shown in zip(asked, events, strict=True)], references, kinds, ages)
             values[name], ceilings[name] = found.compute(), ceiling.compute()
             predictions[name.replace(" ", "_")] = [
-                {"id": str(number), "prediction": text, "references": [one.answer], "score": float(exact_match(text, one.answer)),
-                 "kind": one.query.kind, "age": one.age} for number, (one, text) in enumerate(zip(asked, texts, strict=True))
+                {"id": str(number), "prompt_end": prompt_end(tokenizer, prompt), "prediction": text, "references": [one.answer],
+                 "score": float(exact_match(text, one.answer)), "kind": one.query.kind, "age": one.age}
+                for number, (one, prompt, text) in enumerate(zip(asked, prompts, texts, strict=True))
             ]  # fmt: skip
             results.write({**values, "ceilings": ceilings}, predictions)
             results.draw(curves(values))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.evaluation.reading import Count, generate
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.model.comet import CometForCausalLM
-from comet_pl.results import Bar, Results
+from comet_pl.results import TAIL, Bar, Results, prompt_end
 from comet_pl.schema import Config, PasskeyData
 from data.base import pad_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
@@ -52,8 +52,9 @@ def evaluate_passkey(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 given, wanted = answer_digits(model, tokenizer, ids[:, :-ANSWER], bar.add), ids[:, -ANSWER:-1]
                 correct = (given == wanted).all(1)
                 metric.update(length, here, correct)
-                for index, depth, digits, key, right in zip(indices, here, given, wanted, correct.tolist(), strict=True):
-                    texts = {"prediction": tokenizer.decode(digits), "references": [tokenizer.decode(key)]}
+                ends = [prompt_end(tokenizer, row) for row in ids[:, -ANSWER - TAIL : -ANSWER].tolist()]
+                for index, depth, end, digits, key, right in zip(indices, here, ends, given, wanted, correct.tolist(), strict=True):
+                    texts = {"prompt_end": end, "prediction": tokenizer.decode(digits), "references": [tokenizer.decode(key)]}
                     answers.append({"id": f"{length}-{index}", **texts, "score": float(right), "length": length, "depth": depth})
             cells = sorted(kept + metric.compute(), key=lambda cell: (cell["length"], cell["depth"]))
             values = {"train_length": data.train_length, "cells": cells, "mean": means(cells), "weights": weights}

@@ -15,7 +15,7 @@ from comet_pl.evaluation.reading import Count, answer_prompts, generate
 from comet_pl.metrics.scrolls import METRICS, SCROLLS, ScrollsScore, average, exact_match, scores, submission_csv
 from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results
+from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import Config, ScrollsData
 from data.base import IGNORED, pad_rows, pad_token, stop_token
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
@@ -48,9 +48,10 @@ def evaluate_scrolls(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase
                 scored[task] = _scored(task, questions, texts, chosen)
             values = {**scored, "average": average(scored)} if scored else {}
             predictions[task] = []
-            for one, text in zip(questions, texts, strict=True):
+            for one, prompt, text in zip(questions, prompts, texts, strict=True):
                 score = scores(task, text, one.references)["scrolls_score"] if known else None
-                predictions[task].append({"id": one.id, "prediction": text, "references": one.references, "score": score})
+                asked_with = {"question": str(tokenizer.decode(one.question)).strip(), "prompt_end": prompt_end(tokenizer, prompt)}
+                predictions[task].append({"id": one.id, **asked_with, "prediction": text, "references": one.references, "score": score})
             results.write(values, predictions)
             found = (
                 f"{scored[task]['scrolls_score']:.2f} on {len(questions)} questions" if known else f"{len(questions)} questions answered"

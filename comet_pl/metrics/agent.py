@@ -79,6 +79,14 @@ def same_json(one: Any, other: Any) -> bool:
     return isinstance(one, bool) == isinstance(other, bool) and one == other
 
 
+def judge(prediction: str, reference: str) -> tuple[float, bool, bool, bool]:
+    """Of one turn: (F1 of the words, whether the reference calls a tool, the tool is right, its arguments are right too)."""
+    wanted, given = parse_action(reference), parse_action(prediction)
+    if wanted is None or given is None or wanted[0] != given[0]:
+        return f1(prediction, reference), wanted is not None, False, False
+    return f1(prediction, reference), True, True, same_json(wanted[1], given[1])
+
+
 def bucket(value: float) -> str:
     """The name of a value's bucket; NaN: NOWHERE."""
     return NOWHERE if math.isnan(value) else [name for name, least in BUCKETS.items() if least <= value][-1]
@@ -109,12 +117,8 @@ class AgentScore(Metric):
                 generated instead; None: only the loss counts.
         """
         known = torch.nan if distance is None else distance
-        score, wanted, given = 0.0, None, None
-        if prediction is not None:
-            score, wanted, given = f1(prediction, reference), parse_action(reference), parse_action(prediction)
-        name = wanted is not None and given is not None and wanted[0] == given[0]
-        action = name and same_json(wanted[1], given[1])  # type: ignore[index]
-        row = [known, turn, loss, tokens, prediction is not None, score, wanted is not None, name, action]
+        judged = (0.0, False, False, False) if prediction is None else judge(prediction, reference)
+        row = [known, turn, loss, tokens, prediction is not None, *judged]
         self.rows.append(torch.tensor([row], dtype=torch.float64, device=self.device))
 
     def compute(self) -> dict[str, Any]:

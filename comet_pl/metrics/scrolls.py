@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
@@ -49,6 +50,25 @@ METRICS = {
 }
 SCROLLS = [task for task in METRICS if task != "squality"]
 """The tasks of the benchmark and of its submission; squality is ZeroSCROLLS'."""
+PAPER = {
+    "gov_report": ("rouge1", 62.5, 61.0),
+    "summ_screen_fd": ("rouge1", 33.4, 32.5),
+    "qasper": ("f1", 35.5, 40.3),
+    "narrative_qa": ("f1", 22.6, 22.1),
+    "quality": ("exact_match", 56.0, 64.2),
+}
+"""Task -> (metric, the paper's CoMeT, its full attention), in percent: Qwen3-4B-Instruct-2507, memories of about 3k slots (arXiv
+2602.01766). For QuALITY the paper names no metric: ours is the task's official one."""
+PAPER_AVERAGES = {
+    "full attention": 42.23,
+    "CoMeT": 40.10,
+    "sliding window (5,120)": 38.24,
+    "LongLLMLingua": 37.36,
+    "Transformer-XL": 31.83,
+    "Activation Beacon": 30.71,
+    "HMT": 30.31,
+}
+"""Method -> the average that the paper reports, over its own tasks and metrics."""
 
 
 def normalise(answer: str) -> str:
@@ -128,6 +148,26 @@ class ScrollsScore(Metric):
 def average(tasks: dict[str, dict[str, float]]) -> float:
     """Mean scrolls_score over tasks."""
     return sum(values["scrolls_score"] for values in tasks.values()) / len(tasks)
+
+
+def beside_paper(values: Mapping[str, Any]) -> Table:
+    """A row each task, in percent: our scores, and what the paper reports, with its metric; last the averages.
+
+    Args:
+        values: what eval/scrolls.json holds; {}: no task was scored.
+    """
+    averages = ", ".join(f"{name} {value:.2f}" for name, value in PAPER_AVERAGES.items())
+    caption = f"The paper's averages, over its own tasks and metrics: {averages}"
+    table = Table("task", "SCROLLS score", "questions", "in detail", "the paper's CoMeT", "its full attention", caption=caption)
+    for task, found in values.items():
+        if task != "average":
+            detail = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name not in ("scrolls_score", "n"))
+            metric, *theirs = PAPER.get(task, ("",))
+            table.add_row(task, f"{found['scrolls_score']:.2f}", str(found["n"]), detail, *(f"{metric} {value:.1f}" for value in theirs))
+    table.add_section()
+    own = f"{values['average']:.2f}" if "average" in values else ""
+    table.add_row("average", own, "", "", *(f"{PAPER_AVERAGES[name]:.2f}" for name in ("CoMeT", "full attention")))
+    return table
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------------------

@@ -154,6 +154,8 @@ def picture(report: MemoryReport) -> Figure:
         figure.colorbar(image, ax=likeness, label="cosine, mean of layers and slots")
         likeness.set_xlabel("state after chunk")
         likeness.set_ylabel("state after chunk")
+        for axis in (likeness.xaxis, likeness.yaxis):
+            axis.get_major_locator().set_params(integer=True)
     else:
         likeness.set_axis_off()
     likeness.set_title("Global memory over chunks" if report.similarity is not None else "no global memory", fontsize=11)
@@ -166,6 +168,6 @@ def picture(report: MemoryReport) -> Figure:
     attention.set_ylim(0, 1)
     attention.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     attention.xaxis.get_major_locator().set_params(integer=True)
-    attention.legend(loc="upper center", ncols=3, fontsize=9)
+    attention.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False)
     attention.set_title("Where a text token's attention goes", fontsize=11)
     return figure

@@ -57,7 +57,7 @@ def share(value: float | None, digits: int = 0) -> str:
 
 
 def met(verdict: Result | None) -> str:
-    return ABSENT if verdict is None else "met" if verdict["met"] else "missed"
+    return ABSENT if verdict is None or verdict["met"] is None else "met" if verdict["met"] else "missed"
 
 
 def machine(result: Result) -> str:
@@ -315,6 +315,7 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # t
     ("Decoding with the paper's memory", "decode-full", "python benchmarks/decode.py --full", decode),
     ("Decoding on a GPU", "decode-cuda", "python benchmarks/decode.py --device cuda", decode),
     ("A training step", "training", "python benchmarks/training.py", training),
+    ("A training step of the paper's shape", "training-full", "python benchmarks/training.py --full", training),
     ("Start-up", "startup", "python benchmarks/startup.py", startup),
     ("Two processes share a text", "pipeline", "python benchmarks/pipeline.py", pipeline),
     ("Data", "data", "python benchmarks/data.py", data),

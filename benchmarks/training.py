@@ -118,8 +118,8 @@ def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:
     return {
         "flat_from": flat_from,
         "ratios": ratios,
-        "less": {"allowed": LESS, "met": all(one["tensors_mib"] <= LESS for one in long)},
-        "growth": {"beyond_boundaries": growth, "allowed": GROWS, "met": growth is None or growth < GROWS},
+        "less": {"allowed": LESS, "met": all(one["tensors_mib"] <= LESS for one in long) if long else None},
+        "growth": {"beyond_boundaries": growth, "allowed": GROWS, "met": None if growth is None else growth < GROWS},
         "same": {"allowed": SAME, "met": all(one["differs"] <= SAME for one in ratios)},
     }
 
@@ -157,7 +157,7 @@ def show(result: dict[str, Any]) -> None:
             f"{one['length']:,} tokens, chunk / cell: tensors {one['tensors_mib']:.2f}, process {one['process_mib']:.2f}, "
             f"time {one['seconds_to_cell']:.2f} (/ none {one['seconds_to_none']:.2f}); loss, gradient norm differ by {one['differs']:.0e}"
         )
-    said = {True: "met", False: "MISSED"}
+    said = {True: "met", False: "MISSED", None: "not measured"}
     ratio = result["ratio"]
     console.print(
         f"a step / the same with slots in full, {ratio['shape']} shape, {ratio['length']:,} tokens: {ratio['value']:.3f} "

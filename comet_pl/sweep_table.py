@@ -151,7 +151,8 @@ def plot(groups: dict[tuple[tuple[str, str], ...], dict[str, Spread]], metrics: 
     columns = min(count, 3)
     lines = math.ceil(count / columns)
     height = max(3.2, 1.4 + 0.24 * len(labels))
-    figure = Figure(figsize=(5 * columns + 1, height * lines), layout="constrained", dpi=100)
+    legend = 0.25 * math.ceil(len(labels) / columns) if curves else 0
+    figure = Figure(figsize=(5 * columns + 1, height * lines + legend), layout="constrained", dpi=100)
     panels: Iterator[Any] = iter(figure.subplots(lines, columns, squeeze=False).flat)
     for name, here in curves.items():
         axes = next(panels)
@@ -167,7 +168,8 @@ def plot(groups: dict[tuple[tuple[str, str], ...], dict[str, Spread]], metrics: 
             axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize=7)
+    if curves:
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
     for metric in singles:
         axes = next(panels)
         places = [place for place, values in enumerate(groups.values()) if metric in values]

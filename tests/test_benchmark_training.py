@@ -70,6 +70,8 @@ def test_verdict_by_hand():
     assert found["less"]["met"] and found["growth"]["met"] and found["same"]["met"]  # 1,024 tokens are too few to count
     worse = training.verdict([*cells(8192, 12.0, 2.0), *cells(16384, 25.0, 4.0, grad_norm=1.001)], 8192)
     assert not (worse["less"]["met"] or worse["growth"]["met"] or worse["same"]["met"])
+    short = training.verdict(cells(1024, 30.0, 1.0), 8192)
+    assert short["less"]["met"] is None and short["growth"]["met"] is None and short["same"]["met"]
 
 
 @pytest.mark.parametrize(

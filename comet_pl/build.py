@@ -95,6 +95,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
     from transformers import AutoConfig
 
     from comet_pl import CometConfig, CometForCausalLM
+    from comet_pl.model.start import start_lookups
 
     backbone, comet = config.backbone, asdict(config.model)
     if backbone.path is not None:
@@ -120,7 +121,10 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
         settings = CometConfig(backbone_config=decoder, **comet)
         settings.backbone_config.max_position_embeddings = settings.positions()
         settings._attn_implementation = backbone.attn_implementation
-        return CometForCausalLM(settings)
+        model = CometForCausalLM(settings)
+        if backbone.lookback is not None:
+            start_lookups(model, backbone.lookback)
+        return model
     except ValueError as error:
         raise UserError(f"model or backbone: {first_line(error)}") from None
 

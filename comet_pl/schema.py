@@ -36,6 +36,10 @@ def _length_schedule(pairs: list[list[int]]) -> bool:
     return all(len(pair) == 2 and pair[1] >= 1 for pair in pairs) and steps[0] == 0 and sorted(set(steps)) == steps
 
 
+def _least_most(values: list[int]) -> bool:
+    return len(values) == 2 and values[0] <= values[1]
+
+
 def _interval(value: int | float) -> bool:
     return 0 < value <= 1 if isinstance(value, float) else value >= 1
 
@@ -98,6 +102,9 @@ class BackboneConfig:
     initializer_range: float = key(0.02, "from scratch: standard deviation of new weights", above=0)
     tie_word_embeddings: bool = key(True, "from scratch: the head shares the embedding's weights")
     vocab_size: int = key(512, "from scratch: size of the tokenizer that is trained on the data (256 are bytes)", min=260)
+    lookback: list[int] | None = key(
+        None, "from scratch, with qwen2: a start that looks things up; how far back each head of layer 1 looks; null: all drawn", min=0
+    )
     attn_implementation: str = key("sdpa", "attention kernel", choices=("sdpa", "eager"))
 
 
@@ -179,14 +186,25 @@ class UserBehaviorData:
     action: str = key("purchase", "the action that questions are about")
     kinds: list[str] | None = key(None, "kinds of questions (comet_pl/metrics/behavior.py); null: all that the columns allow")
     questions: int = key(1, "questions that a training row asks about its window, one after the other", min=1)
-    day_header: bool = key(True, "the day once above its events; false: in each line")
+    layout: str = key(
+        "days",
+        "history: the day once above its events, in each of the lines, or lines that begin with item and day (then questions name numbers)",
+        choices=("days", "lines", "items"),
+    )
     whole_words: bool = key(
-        True, "a tokenizer trained here: an item, time or price is one token where vocab_size allows, a day two; false: digit by digit"
+        True, "a tokenizer trained here: an item, day, time or price is one token where vocab_size allows; false: digit by digit"
     )
     keep_events: float = key(
         1.0, "training windows leave out events at random: the least share that is kept (next_item is then the next kept)", above=0, max=1
     )
     shift_days: int = key(0, "training windows have their days moved, all alike, by up to so many", min=0)
+    new_days: list[int] | None = key(
+        None,
+        "training windows have their events spread over [least, most] other days, within shift_days of the log; null: days as they are",
+        min=1,
+        check=_least_most,
+        needs="[least, most] or null",
+    )
     duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
     train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)
     length_schedule: list[list[int]] | None = key(

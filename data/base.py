@@ -25,8 +25,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 IGNORED = -100  # label of a token without loss
-# 14:05, 0.42 and 85123A are words; so are a date's month, 2011-05, and the -31 after it; a space is never part of one.
-WORDS = r"\d{4}-\d\d(?=-\d\d(?!\d))|-\d\d(?!\d)|\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
+# 14:05, 0.42, 85123A and 2011-05-31 are words; a space is never part of one.
+WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
 
 
 def train_tokenizer(
@@ -34,8 +34,8 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
-    Every digit is a token of its own; with whole_words numbers and times are merged like words, a date is its month and its day, so that a
-    date of which no text has told is as short as others, and a word is the same token with and without a space before it. Special tokens:
+    Every digit is a token of its own; with whole_words numbers, times and dates are merged like words, and a word is the same token with
+    and without a space before it. Special tokens:
     <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the chat template writes
     '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
 

@@ -19,6 +19,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,22 @@ class Log:
 
     histories: list[History]
     items: list[str]
-    labels: list[str]  # each item as a text shows it: DESCRIPTION (ITEM), or ITEM
+    descriptions: list[str] | None  # of the items
     actions: list[str]
     has_quantity: bool
     has_price: bool
+
+    @cached_property
+    def labels(self) -> list[str]:
+        """Each item as a text shows it: DESCRIPTION (ITEM), or ITEM."""
+        if self.descriptions is None:
+            return self.items
+        return [f"{description} ({item})" for description, item in zip(self.descriptions, self.items, strict=True)]
+
+    @cached_property
+    def ends(self) -> tuple[np.datetime64, np.datetime64]:
+        """Time of the first and of the last event."""
+        return min(history.time[0] for history in self.histories), max(history.time[-1] for history in self.histories)
 
 
 def read_log(
@@ -249,8 +262,8 @@ class _Reader:
             say(f"{self.unordered} events were out of order and are sorted; the first: {self.first_unordered}")
         if self.aware:
             say(f"times with {len(self.offsets)} offset{'s' * (len(self.offsets) > 1)} from UTC are shown in UTC")
-        labels = [f"{self.descriptions[item]} ({item})" for item in items] if self.descriptions is not None else items
-        return Log(histories, items, labels, list(self.numbers["action"]), bool(self.columns.quantity), bool(self.columns.price))
+        descriptions = [self.descriptions[item] for item in items] if self.descriptions is not None else None
+        return Log(histories, items, descriptions, list(self.numbers["action"]), bool(self.columns.quantity), bool(self.columns.price))
 
     def _without_repeats(self, table: dict[str, np.ndarray], order: np.ndarray, duplicates: str) -> np.ndarray:
         """Counts events that equal an earlier one in every column, and drops them if that is wanted."""

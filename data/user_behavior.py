@@ -7,6 +7,9 @@
            | ...                                           |
            |                                               |
 
+That is data.layout=days. With lines the day stands in each line; with items each line begins with what a question asks about,
+`21495 2010-12-01 14:41 purchase 25 x RED MUG at 0.42`, and questions name the item's number alone.
+
 before and after are the tokenizer's chat template, a blank line stands between history and question, and the loss is on the answer and its
 stop token. Each line is tokenised on its own, so that an event's place in tokens is exact and a window of a history is a slice.
 
@@ -48,17 +51,22 @@ DAY = np.timedelta64(1, "D")
 TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer
 
 
-def lines(history: History, log: Log, day_header: bool = True) -> list[tuple[str, str]]:
-    """(day, line) of each event, both ending in a newline. With day_header the day stands above the first line of a day, else in each."""
+def lines(history: History, log: Log, layout: str = "days") -> list[tuple[str, str]]:
+    """(day, line) of each event, both ending in a newline. Layout days: the day stands above the first line of a day; lines: in each line;
+    items: each line begins with item and day, so that what belongs together stands together."""
     days = [f"{day}\n" for day in history.time.astype("datetime64[D]").astype(str).tolist()]
     found = []
     for number, time in enumerate(history.time.astype(str).tolist()):
+        item = history.item[number]
         clock = time[11:16] if time.endswith(":00") else time[11:]
-        amount = f" {history.quantity[number]} x" if log.has_quantity else ""
+        action = f"{clock} {log.actions[history.action[number]]}{f' {history.quantity[number]} x' if log.has_quantity else ''}"
         price = f" at {_price(int(history.price[number]))}" if log.has_price else ""
-        day = "" if day_header else f"{time[:10]} "
-        found.append(f"{day}{clock} {log.actions[history.action[number]]}{amount} {log.labels[history.item[number]]}{price}\n")
-    return list(zip(days if day_header else [""] * len(found), found, strict=True))
+        if layout == "items":
+            name = f" {log.descriptions[item]}" if log.descriptions else ""
+            found.append(f"{log.items[item]} {time[:10]} {action}{name}{price}\n")
+        else:
+            found.append(f"{'' if layout == 'days' else f'{time[:10]} '}{action} {log.labels[item]}{price}\n")
+    return list(zip(days if layout == "days" else [""] * len(found), found, strict=True))
 
 
 def _price(units: int) -> str:
@@ -101,8 +109,8 @@ class Encoded:
         return int(np.searchsorted(-sizes, -room))
 
 
-def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBase, day_header: bool = True) -> Encoded:
-    found = lines(history, log, day_header)
+def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBase, layout: str = "days") -> Encoded:
+    found = lines(history, log, layout)
     numbers = np.arange(len(found))
     new = np.array([not number or found[number][0] != found[number - 1][0] for number in numbers])
     pieces = [piece for (day, line), first in zip(found, new, strict=True) for piece in ([day, line] if first else [line])]
@@ -114,9 +122,9 @@ def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBas
     return Encoded(stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]])
 
 
-def texts(log: Log, action: str = "purchase", day_header: bool = True, shift_days: int = 0) -> Iterator[str]:
+def texts(log: Log, action: str = "purchase", layout: str = "days", shift_days: int = 0) -> Iterator[str]:
     """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer. Days are
-    moved by up to shift_days, so that it knows the months that `Behavior.varied` makes."""
+    moved by up to shift_days, so that it knows the days that `Behavior.varied` makes."""
     training = set(split_users([history.user for history in log.histories])["train"])
     chosen = [history for history in log.histories if history.user in training]
     most = TEXT_EVENTS // len(chosen) + 1  # of a user
@@ -124,11 +132,11 @@ def texts(log: Log, action: str = "purchase", day_header: bool = True, shift_day
     for whole in chosen:
         history = _part(whole, 0, most)
         history = replace(history, time=history.time + (np.arange(len(history)) * 37 % (2 * shift_days + 1) - shift_days) * DAY)
-        for number, (day, line) in enumerate(lines(history, log, day_header)):
+        for number, (day, line) in enumerate(lines(history, log, layout)):
             item, date = int(history.item[number]), history.time[number].astype("datetime64[D]")
             which, answer = ("last", "yes") if number % 2 else ("first", "no")
             query = Query(kinds[number // 2 % len(kinds)], item, item, date, date, which)
-            yield f"{day}{line}\n{wording(query, log, action)}{answer}"
+            yield f"{day}{line}\n{wording(query, log, action, layout == 'items')}{answer}"
 
 
 class Behavior:
@@ -138,7 +146,7 @@ class Behavior:
         seed: 0 <= seed < 2**32. split: train, validation or test; each has its own users (data.events.split_users) and random numbers.
         max_length: tokens of an example, question and answer included. count: number of examples.
         kinds: of questions; None: all that the log has the columns for. action: the one that questions are about.
-        day_header: see `lines`. together: questions that a row asks about its window, one after the other, as the turns of a chat.
+        layout: see `lines`. together: questions that a row asks about its window, one after the other, as the turns of a chat.
 
     Raises:
         UserError: an unknown kind or action; total without prices; fewer than three users; a max_length without room for a single event.
@@ -154,12 +162,12 @@ class Behavior:
         count: int,
         kinds: Sequence[str] | None = None,
         action: str = "purchase",
-        day_header: bool = True,
+        layout: str = "days",
         together: int = 1,
     ):
         self.together = together
         self.log, self.tokenizer, self.split, self.stream = log, tokenizer, split, seed + (SPLITS[split] << 32)
-        self.max_length, self.count, self.action, self.day_header = max_length, count, action, day_header
+        self.max_length, self.count, self.action, self.layout = max_length, count, action, layout
         self.kinds = _kinds(kinds, log)
         if action not in log.actions:
             raise UserError(f"data.action: {action!r} given{nearest(action, log.actions)}, the log has: {', '.join(sorted(log.actions))}")
@@ -182,7 +190,7 @@ class Behavior:
         if user not in self.cache:
             if len(self.cache) >= CACHED_USERS:
                 del self.cache[next(iter(self.cache))]
-            self.cache[user] = encode_history(self.log.histories[user], self.log, self.tokenizer, self.day_header)
+            self.cache[user] = encode_history(self.log.histories[user], self.log, self.tokenizer, self.layout)
         return self.cache[user]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -195,15 +203,17 @@ class Behavior:
         return ids, np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
 
     def row_of(self, index: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, labels), each (n,) int64, n <= length: row `index` with as many questions of `together` as its window allows."""
+        """(ids, labels), each (n,) int64, n <= length: row `index` with different questions, up to `together`, as many as fit."""
         first = self.question(index, length)
         ids, labels = self.sample(first)
         random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[1, 0, 0, length or self.max_length]))
+        asked = {first.query}  # an answer that stands above needs no lookup in the history
         for kind in random.choice(self.kinds, self.together - 1).tolist():
             found = self._ask(kind, first.user, first.start, first.end, random)
-            if found is None:
+            if found is None or found.query in asked:
                 continue
-            words = [*self.between, *encode(self.tokenizer, wording(found.query, self.log, self.action)), *self.after.tolist()]
+            asked.add(found.query)
+            words = [*self.between, *encode(self.tokenizer, self._wording(found.query)), *self.after.tolist()]
             answer = [*encode(self.tokenizer, found.answer), self.stop]
             if len(ids) + len(words) + len(answer) > (length or self.max_length):
                 break
@@ -211,16 +221,18 @@ class Behavior:
             labels = np.concatenate([labels, [IGNORED] * len(words), answer]).astype(np.int64)
         return ids, labels
 
-    def varied(self, index: int, length: int | None, keep: float, shift_days: int) -> Behavior:
+    def varied(self, index: int, length: int | None, keep: float, shift_days: int, new_days: Sequence[int] | None = None) -> Behavior:
         """Questions about a history made for row `index` out of a stretch of a real one, for training: a share of its events, drawn
-        between `keep` and 1 (each order of magnitude alike), the others left out, and all days moved alike, by up to shift_days. In a
-        sparse history a window has many different days, so that an answer has to be looked up and not guessed; moved days cannot be
-        learnt by heart.
+        between `keep` and 1 (each order of magnitude alike), the others left out, and all days moved alike, by up to shift_days, so
+        that they cannot be learnt by heart; or new days for all events.
 
         Args:
             keep: 0 < keep <= 1. length: of the row, in tokens (None: max_length); the history is a little longer.
+            new_days: [least, most]: the events, in their order, are spread anew over a number of days drawn between the two (each order of
+                magnitude alike), anywhere from shift_days before the log's first day to shift_days after its last. Where each event has
+                a day of its own, a question about a day has to be looked up and cannot be guessed.
         """
-        if keep == 1 and not shift_days:
+        if keep == 1 and not shift_days and not new_days:
             return self
         random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[2, 0, 0, length or self.max_length]))
         user = self._user(random)
@@ -229,16 +241,32 @@ class Behavior:
         stretch = min(len(history), int(wanted / np.exp(random.uniform(np.log(keep), 0))))
         start = random.integers(len(history) - stretch + 1)
         kept = start + np.sort(random.choice(stretch, min(wanted, stretch), replace=False))
-        time = history.time[kept] + random.integers(-shift_days, shift_days + 1) * DAY
+        time = history.time[kept]
+        if new_days:
+            time = self._spread(time, new_days, shift_days, random)
+        else:
+            time = time + random.integers(-shift_days, shift_days + 1) * DAY
         columns = {field.name: getattr(history, field.name)[kept] for field in fields(History)[1:]}
         one = copy(self)
         one.log = replace(self.log, histories=[History(history.user, **{**columns, "time": time})])
         one.users, one.events_until, one.cache = [0], np.array([len(kept)]), {}
         return one
 
+    def _spread(self, time: np.ndarray, new_days: Sequence[int], shift_days: int, random: np.random.Generator) -> np.ndarray:
+        """Times of events on new days, in order; see `varied`."""
+        first, last = (day.astype("datetime64[D]") + sign * shift_days * DAY for day, sign in zip(self.log.ends, (-1, 1), strict=True))
+        room = int((last - first).astype(int))
+        days = min(room, int(np.exp(random.uniform(*np.log(new_days)))))
+        begin = first + random.integers(room - days + 1) * DAY
+        clock = time - time.astype("datetime64[D]")
+        return np.sort(begin + random.integers(days + 1, size=len(time)) * DAY + clock).astype(time.dtype)
+
     def _user(self, random: np.random.Generator) -> int:
         """A user of the split, drawn by the number of events."""
         return self.users[int(np.searchsorted(self.events_until, random.integers(self.events_until[-1]), side="right"))]
+
+    def _wording(self, query: Query) -> str:
+        return wording(query, self.log, self.action, numbers=self.layout == "items")
 
     def _ask(self, kind: str, user: int, start: int, end: int, random: np.random.Generator) -> Question | None:
         encoded = self.encoded(user)
@@ -269,18 +297,18 @@ class Behavior:
     def prompt(self, question: Question, events: np.ndarray | None = None) -> np.ndarray:
         """(n,) int32 ids up to the answer; of the history only `events` are shown (None: the question's window)."""
         history = self.encoded(question.user).tokens(self.window(question) if events is None else events)
-        words = encode(self.tokenizer, f"\n{wording(question.query, self.log, self.action)}")
+        words = encode(self.tokenizer, f"\n{self._wording(question.query)}")
         return np.concatenate([self.before, history, words, self.after], dtype=np.int32, casting="same_kind")
 
     def text(self, question: Question, events: np.ndarray | None = None) -> str:
         """What the user says: history, blank line, question; as tokens it is `prompt` without the template."""
         events = self.window(question) if events is None else events
-        shown = lines(_part(self.log.histories[question.user], question.start, question.end), self.log, self.day_header)
+        shown = lines(_part(self.log.histories[question.user], question.start, question.end), self.log, self.layout)
         parts, before = [], ""
         for day, line in (shown[event - question.start] for event in events):
             parts += [day * (day != before), line]
             before = day
-        return f"{''.join(parts)}\n{wording(question.query, self.log, self.action)}"
+        return f"{''.join(parts)}\n{self._wording(question.query)}"
 
     def row(self, index: int) -> dict[str, Any]:
         """Example `index` as messages, with what is known about it."""
@@ -307,11 +335,12 @@ class Behavior:
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         history, encoded, events = self.log.histories[question.user], self.encoded(question.user), self.window(question)
-        documents = [line for _, line in lines(_part(history, question.start, question.end), self.log, day_header=False)]
+        layout = "lines" if self.layout == "days" else self.layout
+        documents = [line for _, line in lines(_part(history, question.start, question.end), self.log, layout)]
         split = {"token_pattern": r"\w+", "stopwords": [], "show_progress": False, "return_ids": False}
         index = bm25s.BM25()
         index.index(bm25s.tokenize(documents, **split), show_progress=False)
-        scores = index.get_scores(bm25s.tokenize(wording(question.query, self.log, self.action), **split)[0])
+        scores = index.get_scores(bm25s.tokenize(self._wording(question.query), **split)[0])
         chosen, days = [], set()
         for event in events[np.lexsort([-events, -scores])].tolist():
             day = encoded.heads[event]
@@ -348,7 +377,7 @@ class Behavior:
         ids = self.tokenizer(self.log.labels, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         item = int(np.argmax([len(label) for label in ids]))
         day = np.datetime64("2000-12-31")
-        asked = [wording(Query(kind, item, item, day, day, "first"), self.log, self.action) for kind in self.kinds]
+        asked = [self._wording(Query(kind, item, item, day, day, "first")) for kind in self.kinds]
         answers = [*sorted(self.log.items, key=len)[-1:], str(day), "1000000.00"]
         return max(len(encode(self.tokenizer, f"\n{text}")) for text in asked) + max(len(encode(self.tokenizer, a)) for a in answers) + 1
 
@@ -365,7 +394,7 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
 
     @staticmethod
     def texts(data: UserBehaviorData) -> Iterator[str]:
-        return texts(log_of(data), data.action, data.day_header, data.shift_days)
+        return texts(log_of(data), data.action, data.layout, data.shift_days)
 
     def __init__(self, data: UserBehaviorData, tokenizer: PreTrainedTokenizerBase, seed: int, max_steps: int, accumulate: int = 1):
         super().__init__()
@@ -378,7 +407,7 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
 
     def questions(self, split: str, count: int) -> Behavior:
         data, together = self.data, self.data.questions if split == "train" else 1
-        choices = (data.train_length, count, data.kinds, data.action, data.day_header, together)
+        choices = (data.train_length, count, data.kinds, data.action, data.layout, together)
         return Behavior(self.log, self.tokenizer, self.seed, split, *choices)
 
     def train_dataloader(self) -> ResumableLoader:
@@ -404,6 +433,7 @@ class _Scheduled:
 
     def __init__(self, questions: Behavior, data: UserBehaviorData, rows_a_step: int):
         self.questions, self.data, self.rows_a_step = questions, data, rows_a_step
+        self.variation = data.keep_events, data.shift_days, data.new_days
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -411,7 +441,7 @@ class _Scheduled:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         length = length_at(self.data, index // self.rows_a_step)
         try:
-            return self.questions.varied(index, length, self.data.keep_events, self.data.shift_days).row_of(index, length)
+            return self.questions.varied(index, length, *self.variation).row_of(index, length)
         except UserError:  # a stretch that allows no question, such as one of cancels; the whole log does
             return self.questions.row_of(index, length)
 

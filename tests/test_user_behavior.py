@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import functools
 import gzip
 import io
@@ -29,6 +30,7 @@ from data.events import Columns, Log, read_log, split_users
 from data.user_behavior import SPLITS, Behavior, encode_history, lines, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
+LAYOUTS = ["days", "lines", "items"]
 NAMES = ["user_id", "timestamp", "action", "item", "quantity", "price"]
 
 
@@ -307,13 +309,15 @@ def test_lines(tmp_path: Path):
     ]
     bare = read_log(tmp_path, descriptions=False)
     assert lines(bare.histories[0], bare)[0][1] == "14:41 purchase 25 x 21495 at 0.42\n"
-    assert lines(log.histories[0], log, day_header=False)[2] == ("", "2010-12-03 00:00 purchase 1 x CUP (7) at -2.00\n")
+    assert lines(log.histories[0], log, "lines")[2] == ("", "2010-12-03 00:00 purchase 1 x CUP (7) at -2.00\n")
+    assert lines(log.histories[0], log, "items")[0] == ("", "21495 2010-12-01 14:41 purchase 25 x RED MUG at 0.42\n")
+    assert lines(bare.histories[0], bare, "items")[2] == ("", "7 2010-12-03 00:00 purchase 1 x at -2.00\n")
 
 
-@pytest.mark.parametrize("day_header", [True, False])
-def test_every_event_knows_its_tokens(log: Log, day_header: bool):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_event_knows_its_tokens(log: Log, layout: str):
     history = log.histories[2]
-    shown, encoded = lines(history, log, day_header), encode_history(history, log, TOKENIZER, day_header)
+    shown, encoded = lines(history, log, layout), encode_history(history, log, TOKENIZER, layout)
     for number, (day, line) in enumerate(shown):
         assert TOKENIZER.decode(encoded.ids[encoded.starts[number] : encoded.ends[number]]) == line
         assert TOKENIZER.decode(encoded.ids[encoded.heads[number] : encoded.bodies[number]]) == day
@@ -328,10 +332,10 @@ def test_every_event_knows_its_tokens(log: Log, day_header: bool):
             assert encoded.fitting(end, room) == next((start for start in range(end) if sizes[start] <= room), end)
 
 
-@pytest.mark.parametrize("day_header", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("length", [400, 3000])
-def test_an_example_is_history_question_answer(log: Log, day_header: bool, length: int):
-    found = behavior(log, length=length, day_header=day_header)
+def test_an_example_is_history_question_answer(log: Log, layout: str, length: int):
+    found = behavior(log, length=length, layout=layout)
     for number in range(60):
         question = found.question(number)
         ids, labels = found[number]
@@ -339,12 +343,12 @@ def test_an_example_is_history_question_answer(log: Log, day_header: bool, lengt
         assert TOKENIZER.decode(ids) == f"<|user|>{found.text(question)}<|assistant|>{question.answer}<|end|>"
         assert TOKENIZER.decode(labels[labels != -100]) == f"{question.answer}<|end|>"
         _, asked = found.text(question).split("\n\n")
-        assert asked == wording(question.query, log, "purchase")
+        assert asked == wording(question.query, log, "purchase", numbers=layout == "items")
         encoded = found.encoded(question.user)
         assert len(encoded.tokens(np.arange(max(0, question.start - 1), question.end))) + found.reserved > length or not question.start
         if question.age:
             tail = encoded.tokens(found.window(question))[-question.age :]
-            oldest = lines(log.histories[question.user], log, day_header)[question.evidence[0]][1]
+            oldest = lines(log.histories[question.user], log, layout)[question.evidence[0]][1]
             assert TOKENIZER.decode(tail).startswith(oldest)
     row = found.row(5)
     assert row["messages"][0] == {"role": "user", "content": found.text(found.question(5))}
@@ -373,7 +377,7 @@ def test_options_that_cannot_be(log: Log):
     with pytest.raises(UserError, match=r"data.train_length: 60 given, too short for any question"):
         behavior(log, length=60)[0]
     with pytest.raises(UserError, match=r"total given, but data.price_column is null"):
-        behavior(Log(**{**vars(log), "has_price": False}), kinds=["total"])
+        behavior(dataclasses.replace(log, has_price=False), kinds=["total"])
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------------------------
@@ -482,8 +486,7 @@ def whole_words() -> PreTrainedTokenizerFast:
 
 def test_a_number_is_one_token_with_and_without_a_space_before_it():
     tokens = [whole_words().tokenize(text) for text in ("2011-05-31 at 2.55\n", "85123A", "purchase of 85123A?", "14:05")]
-    assert [len(found) for found in tokens] == [7, 1, 6, 1]
-    assert len(whole_words().tokenize("2011-05-31")) == 2
+    assert [len(found) for found in tokens] == [6, 1, 6, 1]  # a day is one token, and so is a space
     assert tokens[1][0] == tokens[2][4]
 
 
@@ -500,6 +503,7 @@ def test_a_row_may_ask_several_questions_about_its_window(log: Log):
         turns = [part.split("<|end|>")[0].split("<|assistant|>") for part in text.split("<|user|>")[1:]]
         asked = [turns[0][0].rsplit("\n", 1)[1], *(turn[0] for turn in turns[1:])]
         user = users[log.histories[first.user].user]
+        assert len(set(asked)) == len(asked)  # what is asked twice needs no lookup
         for question, (_, answer) in zip(asked, turns, strict=True):
             assert derive(question, user, first.start, first.end)[0] == answer
         assert (ids[: len(prompt)] == prompt).all()
@@ -543,6 +547,26 @@ def test_training_rows_may_be_about_a_history_with_fewer_events_on_other_days(lo
         assert all((one == other).all() for one, other in zip(again.row_of(number), one.row_of(number), strict=True))
     assert len(moves) > 30 and max(shares) == 1 and min(shares) < 0.3
     assert found.varied(0, None, 1.0, 0) is found
+
+
+def test_training_rows_may_have_their_events_on_new_days(log: Log):
+    """In their order, at their time of day, and not far from the log's own days; the answer is derived again from the new days."""
+    found, spans = behavior(log, length=500, kinds=["last_time"], layout="items"), []
+    first, last = (day.astype("datetime64[D]") for day in log.ends)
+    for number in range(60):
+        one, plain = found.varied(number, None, 0.3, 10, [5, 60]), found.varied(number, None, 0.3, 0)
+        (history,), (before,) = one.log.histories, plain.log.histories
+        assert (history.item == before.item).all() and (history.price == before.price).all()
+        assert (np.diff(history.time.astype(int)) >= 0).all()
+        day = history.time.astype("datetime64[D]")
+        assert first - 10 <= day.min() and day.max() <= last + 10
+        assert sorted(history.time - day) == sorted(before.time - before.time.astype("datetime64[D]"))
+        spans.append(int((day.max() - day.min()).astype(int)))
+        question = one.question(number)
+        at = np.flatnonzero((history.item == question.query.item) & (history.action == log.actions.index("purchase")))
+        assert question.answer == str(day[at[at < question.end][-1]])
+        assert (one.row_of(number)[0] == found.varied(number, None, 0.3, 10, [5, 60]).row_of(number)[0]).all()
+    assert max(spans) <= 60 and min(spans) < 15 and len(set(spans)) > 20
 
 
 def test_a_tokenizer_knows_the_months_that_moved_days_have(log: Log):

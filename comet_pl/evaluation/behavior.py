@@ -22,7 +22,7 @@ def evaluate_behavior(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBas
     data = config.data
     assert isinstance(data, UserBehaviorData)
     questions = Behavior(
-        log_of(data), tokenizer, config.seed, "test", data.train_length, config.eval.examples or 1, data.kinds, data.action, data.day_header
+        log_of(data), tokenizer, config.seed, "test", data.train_length, config.eval.examples or 1, data.kinds, data.action, data.layout
     )
     asked = [questions.question(number) for number in range(len(questions))]
     budget = config.eval.budget

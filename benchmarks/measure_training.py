@@ -71,7 +71,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     windows, targets = text(job["length"], shape.chunk)
     model_mib = resident("VmRSS")
     losses: list[float] = []
-    seconds = [timed(lambda: losses.append(step(windows, targets)), "cpu") for _ in range(job["rounds"])]
+    wall, processor = timed(lambda: losses.append(step(windows, targets)), "cpu")
     process_mib = resident("VmHWM") - model_mib  # before the count of tensors, which keeps books of its own
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]))
     known = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
@@ -80,8 +80,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {
         "what": job["recompute"],
         "length": job["length"],
-        "wall": [wall for wall, _ in seconds],
-        "processor": [processor for _, processor in seconds],
+        "wall": wall,
+        "processor": processor,
         "process_mib": process_mib,
         "tensors_mib": live.peak / MIB,
         "boundaries_mib": Watched.most / MIB,
@@ -113,7 +113,7 @@ def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
     both: dict[str, Callable[..., None]] = {"comet": comet, "slots_in_full": slots_in_full}
     warm, step = text(2 * shape.chunk, shape.chunk), text(job["length"], shape.chunk)
     norms, found = {}, {name: list[tuple[float, float]]() for name in both}
-    for k in range(-1, job["rounds"]):  # the first round warms up, and shows that both do the same
+    for k in range(-1, job["pairs"]):  # the first round warms up, and shows that both do the same
         for name in list(both)[:: -1 if k % 2 else 1]:
             model.zero_grad()
             seconds = timed(lambda one=both[name], given=step if k >= 0 else warm: one(*given), "cpu")

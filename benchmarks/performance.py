@@ -214,7 +214,7 @@ def decode(result: Result) -> Iterator[str]:
 
 
 def training(result: Result) -> Iterator[str]:
-    yield f"Full backpropagation through one text: {memory_shape(result['shape'])}; {result['clock']} time, best of {result['rounds']}."
+    yield f"Full backpropagation through one text: {memory_shape(result['shape'])}; {result['clock']} time."
     yield ""
     rows = []
     for one in result["lengths"]:
@@ -227,6 +227,8 @@ def training(result: Result) -> Iterator[str]:
     if "ratio" in result:
         one = result["ratio"]
         told = f"{number(one['value'], 3)}, floor {number(one['floor'], 3)}, allowed {number(one['bound'], 3)} ({met(one)})"
+        pairs = len(one["seconds"]["comet"]["wall"])
+        told += f"; median of {pairs} pairs" if pairs > 1 else "; one pair"
         yield f"- A step of {one['length']:,} tokens / the same with slots in full, {one['shape']} shape: {told}."
         yield ""
     found = result["verdict"]

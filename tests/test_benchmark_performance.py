@@ -85,7 +85,7 @@ def test_reading_with_everything(tmp_path):
 def test_training_and_start_with_everything(tmp_path):
     found = [one | {"share": 0.4} for one in [*cells(8192, 12.0, 2.0), *cells(16384, 13.0, 3.0)]]
     verdict = training.verdict(found, 8192)
-    text = section(tmp_path, "training", {"shape": SMALL, "threads": 1, "rounds": 1, "clock": "wall", "verdict": verdict, "lengths": found})
+    text = section(tmp_path, "training", {"shape": SMALL, "threads": 1, "clock": "wall", "verdict": verdict, "lengths": found})
     assert "not measured" not in text and "| chunk | 8,192 | 6.00 | 1,365 | 40% | 12.0 | 24.0 | 2.0 |" in text
     assert "grows by 0.0%, allowed 15% (met)" in text
     seconds = {case: {"wall": 20.0, "processor": 1.0} for case in [*startup.CASES, "beyond"]}

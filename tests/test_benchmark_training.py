@@ -21,7 +21,7 @@ SMALL = dataclasses.asdict(training.SHAPES["small"])
 def measured(monkeypatch):
     monkeypatch.setattr(recompute, "Boundaries", recompute.Boundaries)  # measure() puts one that counts in its place
     monkeypatch.setattr(measure_training.Watched, "most", 0)
-    job = {"length": 320, "rounds": 1, "threads": 1, "clock": "processor", "shape": SMALL}
+    job = {"length": 320, "threads": 1, "clock": "processor", "shape": SMALL}
     return lambda what: measure_training.measure(job | {"recompute": what})
 
 
@@ -37,7 +37,7 @@ def test_all_ways_take_the_same_step(measured):
     config = training.SHAPES["small"].comet()
     assert none["operations"] == cell["operations"] == chunk["operations"] == flops.training_step(config, [flops.Row.of(config, 320)]).total
     assert none["product_rate"] > 1e8
-    assert all(len(one["processor"]) == 1 and one["processor"][0] > 0 for one in (none, cell, chunk))
+    assert all(one["processor"] > 0 for one in (none, cell, chunk))
 
 
 def cells(length, chunk_mib, boundaries_mib, grad_norm=1.0):
@@ -49,7 +49,7 @@ def cells(length, chunk_mib, boundaries_mib, grad_norm=1.0):
 
 
 def test_slots_in_full_take_the_same_step():
-    found = measure_training.measure_ratio({"length": 320, "rounds": 2, "threads": 1, "shape": SMALL})
+    found = measure_training.measure_ratio({"length": 320, "pairs": 2, "threads": 1, "shape": SMALL})
     assert found["grad_norms_differ"] < 1e-5
     assert all(len(one["processor"]) == 2 for one in found["seconds"].values())
     assert found["processor_ratio"] > 0
@@ -77,9 +77,9 @@ def test_verdict_by_hand():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--rounds", "0"], "--rounds: 0 given, a whole number >= 1"),
+        (["--pairs", "0"], "--pairs: 0 given, a whole number >= 1"),
         (["--lengths", "4", "-3"], "--lengths: -3 given"),
-        (["--round", "5"], "unrecognized arguments: --round"),
+        (["--pair", "5"], "unrecognized arguments: --pair"),
     ],
 )
 def test_mistakes_are_one_line(options, message):

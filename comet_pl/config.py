@@ -202,9 +202,14 @@ def _check_names(layer: Layer, schemas: dict[str, Any], kind: str) -> None:
                     raise _unknown(f"{section}.{name}", layer, schemas, kind)
 
 
+RENAMED = {"data.day_header": "data.layout: days, which was true, or lines"}
+
+
 def _unknown(key: str, layer: Layer, schemas: dict[str, Any], kind: str) -> UserError:
     section, _, name = key.rpartition(".")
     origin = f" ({place})" if (place := layer.place(key)) else ""
+    if key in RENAMED:
+        return UserError(f"{key}: no such key any more{origin}; it is now {RENAMED[key]}")
     for other, schema in DATA_KINDS.items():
         if section == "data" and name in _names(schema):
             return UserError(f"{key}: no key of data.kind={kind}{origin}; it belongs to data.kind={other}")

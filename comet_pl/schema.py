@@ -27,6 +27,9 @@ def key(default: Any, meaning: str, **rules: Any) -> Any:
     return field(default=default, metadata=metadata)
 
 
+MOST_DAYS = 36_500  # a century, so that years keep four digits
+
+
 def _folder_name(name: str) -> bool:
     return name.strip() == name and name not in (".", "..") and not set(name) & set("/\\\n")
 
@@ -103,7 +106,10 @@ class BackboneConfig:
     tie_word_embeddings: bool = key(True, "from scratch: the head shares the embedding's weights")
     vocab_size: int = key(512, "from scratch: size of the tokenizer that is trained on the data (256 are bytes)", min=260)
     lookback: list[int] | None = key(
-        None, "from scratch, with qwen2: a start that looks things up; how far back each head of layer 1 looks; null: all drawn", min=0
+        None,
+        "from scratch, with qwen2: a start that looks things up; how far back each head of layer 1 looks; null: all drawn",
+        min=0,
+        max=65536,
     )
     attn_implementation: str = key("sdpa", "attention kernel", choices=("sdpa", "eager"))
 
@@ -197,13 +203,14 @@ class UserBehaviorData:
     keep_events: float = key(
         1.0, "training windows leave out events at random: the least share that is kept (next_item is then the next kept)", above=0, max=1
     )
-    shift_days: int = key(0, "training windows have their days moved, all alike, by up to so many", min=0)
+    shift_days: int = key(0, "training windows have their days moved, all alike, by up to so many", min=0, max=MOST_DAYS)
     new_days: list[int] | None = key(
         None,
-        "training windows have their events spread over [least, most] other days, within shift_days of the log; null: days as they are",
+        "training windows have their events spread over a span of [least, most] days, within shift_days of the log; null: as they are",
         min=1,
+        max=MOST_DAYS,
         check=_least_most,
-        needs="[least, most] or null",
+        needs=f"[least, most] with 1 <= least <= most <= {MOST_DAYS}, or null",
     )
     duplicates: str = key("keep", "equal rows: keep, or drop all but the first", choices=("keep", "drop"))
     train_length: int = key(4096, "tokens of a training example, question and answer included", min=1)

@@ -228,9 +228,9 @@ class Behavior:
 
         Args:
             keep: 0 < keep <= 1. length: of the row, in tokens (None: max_length); the history is a little longer.
-            new_days: [least, most]: the events, in their order, are spread anew over a number of days drawn between the two (each order of
-                magnitude alike), anywhere from shift_days before the log's first day to shift_days after its last. Where each event has
-                a day of its own, a question about a day has to be looked up and cannot be guessed.
+            new_days: [least, most]: the events, in their order, are spread anew over a span of so many days, drawn between the two (each
+                order of magnitude alike), anywhere from shift_days before the log's first day to shift_days after its last. Where each
+                event has a day of its own, a question about a day has to be looked up and cannot be guessed.
         """
         if keep == 1 and not shift_days and not new_days:
             return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_a_run_trains_validates_and_compares_with_truncation_and_retrieval(tmp_p
     whole = [json.loads(line) for line in (folder / "predictions" / "CoMeT.jsonl").read_text().splitlines()]
     assert all("?" in line["prompt_end"] for line in lines)
     assert [line["prompt_end"][-40:] for line in lines] == [line["prompt_end"][-40:] for line in whole]  # the same question's end
+    assert all(re.search(r"\d x at \d", line["prompt_end"]) for line in whole)  # data.layout=items
     assert (folder / "eval" / "user_behavior.png").stat().st_size > 1000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,24 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
 def test_impossible_values_are_named_in_one_line(argument: str, parts: list[str]):
     text = message([argument])
     assert [part for part in parts if part not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.new_days=[400,30]", "[least, most] with 1 <= least <= most"),
+        ("data.new_days=[5]", "[least, most]"),
+        ("data.new_days=[0,3]", "[least, most]"),
+        ("data.new_days=[1,100000000000000000000]", "<= 36500"),
+        ("data.shift_days=40000", "integer >= 0 and <= 36500"),
+        ("data.layout=item", "did you mean items?"),
+        ("data.day_header=false", "data.day_header: no such key any more; it is now data.layout"),
+        ("backbone.lookback=[-1,2]", "backbone.lookback: [-1, 2]"),
+    ],
+)
+def test_mistakes_about_user_behaviour(override: str, expected: str):
+    with pytest.raises(UserError, match=re.escape(expected)):
+        load(["conf=user_behavior", override])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config
 
 from comet_pl import CometConfig, CometForCausalLM
+from comet_pl.build import build_model
+from comet_pl.config import load
 from comet_pl.model.start import start_lookups
+from data.base import train_tokenizer
 
 KEYS, VALUES, PAIRS = 200, 30, 6
 FILLER, ASK = 0, 1
@@ -73,11 +76,22 @@ def test_lookups_are_learnt_at_once():
     assert right_after(model(None), 60) < 0.4  # of six values one is right by chance
 
 
+def test_a_conf_asks_for_it():
+    keys = ["model_type=qwen2", "num_attention_heads=2", "num_key_value_heads=2"]
+    tokenizer = train_tokenizer(["a key"], 300)
+    for more, expected in ([], 0.0), (["lookback=[1,2]"], 35.0):
+        made = build_model(load(["conf=passkey", *(f"backbone.{key}" for key in [*keys, *more])]), tokenizer)
+        attention = made.model.layers[0].self_attn
+        assert float((attention.q_proj.bias.norm() * attention.k_proj.bias.norm()).detach()) / 2 / 32**0.5 == pytest.approx(
+            expected, rel=1e-5
+        )
+
+
 @pytest.mark.parametrize(
     ("offsets", "kind", "options", "message"),
     [
         ([1], Qwen2Config, {}, r"lookback: \[1\] given, one offset for each of the 2 heads"),
-        ([1, 2], Qwen2Config, {"num_key_value_heads": 1}, "as many key/value heads"),
+        ([1, 2], Qwen2Config, {"num_key_value_heads": 1}, "as many key/value heads as the 2 query heads, not 1"),
         ([1, 2], Qwen2Config, {"num_hidden_layers": 1}, "two layers or more"),
         ([1, 2], LlamaConfig, {}, "model_type: qwen2"),
     ],

@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS, age_class
+from comet_pl.schema import UserBehaviorData
 from data.base import train_tokenizer
 from data.behavior_questions import Query, solve, wording
 from data.events import Columns, Log, read_log, split_users
-from data.user_behavior import SPLITS, Behavior, encode_history, lines, texts
+from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule, encode_history, lines, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 LAYOUTS = ["days", "lines", "items"]
@@ -567,6 +568,24 @@ def test_training_rows_may_have_their_events_on_new_days(log: Log):
         assert question.answer == str(day[at[at < question.end][-1]])
         assert (one.row_of(number)[0] == found.varied(number, None, 0.3, 10, [5, 60]).row_of(number)[0]).all()
     assert max(spans) <= 60 and min(spans) < 15 and len(set(spans)) > 20
+
+
+def test_a_data_module_hands_its_keys_on(tmp_path: Path):
+    """Training rows are those of `varied` in the layout that is asked for, and so are the texts for a tokenizer; validation is as it is."""
+    root = write(tmp_path / "events.jsonl", ROWS)
+    keys = {"layout": "items", "keep_events": 0.5, "shift_days": 20, "new_days": [5, 60], "questions": 4, "train_length": 400}
+    data = UserBehaviorData(root=str(root), kinds=["last_time"], batch_size=3, val_examples=2, **keys)
+    module = UserBehaviorDataModule(data, TOKENIZER, seed=3, max_steps=2)
+    batch = next(iter(module.train_dataloader()))
+    plain = Behavior(module.log, TOKENIZER, 3, "train", 400, 6, ["last_time"], "purchase", "items", 4)
+    for row in range(3):
+        ids, labels = plain.varied(row, 400, 0.5, 20, [5, 60]).row_of(row, 400)
+        assert (batch["input_ids"][row, : len(ids)].numpy() == ids).all() and (batch["labels"][row, : len(ids)].numpy() == labels).all()
+        assert re.match(r"<\|user\|>\d+ 201\d-\d\d-\d\d ", TOKENIZER.decode(ids))
+    unchanged = Behavior(module.log, TOKENIZER, 3, "validation", 400, 2, ["last_time"], "purchase", "items", 1)
+    seen = next(iter(module.val_dataloader()))["input_ids"]
+    assert (seen[0, -len(unchanged[0][0]) :].numpy() == unchanged[0][0]).all()
+    assert all(re.match(r"\d+ 201\d-\d\d-\d\d ", text) for text in UserBehaviorDataModule.texts(data))
 
 
 def test_a_tokenizer_knows_the_months_that_moved_days_have(log: Log):

@@ -26,6 +26,7 @@ SCROLLS = ["conf=scrolls", "data.max_length=256", "eval.after_fit=false", "eval.
 AGENT = ["conf=agent", "data.val_share=0.3", "data.max_length=512", "data.packing=none", "eval.max_new_tokens=4", "eval.examples=2"]
 BEHAVIOR = ["conf=user_behavior", "data.train_length=1600", "data.length_schedule=[[0,200],[3,400]]", "data.questions=3"]
 BEHAVIOR += ["data.val_examples=4", "eval.examples=8", "eval.budget=1024", "eval.batch_size=4", "eval.after_fit=true"]
+BEHAVIOR += ["backbone.num_key_value_heads=2"]  # for lookback
 LIVE = 2  # pictures of one text: gates, memories
 
 

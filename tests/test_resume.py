@@ -398,7 +398,10 @@ def write_events(root):
 
 OTHERS = {
     "agent": (write_traces, ["data.val_share=0.3", "data.max_length=400", "data.packing=documents", "data.batch_size=2"]),
-    "user_behavior": (write_events, ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3"]),
+    "user_behavior": (
+        write_events,
+        ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3", "backbone.num_key_value_heads=2"],
+    ),
 }
 
 

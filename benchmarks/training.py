@@ -86,8 +86,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     common = {"threads": options.threads, "clock": clock, "shape": dataclasses.asdict(shape)}
     jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
     ratio_shape = PREFILL_SHAPES[RATIO_SHAPES[options.size]]
-    ratio = {"recompute": "ratio", "length": RATIO_CHUNKS * ratio_shape.chunk, **common, "shape": dataclasses.asdict(ratio_shape)}
-    ratio["pairs"] = options.pairs
+    ratio = {"recompute": "ratio", "length": RATIO_CHUNKS * ratio_shape.chunk, "pairs": options.pairs}
+    ratio = common | ratio | {"shape": dataclasses.asdict(ratio_shape)}
     against, *found = [measure(job) for job in track([ratio, *jobs], description="measuring", transient=True)]
     value, least = against[f"{clock}_ratio"], floor(ratio_shape)
     against |= {"shape": ratio_shape.name, "value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}

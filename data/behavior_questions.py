@@ -61,15 +61,15 @@ class Question:
 
 def wording(query: Query, log: Log, action: str, numbers: bool = False) -> str:
     """The question as text. numbers: items are named by their numbers alone."""
-    names = log.items if numbers else log.labels
-    item = names[query.item] if query.item >= 0 else ""
+    name = log.items.__getitem__ if numbers else log.label
+    item = name(query.item) if query.item >= 0 else ""
     days = f"from {query.first_day} to {query.last_day}"
     return {
         "last_time": f"On which day is the last {action} of {item}?",
         "first_time": f"On which day is the first {action} of {item}?",
         "count": f"How many times is there a {action} of {item} {days}?",
         "most_frequent": f"Which item has the most {action} lines {days}?",
-        "bought_after": f"Is there a {action} of {names[query.other]} after the last {action} of {item}?",
+        "bought_after": f"Is there a {action} of {name(query.other)} after the last {action} of {item}?",
         "followed": f"Which item is in the next {action} after the {query.which} {action} of {item}?",
         "total": f"What is the {action} total of {str(query.first_day)[:7]}?",
         "next_item": f"Which item is in the next {action}?",

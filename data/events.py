@@ -75,12 +75,9 @@ class Log:
     has_quantity: bool
     has_price: bool
 
-    @cached_property
-    def labels(self) -> list[str]:
-        """Each item as a text shows it: DESCRIPTION (ITEM), or ITEM."""
-        if self.descriptions is None:
-            return self.items
-        return [f"{description} ({item})" for description, item in zip(self.descriptions, self.items, strict=True)]
+    def label(self, item: int) -> str:
+        """An item as a text shows it: DESCRIPTION (ITEM), or ITEM."""
+        return f"{self.descriptions[item]} ({self.items[item]})" if self.descriptions else self.items[item]
 
     @cached_property
     def ends(self) -> tuple[np.datetime64, np.datetime64]:

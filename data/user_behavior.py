@@ -24,7 +24,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -40,103 +40,14 @@ from comet_pl.schema import UserBehaviorData
 from comet_pl.values import nearest
 from data.base import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
 from data.behavior_questions import Query, Question, ask, oracle, wording
-from data.events import PRICE_UNITS, Columns, History, Log, event_files, read_log, split_users
+from data.event_text import DAY, Encoded, encode_history, lines, part, texts
+from data.events import Columns, History, Log, event_files, read_log, split_users
 from data.samples import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens
 LONGER = 1.5  # events of a varied history, in windows
 WINDOWS = 8  # tries before another kind of question is asked
-DAY = np.timedelta64(1, "D")
-TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer
-
-
-def lines(history: History, log: Log, layout: str = "days") -> list[tuple[str, str]]:
-    """(day, line) of each event, both ending in a newline. Layout days: the day stands above the first line of a day; lines: in each line;
-    items: each line begins with item and day, so that what belongs together stands together."""
-    days = [f"{day}\n" for day in history.time.astype("datetime64[D]").astype(str).tolist()]
-    found = []
-    for number, time in enumerate(history.time.astype(str).tolist()):
-        item = history.item[number]
-        clock = time[11:16] if time.endswith(":00") else time[11:]
-        action = f"{clock} {log.actions[history.action[number]]}{f' {history.quantity[number]} x' if log.has_quantity else ''}"
-        price = f" at {_price(int(history.price[number]))}" if log.has_price else ""
-        if layout == "items":
-            name = f" {log.descriptions[item]}" if log.descriptions else ""
-            found.append(f"{log.items[item]} {time[:10]} {action}{name}{price}\n")
-        else:
-            found.append(f"{'' if layout == 'days' else f'{time[:10]} '}{action} {log.labels[item]}{price}\n")
-    return list(zip(days if layout == "days" else [""] * len(found), found, strict=True))
-
-
-def _price(units: int) -> str:
-    """Two decimals, or as many more as there are."""
-    whole, rest = divmod(abs(units), PRICE_UNITS)
-    decimals = f"{rest:04}"
-    return f"{'-' * (units < 0)}{whole}.{decimals[:2]}{decimals[2:].rstrip('0')}"
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A user's lines in tokens, all in one row: event i is ids[starts[i] : ends[i]], its day's header ids[heads[i] : bodies[i]]."""
-
-    ids: np.ndarray  # (tokens,) int32
-    starts: np.ndarray  # (n,), and so are all below
-    ends: np.ndarray
-    heads: np.ndarray
-    bodies: np.ndarray
-
-    def runs(self, events: np.ndarray) -> Iterator[tuple[int, int, bool]]:
-        """(first, last, whether the first one's day has to be named) of each run of successive events."""
-        day = -1
-        for run in np.split(events, np.flatnonzero(np.diff(events) != 1) + 1):
-            if len(run):
-                yield int(run[0]), int(run[-1]), bool(self.heads[run[0]] != day)
-                day = self.heads[run[-1]]
-
-    def tokens(self, events: np.ndarray) -> np.ndarray:
-        """Ids of the lines of some events, in ascending order, each day named above its first line."""
-        parts = [np.zeros(0, dtype=np.int32)]
-        for first, last, named in self.runs(events):
-            parts += [self.ids[self.heads[first] : self.bodies[first]]] * named + [self.ids[self.starts[first] : self.ends[last]]]
-        return np.concatenate(parts)
-
-    def fitting(self, end: int, room: int) -> int:
-        """The earliest event from which on all before `end` fit into `room` tokens; `end` if none does."""
-        if not end:
-            return 0
-        sizes = self.ends[end - 1] - self.starts[:end] + (self.bodies - self.heads)[:end]  # falls from event to event
-        return int(np.searchsorted(-sizes, -room))
-
-
-def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBase, layout: str = "days") -> Encoded:
-    found = lines(history, log, layout)
-    numbers = np.arange(len(found))
-    new = np.array([not number or found[number][0] != found[number - 1][0] for number in numbers])
-    pieces = [piece for (day, line), first in zip(found, new, strict=True) for piece in ([day, line] if first else [line])]
-    ids = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-    bounds = np.cumsum([0, *map(len, ids)])
-    place = numbers + np.cumsum(new)  # of each line among the pieces
-    first = np.maximum.accumulate(np.where(new, numbers, 0))  # of the event's day
-    stream = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=bounds[-1])
-    return Encoded(stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]])
-
-
-def texts(log: Log, action: str = "purchase", layout: str = "days", shift_days: int = 0) -> Iterator[str]:
-    """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer. Days are
-    moved by up to shift_days, so that it knows the days that `Behavior.varied` makes."""
-    training = set(split_users([history.user for history in log.histories])["train"])
-    chosen = [history for history in log.histories if history.user in training]
-    most = TEXT_EVENTS // len(chosen) + 1  # of a user
-    kinds = list(KINDS)
-    for whole in chosen:
-        history = _part(whole, 0, most)
-        history = replace(history, time=history.time + (np.arange(len(history)) * 37 % (2 * shift_days + 1) - shift_days) * DAY)
-        for number, (day, line) in enumerate(lines(history, log, layout)):
-            item, date = int(history.item[number]), history.time[number].astype("datetime64[D]")
-            which, answer = ("last", "yes") if number % 2 else ("first", "no")
-            query = Query(kinds[number // 2 % len(kinds)], item, item, date, date, which)
-            yield f"{day}{line}\n{wording(query, log, action, layout == 'items')}{answer}"
 
 
 class Behavior:
@@ -303,7 +214,7 @@ class Behavior:
     def text(self, question: Question, events: np.ndarray | None = None) -> str:
         """What the user says: history, blank line, question; as tokens it is `prompt` without the template."""
         events = self.window(question) if events is None else events
-        shown = lines(_part(self.log.histories[question.user], question.start, question.end), self.log, self.layout)
+        shown = lines(part(self.log.histories[question.user], question.start, question.end), self.log, self.layout)
         parts, before = [], ""
         for day, line in (shown[event - question.start] for event in events):
             parts += [day * (day != before), line]
@@ -336,7 +247,7 @@ class Behavior:
         logging.getLogger("bm25s").setLevel(logging.WARNING)
         history, encoded, events = self.log.histories[question.user], self.encoded(question.user), self.window(question)
         layout = "lines" if self.layout == "days" else self.layout
-        documents = [line for _, line in lines(_part(history, question.start, question.end), self.log, layout)]
+        documents = [line for _, line in lines(part(history, question.start, question.end), self.log, layout)]
         split = {"token_pattern": r"\w+", "stopwords": [], "show_progress": False, "return_ids": False}
         index = bm25s.BM25()
         index.index(bm25s.tokenize(documents, **split), show_progress=False)
@@ -374,7 +285,8 @@ class Behavior:
 
     def _longest(self) -> int:
         """Tokens that question and answer may take; about, as tokens merge differently in different places."""
-        ids = self.tokenizer(self.log.labels, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        labels = [self.log.label(item) for item in range(len(self.log.items))]
+        ids = self.tokenizer(labels, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         item = int(np.argmax([len(label) for label in ids]))
         day = np.datetime64("2000-12-31")
         asked = [self._wording(Query(kind, item, item, day, day, "first")) for kind in self.kinds]
@@ -473,7 +385,3 @@ def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:
         if kind == "total" and not log.has_price:
             raise UserError("data.kinds: total given, but data.price_column is null: the log has no prices")
     return [kind for kind in kinds or KINDS if kind != "total" or log.has_price]
-
-
-def _part(history: History, start: int, end: int) -> History:
-    return History(history.user, *(getattr(history, field.name)[start:end] for field in fields(History)[1:]))

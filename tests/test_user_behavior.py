@@ -27,8 +27,9 @@ from comet_pl.metrics.behavior import KINDS, age_class
 from comet_pl.schema import UserBehaviorData
 from data.base import train_tokenizer
 from data.behavior_questions import Query, solve, wording
+from data.event_text import encode_history, lines, texts
 from data.events import Columns, Log, read_log, split_users
-from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule, encode_history, lines, texts
+from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 LAYOUTS = ["days", "lines", "items"]
@@ -87,7 +88,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
 
 
 def same(log: Log, other: Log) -> bool:
-    assert (log.items, log.labels, log.actions) == (other.items, other.labels, other.actions)
+    assert (log.items, log.descriptions, log.actions) == (other.items, other.descriptions, other.actions)
     for one, two in zip(log.histories, other.histories, strict=True):
         assert one.user == two.user
         assert all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("time", "action", "item", "quantity", "price"))

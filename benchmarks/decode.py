@@ -3,6 +3,7 @@
     python benchmarks/decode.py            a quarter of an hour on one core, 16 GB: SmolLM2-135M, C = 512, m = 64, s = 8, K = 512
     python benchmarks/decode.py --full     with the memory of the paper (C = 2048, m = 512, K = 2048)
     python benchmarks/decode.py --small    a tiny random model, some seconds: a look, no measurement
+    python benchmarks/decode.py --full --backbone qwen3_0_6b --pair    the bound by bytes at another decoder's shape, random weights
 
 Same weights, one row, greedy, each token by one call of the model (`past_key_values`, `logits_to_keep=1`, the head included, under
 inference_mode; generate() would add its own cost to all alike). Three sides:
@@ -12,10 +13,13 @@ inference_mode; generate() would add its own cost to all alike). Three sides:
 - full attention: sdpa and DynamicCache, which copies all keys and values at each token;
 - the same with a cache that is written in place: what full attention costs at least. Both for --tokens steps right after the context.
 
+The floor by bytes moved (comet_pl/traffic.py) is for CoMeT with full memory against full attention after 1,024 tokens. --pair measures
+nothing else. --layers takes some layers of a shape, where memory or time are short; the floor is then that of so many.
+
 All lanes (a side after a context) run in one process in turn, a slice of each, so that the machine's moods meet all of them; with one
 thread on a CPU processor time counts, which leaves out what other programs took. Contexts up to --read tokens are read; longer ones are
 caches filled with noise, which changes no cost. What does not fit into memory is skipped, with the reason.
-Results: benchmarks/results/decode*.json and .png.
+Results: benchmarks/results/decode*.json and .png, for --backbone NAME in decode-NAME.json; --pair draws nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ import decode_report
 import measure_decode
 import report
 import torch
-from measure_decode import KINDS, ROOT, SMOLLM2_135M, TINY, USUAL_MODEL, Lane
+from measure_decode import BACKBONES, KINDS, ROOT, TINY, USUAL_MODEL, Lane
 from prefill import add_device, settle_device
 from report import crossover
 
@@ -44,7 +48,9 @@ from comet_pl.traffic import decoding_floor
 HERE = Path(__file__).resolve().parent
 FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
 SLICES = 8  # a cycle
+FULL_ATTENTION = ("full_attention", "in_place")
 FLOOR_CONTEXT = 1024  # tokens of full attention that the floor by bytes moved is against
+PAIR_CONTEXT = 131072  # tokens before ours in --pair: all memory is full
 SIZES: dict[str | None, dict[str, Any]] = {
     None: {"chunk_size": 512, "global_size": 64, "stride": 8, "capacity": 512, "cycles": 2, "tokens": 64, "read": 1024},
     "full": {"chunk_size": 2048, "global_size": 512, "stride": 8, "capacity": 2048, "cycles": 1, "tokens": 64, "read": 4096},
@@ -59,8 +65,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="size", action="store_const", const="small", help="a tiny random model")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="the paper's memory sizes")
-    parser.add_argument("--model", metavar="FOLDER", help="a plain decoder (default: models/smollm2_135m; else its shape at random)")
-    parser.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens before the first one measured")
+    decoder = parser.add_mutually_exclusive_group()
+    decoder.add_argument("--model", metavar="FOLDER", help="a plain decoder (default: models/smollm2_135m; else its shape at random)")
+    decoder.add_argument("--backbone", choices=BACKBONES, help="a shape with random weights")
+    parser.add_argument("--layers", type=int, metavar="N", help="of --backbone (default: all)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens before the first one measured")
+    length.add_argument("--pair", action="store_true", help="ours after 131072 tokens, full attention after 1024, nothing else")
     helps = {
         "chunk_size": "C, text tokens a chunk and steps a cycle",
         "global_size": "m, global slots; 0: none",
@@ -77,6 +88,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(argv)
+    if options.backbone is not None and options.size == "small":
+        raise UserError(f"--backbone: {options.backbone} given with --small, which has a decoder of its own")
+    if options.layers is not None:
+        most = BACKBONES[options.backbone]["num_hidden_layers"] if options.backbone else 0
+        if not 1 <= options.layers <= most:
+            allowed = f"1 to {most} are allowed for {options.backbone}" if most else "--backbone NAME is needed with it"
+            raise UserError(f"--layers: {options.layers} given, {allowed}")
     options.contexts = sorted(set(options.contexts or CONTEXTS[options.size]))
     for name, usual in SIZES[options.size].items():
         if getattr(options, name) is None:
@@ -103,14 +121,15 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     model = measure_decode.plug_in(decoder, comet)
 
     tokens = {"comet": options.cycles * options.chunk_size, "full_attention": options.tokens, "in_place": options.tokens}
-    wanted = [(what, n) for what in ("full_attention", "in_place") for n in options.contexts]
+    contexts = [PAIR_CONTEXT] if options.pair else options.contexts
+    wanted = [(what, n) for what in FULL_ATTENTION for n in ([FLOOR_CONTEXT] if options.pair else contexts)]
     kept, skipped = measure_decode.affordable(wanted, measure_decode.token_bytes(decoder), measure_decode.free_bytes(device))
     room = measure_decode.WARM_UP + options.tokens
-    with Bar(len(options.contexts) * tokens["comet"] + len(kept) * options.tokens) as bar:
+    with Bar(len(contexts) * tokens["comet"] + len(kept) * options.tokens) as bar:
         bar.live.auto_refresh = False  # a thread that draws would count as ours
         bar.name("reading, filling")
         bar.refresh()
-        lanes = [measure_decode.open_lane("comet", model, n, options.read, room) for n in options.contexts]
+        lanes = [measure_decode.open_lane("comet", model, n, options.read, room) for n in contexts]
         lanes += [measure_decode.open_lane(what, decoder, n, options.read, room) for what, n in kept]
         bar.name("decoding")
         for done in measure_decode.measure(lanes, tokens, options.cycles * SLICES, device):
@@ -119,7 +138,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 
     clock = "processor" if (device, options.threads) == ("cpu", 1) else "wall"
     found = [summary(lane, clock) for lane in lanes]
-    return {
+    result = {
         "model": name,
         "parameters": decoder.num_parameters(),
         "comet": comet,
@@ -130,11 +149,12 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine,
         "cycles": options.cycles,
         "read": options.read,
-        "verdict": verdict(found, time_key(clock)),
+        "verdict": verdict(found, time_key(clock), () if options.pair else FULL_ATTENTION),
         "floor": {"context": FLOOR_CONTEXT, "ratio": decoding_floor(model.config, FLOOR_CONTEXT, with_head=True)},
         "skipped": skipped,
         "lengths": found,
     }
+    return result | {"against_floor": decode_report.against_floor(result)}
 
 
 def the_decoder(options: argparse.Namespace) -> tuple[str, Any]:
@@ -142,10 +162,14 @@ def the_decoder(options: argparse.Namespace) -> tuple[str, Any]:
     if options.model is not None:
         return options.model, measure_decode.load_decoder(options.model)
     if options.size == "small":
-        return "a tiny random decoder", measure_decode.random_decoder(TINY, 256)
-    if USUAL_MODEL.is_dir():
+        return "a tiny random decoder", measure_decode.random_decoder(TINY)
+    if options.backbone is None and USUAL_MODEL.is_dir():
         return str(USUAL_MODEL.relative_to(ROOT)), measure_decode.load_decoder(USUAL_MODEL)
-    return "random weights of SmolLM2-135M's shape", measure_decode.random_decoder(SMOLLM2_135M, 49152)
+    name = options.backbone or USUAL_MODEL.name
+    all_layers = BACKBONES[name]["num_hidden_layers"]
+    layers = options.layers or all_layers
+    told = f"random weights of {name}'s shape, {layers} of {all_layers} layers"
+    return told, measure_decode.random_decoder(BACKBONES[name] | {"num_hidden_layers": layers})
 
 
 # ---- what was measured
@@ -184,16 +208,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
 
 
-def verdict(found: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """Is ours flat, and from which context on is it cheaper than each kind of full attention."""
-    curves = {what: [(one["length"], one[key]) for one in found if one["what"] == what] for what in ("comet", "full_attention", "in_place")}
+def verdict(found: list[dict[str, Any]], key: str, rivals: Sequence[str] = FULL_ATTENTION) -> dict[str, Any]:
+    """Is ours flat, and from which context on is it cheaper than each of `rivals`."""
+    curves = {what: [(one["length"], one[key]) for one in found if one["what"] == what] for what in ("comet", *rivals)}
     flat = report.flatness(found, (key, "cache_bytes"))
     return {
         "flat_from": report.FLAT_FROM,
         "flat_within": FLAT_WITHIN,
         "flatness": flat,
         "flat": None if flat is None else max(flat.values()) <= FLAT_WITHIN,
-        "cheaper_from": {what: crossover(curves["comet"], curves[what]) for what in ("full_attention", "in_place")},
+        "cheaper_from": {what: crossover(curves["comet"], curves[what]) for what in rivals},
     }
 
 
@@ -201,9 +225,10 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     with torch.inference_mode():
         result = {"command": " ".join(["python benchmarks/decode.py", *argv]), **benchmark(options)}
-    name = "-".join(["decode", *filter(None, [options.size, "cuda" if options.device == "cuda" else None])])
+    name = "-".join(["decode", *filter(None, [options.backbone or options.size, "cuda" if options.device == "cuda" else None])])
     report.write_json(options.out / f"{name}.json", result)
-    report.write_plot(options.out / f"{name}.png", result, decode_report.plot)
+    if not options.pair:
+        report.write_plot(options.out / f"{name}.png", result, decode_report.plot)
     decode_report.show(result)
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from comet_pl.results import PLAIN
 
 NAMES = {"comet": "CoMeT", "full_attention": "full attention", "in_place": "full attention, cache in place"}
+MARGIN = 1.15  # CoMeT with full memory may take this much more than the floor by bytes
 KINDS = {"text": "text token", "compression": "+ compression token", "closing": "closing a chunk"}
 
 
@@ -59,9 +60,37 @@ def show(result: dict[str, Any]) -> None:
         spread = ", ".join(f"{name} {value:.1%}" for name, value in zip(("ms/token", "cache"), found["flatness"].values(), strict=True))
         allowed = f"allowed {found['flat_within']:.0%}: {'met' if found['flat'] else 'MISSED'}"
         console.print(f"CoMeT from {found['flat_from']:,} tokens on differs by: {spread}; {allowed}", **PLAIN)
+    bound = against_floor(result)
+    for what, one in (bound or {"ratios": {}})["ratios"].items():
+        sides = f"CoMeT after {bound['after']:,} tokens / {NAMES[what]} after {bound['context']:,}"
+        if one["met"] is not None:
+            told = f"floor {bound['floor']:.2f}, allowed {bound['bound']:.2f}: {'met' if one['met'] else 'MISSED'}"
+            console.print(f"{sides}: {one['value']:.2f}; {told}", **PLAIN)
     for what, where in found["cheaper_from"].items():
         told = "not found" if where is None else f"{where['tokens']:,} tokens ({where['how']})"
         console.print(f"CoMeT is cheaper than {NAMES[what]} from: {told}", **PLAIN)
+
+
+def against_floor(result: dict[str, Any]) -> dict[str, Any] | None:
+    """CoMeT after the longest context, memory full, against each kind of full attention after the context that the floor is about.
+
+    Returns:
+        {"after", "context", "floor", "bound", "ratios": {"full_attention", "in_place"}}, each ratio with "value" and "met"; None where
+        something was not measured. None instead of all: no context fills the memory.
+    """
+    floor, comet = result.get("floor") or {"context": 1024, "ratio": None}, result["comet"]
+    key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    found = {(one["what"], one["length"]): one[key] for one in result["lengths"]}
+    after = max((n for what, n in found if what == "comet"), default=0)
+    groups = -(-comet["chunk_size"] // comet["compression_stride"])  # compression tokens of a chunk
+    if after < comet["chunk_size"] * -(-comet["temporary_capacity"] // groups):
+        return None
+    bound, ratios = floor["ratio"] and MARGIN * floor["ratio"], {}
+    for what in ("full_attention", "in_place"):
+        theirs = found.get((what, floor["context"]))
+        value = theirs and found["comet", after] / theirs
+        ratios[what] = {"value": value, "met": None if value is None or bound is None else value <= bound}
+    return {"after": after, "context": floor["context"], "floor": floor["ratio"], "bound": bound, "ratios": ratios}
 
 
 def time_table(result: dict[str, Any]) -> Table:
@@ -72,11 +101,10 @@ def time_table(result: dict[str, Any]) -> Table:
     key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
     for n in sorted({length for _, length in found}):
         ours, full, in_place = (found.get((what, n)) for what in NAMES)
-        assert ours is not None
-        single = (f"{ours[name]:.1f}" if ours[name] is not None else "" for name in (key, "median_ms", "p99_ms", "closing_ms"))
+        single = (f"{ours[name]:.1f}" if ours and ours[name] is not None else "" for name in (key, "median_ms", "p99_ms", "closing_ms"))
         others = (f"{one[key]:.1f}" if one else "-" for one in (full, in_place))
         caches = (f"{one['cache_bytes'] / 2**20:,.1f}" if one else "-" for one in (ours, full))
-        table.add_row(f"{n:,}{'*' if ours['filled'] else ''}", *single, *others, *caches)
+        table.add_row(f"{n:,}{'*' if ours and ours['filled'] else ''}", *single, *others, *caches)
     return table
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from measure import noise_cache, timed
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
@@ -31,16 +31,55 @@ USUAL_MODEL = ROOT / "models" / "smollm2_135m"
 KINDS = ("text", "compression", "closing")  # what a step processes: 1 token; 2; the end of a chunk, the memory update and 1 token
 WARM_UP = 3  # steps of each lane before the clock starts
 SHARE = 0.8  # of the free memory that the caches may take
-SMOLLM2_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+BACKBONES: dict[str, dict[str, Any]] = {  # the shapes of conf/backbone
+    "smollm2_135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "qwen3_0_6b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "qwen3_4b": {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+}
 
 
 # ---- models
 
 
-def random_decoder(shape: dict[str, int], vocabulary: int) -> PreTrainedModel:
-    """A Llama of this shape with random weights: what decoding costs does not depend on them."""
-    return LlamaForCausalLM(LlamaConfig(**shape, vocab_size=vocabulary, tie_word_embeddings=True, max_position_embeddings=8192))
+def random_decoder(shape: dict[str, Any]) -> PreTrainedModel:
+    """A decoder of this shape with random weights: what decoding costs does not depend on them."""
+    config = AutoConfig.for_model(**shape, tie_word_embeddings=True, max_position_embeddings=1 << 18)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
 def load_decoder(path: Path | str) -> PreTrainedModel:
@@ -61,14 +100,16 @@ def load_decoder(path: Path | str) -> PreTrainedModel:
 
 
 def plug_in(decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:
-    """Fresh memory on a copy of the decoder.
+    """Fresh memory on a copy of the decoder, which shares the decoder's weights but for embedding and head: they get rows.
 
     Raises:
         UserError: a decoder that is not supported, impossible sizes.
     """
     logging.set_verbosity_error()  # resizing the embedding warns of what is wanted
+    own = {id(part.weight) for part in (decoder.get_input_embeddings(), decoder.get_output_embeddings())}
+    shared = {id(weight): weight for weight in decoder.parameters() if id(weight) not in own}
     try:
-        return CometForCausalLM.from_decoder(copy.deepcopy(decoder), comet).eval()
+        return CometForCausalLM.from_decoder(copy.deepcopy(decoder, shared), comet).eval()
     except ValueError as error:
         raise UserError(str(error)) from None
 

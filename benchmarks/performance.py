@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import decode_report
 import report
 
 from comet_pl.errors import Parser, UserError, run_cli
@@ -60,6 +61,11 @@ def met(verdict: Result | None) -> str:
     return ABSENT if verdict is None or verdict["met"] is None else "met" if verdict["met"] else "missed"
 
 
+def judged(verdict: Result) -> str:
+    """The value, and whether it meets its bound where there is one."""
+    return number(verdict["value"]) + ("" if verdict["met"] is None else f" ({met(verdict)})")
+
+
 def machine(result: Result) -> str:
     """What the figures depend on."""
     one = result["machine"]
@@ -82,7 +88,7 @@ def memory_shape(shape: Result) -> str:
 # ---- sections: each gives the lines of its file
 
 
-def prefill(result: Result) -> Iterator[str]:
+def prefill_ratio(result: Result) -> Iterator[str]:
     ratio, shapes = result["ratio"], result["shapes"]
     linear, rates = result.get("linear_rate"), ratio.get("achieved") or {}
     shape = shapes[ratio["shape"]]
@@ -104,8 +110,13 @@ def prefill(result: Result) -> Iterator[str]:
     )
     found = f"{share(linear['value'])}, wanted: {linear['bound']:.0%} ({met(linear)})" if linear else ABSENT
     yield f"CoMeT's linear layers against a plain matrix product of the same process: {found}."
+
+
+def prefill(result: Result) -> Iterator[str]:
+    yield from prefill_ratio(result)
     yield ""
-    yield f"By length: {memory_shape(shapes[result['lengths_shape']])}. Each figure from a process of its own, {result['clock']} time."
+    shape = result["shapes"][result["lengths_shape"]]
+    yield f"By length: {memory_shape(shape)}. Each figure from a process of its own, {result['clock']} time."
     yield ""
     key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
     rows = []
@@ -172,6 +183,7 @@ def reading(result: Result) -> Iterator[str]:
 
 def decode(result: Result) -> Iterator[str]:
     comet, clock = result["comet"], result["clock"]
+    names = {"full_attention": "full attention", "in_place": "full attention with its cache in place"}
     sizes = f"C={comet['chunk_size']}, m={comet['global_size']}, s={comet['compression_stride']}, K={comet['temporary_capacity']}"
     yield f"{result['model']}, {sizes}; {clock} time, head included; CoMeT's mean over {result['cycles']} cycle(s) of C tokens."
     yield ""
@@ -194,20 +206,20 @@ def decode(result: Result) -> Iterator[str]:
         "full",
     )
     yield from table(heads, rows)
-    context = (result.get("floor") or {"context": 1024})["context"]
-    rivals = [found.get((what, context)) for what in ("full_attention", "in_place")]
-    longest = max((n for what, n in found if what == "comet"), default=None)
-    ratios = [number(one and longest and found["comet", longest][key] / one[key]) for one in rivals]
-    floor = number((result.get("floor") or {}).get("ratio"))
-    yield from table(
-        (f"CoMeT after {longest:,} tokens / full attention after {context:,}", "measured", "floor by bytes"),
-        [("full attention", ratios[0], floor), ("the same, cache in place", ratios[1], floor)],
-    )
+    bound = decode_report.against_floor(result)
+    if bound:
+        limits = number(bound["floor"]), number(bound["bound"])
+        yield from table(
+            (f"CoMeT after {bound['after']:,} tokens / full attention after {bound['context']:,}", "measured", "floor by bytes", "at most"),
+            [(names[what], judged(one), *limits) for what, one in bound["ratios"].items()],
+        )
+    else:
+        yield f"CoMeT with full memory against full attention after a short context: {ABSENT}."
+        yield ""
     flat = result["verdict"]["flatness"]
     if flat:
         start = f"CoMeT from {result['verdict']['flat_from']:,} tokens on"
         yield f"- {start}: ms/token differs by {flat[key]:.1%}, the cache by {flat['cache_bytes']:.1%}."
-    names = {"full_attention": "full attention", "in_place": "full attention with its cache in place"}
     for what, where in result["verdict"]["cheaper_from"].items():
         told = f"{where['tokens']:,} tokens ({where['how']})" if where else "not found"
         yield f"- CoMeT is cheaper than {names[what]} from: {told}."
@@ -305,7 +317,9 @@ def data(result: Result) -> Iterator[str]:
 
 SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # title, file, command, lines
     ("Reading", "prefill", "python benchmarks/prefill.py --threads 1 --rounds 5", prefill),
+    ("Reading, Qwen3-4B's layer", "prefill-4b", "python benchmarks/prefill.py --only-4b --threads 1 --rounds 5", prefill_ratio),
     ("Reading on a GPU", "prefill-cuda", "python benchmarks/prefill.py --device cuda", prefill),
+    ("Reading on a GPU, Qwen3-4B's layer", "prefill-4b-cuda", "python benchmarks/prefill.py --only-4b --device cuda", prefill_ratio),
     ("Reading a million tokens", "reading-small", "python benchmarks/reading.py conf=passkey FILE... --name small", reading),
     (
         "Reading books with SmolLM2-135M",
@@ -315,6 +329,8 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # t
     ),
     ("Decoding", "decode", "python benchmarks/decode.py", decode),
     ("Decoding with the paper's memory", "decode-full", "python benchmarks/decode.py --full", decode),
+    ("Decoding, Qwen3-0.6B's shape", "decode-qwen3_0_6b", "python benchmarks/decode.py --full --backbone qwen3_0_6b --pair", decode),
+    ("Decoding, Qwen3-4B's shape", "decode-qwen3_4b", "python benchmarks/decode.py --full --backbone qwen3_4b --layers 8 --pair", decode),
     ("Decoding on a GPU", "decode-cuda", "python benchmarks/decode.py --device cuda", decode),
     ("A training step", "training", "python benchmarks/training.py", training),
     ("A training step of the paper's shape", "training-full", "python benchmarks/training.py --full", training),

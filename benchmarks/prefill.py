@@ -3,6 +3,7 @@
     python benchmarks/prefill.py            some minutes: the ratio at the paper's shape, lengths to 256k at a quarter of it
     python benchmarks/prefill.py --full     lengths at the paper's shape too (an hour on one core; on a GPU that is the default)
     python benchmarks/prefill.py --small    everything at a sixteenth, some seconds: a look, no measurement
+    python benchmarks/prefill.py --only-4b  the ratio at Qwen3-4B's layer, which the first two measure last; some minutes
 
 Four ways to read the same text with the same random two layers and a tiny vocabulary: CoMeT; the same walk with the memory slots computed
 in full (tests/slots_in_full.py); full attention through Hugging Face; the same over a sliding window with attention sinks (sinks.py), which
@@ -10,7 +11,7 @@ sees as many key columns as CoMeT. All but full attention start with full memory
 by chunk in turn, and stands beside its floor from operation counts (shapes.py). Each process also measures a plain matrix product; the
 operations of a reading (comet_pl/flops.py) a second are told as a share of that. Where lengths go beyond what full attention reads
 (--full-attention-to), its cost at the longest of them is extrapolated and called so.
-Results: benchmarks/results/prefill*.json and .png.
+Results: benchmarks/results/prefill*.json and .png; Qwen3-4B's layer in prefill-4b*.json.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import report
 import torch
 from report import crossover
 from rich.progress import track
-from shapes import FORMULA, SHAPES, floor
+from shapes import FORMULA, SHAPES, Shape, floor
 
 from comet_pl.errors import Parser, UserError, run_cli
 
@@ -48,6 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", dest="size", action="store_const", const="small", help="everything at a sixteenth of the paper's shape")
     size.add_argument("--full", dest="size", action="store_const", const="full", help="lengths at the paper's shape")
+    size.add_argument("--only-4b", dest="size", action="store_const", const="4b", help="nothing but the ratio at Qwen3-4B's layer")
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens to read")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="chunks of each that make the ratio (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default here: %(default)s")
@@ -116,10 +118,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     ratio_shape = SHAPES["sixteenth" if options.size == "small" else "paper"]
     usual = "paper" if options.device == "cuda" else "quarter"
     lengths_shape = SHAPES[{"small": "sixteenth", "full": "paper"}.get(options.size, usual)]
-    # With one thread, processor time is the wall time of an idle machine; with more, waiting for each other is part of the cost.
-    clock = "processor" if (options.device, options.threads) == ("cpu", 1) else "wall"
-    common = {"threads": options.threads, "device": options.device, "dtype": options.dtype, "clock": clock}
-    machine = report.machine(options.device)
+    common, machine = conditions(options), report.machine(options.device)
 
     lengths = sorted(set(options.lengths))
     limits = {"slots_in_full": STEADY_TO, "sliding_window": STEADY_TO, "full_attention": options.full_attention_to}
@@ -128,23 +127,41 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         jobs += [{"what": what, "shape": lengths_shape.name, "length": n} for n in lengths if n <= limits.get(what, n)]
     ratio, *found = [measure(job | common) for job in track(jobs, description="measuring", transient=True)]
 
-    value, least = ratio[f"{clock}_ratio"], floor(ratio_shape)
-    verdict = {"value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
     return {
         **common,
         "machine": machine,
-        "ratio": {"shape": ratio_shape.name, **verdict, "formula": FORMULA, **ratio},
+        **verdicts(ratio, ratio_shape, common["clock"]),
         "lengths_shape": lengths_shape.name,
         "shapes": {shape.name: vars(shape) for shape in {ratio_shape, lengths_shape}},
-        "linear_rate": rate_verdict(ratio["achieved"]["comet"]["linear"]["share"]),
         "flatness": report.flatness(found),
-        "against_full_attention": against_full_attention(found, lengths[-1], clock),
+        "against_full_attention": against_full_attention(found, lengths[-1], common["clock"]),
         "lengths": found,
     }
 
 
-def rate_verdict(share: float) -> dict[str, Any]:
-    return {"value": share, "bound": LEAST_RATE, "met": share >= LEAST_RATE}
+def ratio_alone(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """The ratio at one shape, with what it depends on."""
+    common, machine = conditions(options), report.machine(options.device)
+    ratio = measure({"what": "ratio", "shape": shape.name, "rounds": options.rounds} | common)
+    return {**common, "machine": machine, **verdicts(ratio, shape, common["clock"]), "shapes": {shape.name: vars(shape)}}
+
+
+def conditions(options: argparse.Namespace) -> dict[str, Any]:
+    """What all jobs of a run have in common."""
+    # With one thread, processor time is the wall time of an idle machine; with more, waiting for each other is part of the cost.
+    clock = "processor" if (options.device, options.threads) == ("cpu", 1) else "wall"
+    return {"threads": options.threads, "device": options.device, "dtype": options.dtype, "clock": clock}
+
+
+def verdicts(ratio: dict[str, Any], shape: Shape, clock: str) -> dict[str, Any]:
+    """{"ratio", "linear_rate"}: what measure.py found about the ratio, and whether both bounds are met."""
+    value, least = ratio[f"{clock}_ratio"], floor(shape)
+    verdict = {"value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
+    rate = ratio["achieved"]["comet"]["linear"]["share"]
+    return {
+        "ratio": {"shape": shape.name, **verdict, "formula": FORMULA, **ratio},
+        "linear_rate": {"value": rate, "bound": LEAST_RATE, "met": rate >= LEAST_RATE},
+    }
 
 
 def against_full_attention(found: list[dict[str, Any]], furthest: int, clock: str) -> dict[str, Any]:
@@ -176,11 +193,20 @@ def ratios(full: dict[str, Any], ours: dict[str, Any], key: str) -> dict[str, An
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    result = {"command": " ".join(["python benchmarks/prefill.py", *argv]), **benchmark(options)}
-    name = "-".join(["prefill", *filter(None, [options.size, "cuda" if options.device == "cuda" else None])])
-    report.write_json(options.out / f"{name}.json", result)
-    report.write_plot(options.out / f"{name}.png", result)
-    report.show(result)
+    command = " ".join(["python benchmarks/prefill.py", *argv])
+
+    def file(name: str | None) -> str:
+        return "-".join(["prefill", *filter(None, [name, "cuda" if options.device == "cuda" else None])])
+
+    if options.size != "4b":
+        result = {"command": command, **benchmark(options)}
+        report.write_json(options.out / f"{file(options.size)}.json", result)
+        report.write_plot(options.out / f"{file(options.size)}.png", result)
+        report.show(result)
+    if options.size != "small":
+        result = {"command": command, **ratio_alone(options, SHAPES["paper-4b"])}
+        report.write_json(options.out / f"{file('4b')}.json", result)
+        report.show_ratio(result)
 
 
 if __name__ == "__main__":

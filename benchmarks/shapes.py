@@ -62,14 +62,15 @@ class Shape:
         )
 
 
-# Two layers of Qwen3-0.6B with the paper's chunk and memories; then every length and width a quarter and a sixteenth of that, which leaves
-# the share of each operation, and so the floor, as it is.
+# Two layers of Qwen3-0.6B with the paper's chunk and memories; every length and width a quarter and a sixteenth of that, which leaves the
+# share of each operation, and so the floor, as it is. And one layer of Qwen3-4B: two would give the same ratio and take twice as long.
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("paper", 1024, 16, 8, 128, 3072, chunk=2048, global_size=512, capacity=2048),
         Shape("quarter", 256, 8, 4, 64, 768, chunk=512, global_size=128, capacity=512),
         Shape("sixteenth", 64, 4, 2, 32, 192, chunk=128, global_size=32, capacity=128),
+        Shape("paper-4b", 2560, 32, 8, 128, 9728, chunk=2048, global_size=512, capacity=2048, layers=1),
     )
 }
 

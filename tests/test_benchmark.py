@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,16 @@ def test_floor_of_the_papers_shape():
     assert round(ours / in_full, 2) == 0.66
     for name in ("quarter", "sixteenth"):  # the same proportions
         assert shapes.floor(shapes.SHAPES[name]) == pytest.approx(ours / in_full, rel=1e-3)
+
+
+def test_floor_of_the_layer_of_qwen3_4b():
+    """A slot 5,242,880, a token 20,971,520 + 5,242,880 + 74,711,040, a pair 8,192 multiply-adds; the same for any number of layers."""
+    shape = shapes.SHAPES["paper-4b"]
+    ours = 2816 * 100_925_440 + 2560 * 5_242_880 + (2816 * 2560 + 2816 * 2817 // 2) * 8192
+    in_full = 5376 * 100_925_440 + 5376 * 5377 // 2 * 8192
+    assert shapes.operations(shape) == (ours, in_full)
+    assert round(ours / in_full, 2) == 0.59
+    assert shapes.floor(replace(shape, layers=7)) == shapes.floor(shape)
 
 
 def test_operations_count_what_the_kernels_get(monkeypatch):
@@ -269,6 +280,32 @@ def test_small_run_writes_valid_json(small):
     assert result["flatness"] is None  # the length lies below what it is judged on
 
 
+def test_the_layer_of_qwen3_4b_alone(tmp_path, monkeypatch, capsys):
+    """At full size but for the shape: a file of its own, and no lengths."""
+    jobs = []
+    monkeypatch.setitem(shapes.SHAPES, "paper-4b", shapes.SHAPES["sixteenth"])
+    measured = {"rounds": 2, "processor_ratio": 0.5, "wall_ratio": 0.9, "achieved": {"comet": {"linear": {"share": 0.59}}}}
+    monkeypatch.setattr(prefill, "measure", lambda job: jobs.append(job) or measured)
+    prefill.main(["--only-4b", "--threads", "1", "--rounds", "2", "--out", str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["prefill-4b.json"]
+    result = json.loads((tmp_path / "prefill-4b.json").read_text())
+    assert [(job["what"], job["shape"], job["rounds"]) for job in jobs] == [("ratio", "sixteenth", 2)]
+    assert (result["ratio"]["value"], result["ratio"]["met"]) == (0.5, True)
+    assert (result["linear_rate"]["value"], result["linear_rate"]["met"]) == (0.59, False)
+    assert result["clock"] == "processor" and "lengths" not in result
+    assert "CoMeT / slots in full, sixteenth shape: 0.500" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "files"), [([], ["", "-4b"]), (["--full"], ["-full", "-4b"]), (["--small"], ["-small"])])
+def test_full_size_measures_the_layer_of_qwen3_4b_too(size, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prefill, "benchmark", lambda options: {"of": options.size})
+    monkeypatch.setattr(prefill, "ratio_alone", lambda options, shape: {"of": shape.name})
+    for name in ("write_plot", "show", "show_ratio"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    prefill.main([*size, "--out", str(tmp_path)])
+    assert {file.name for file in tmp_path.iterdir()} == {f"prefill{name}.json" for name in files}
+
+
 def test_peak_is_of_the_process_itself():
     """Not of the parent that it was started by: 600 MiB of ours do not count."""
     held = torch.ones(150_000_000)
@@ -310,6 +347,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (["--threads", "x"], "--threads: invalid int value: 'x'"),
         (["--device", "tpu"], "--device: invalid choice: 'tpu' (choose from"),
         (["--small", "--full"], "not allowed with"),
+        (["--small", "--only-4b"], "not allowed with"),
         (["--lenghts", "5"], "unrecognized arguments: --lenghts"),
     ],
 )

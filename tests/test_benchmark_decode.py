@@ -16,13 +16,15 @@ from transformers import LlamaForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import decode
+import decode_report
 import measure_decode
 import perplexity
 import report
 from measure_decode import WARM_UP, open_lane
 
-from comet_pl import CometCache
+from comet_pl import CometCache, CometConfig
 from comet_pl.errors import UserError, run_cli
+from comet_pl.traffic import decoding_floor
 from data.base import train_tokenizer
 
 ROOM = 60
@@ -122,6 +124,32 @@ def test_what_does_not_fit_is_skipped_with_the_reason():
     assert measure_decode.affordable(wanted, 1, math.inf) == (wanted, [])
 
 
+def test_a_decoder_and_its_copy_with_memory_share_weights():
+    """All but embedding and head, which get rows; and each goes on computing what it computed."""
+    plain, ids = decoder(), text(1, 9)
+    with torch.no_grad():
+        before, rows = plain(ids).logits, plain.config.vocab_size
+        model = measure_decode.plug_in(plain, {"chunk_size": 9, "global_size": 0, "compression_stride": None})
+        many = measure_decode.plug_in(plain, {"chunk_size": 4, "global_size": 2, "compression_stride": 2, "temporary_capacity": 4})
+        assert torch.equal(plain(ids).logits, before)
+        torch.testing.assert_close(model(ids).logits[..., :rows], before)
+    ours = {weight.data_ptr() for weight in many.parameters()}
+    assert {name for name, weight in plain.named_parameters() if weight.data_ptr() not in ours} == {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
+    assert plain.config.vocab_size == len(plain.get_input_embeddings().weight) == rows < many.config.vocab_size
+
+
+@pytest.mark.parametrize("name", measure_decode.BACKBONES)
+def test_shapes_are_those_of_the_decoders(name):
+    """Millions of weights, embedding included; the head is tied."""
+    with torch.device("meta"):
+        found = measure_decode.random_decoder(measure_decode.BACKBONES[name])
+    assert found.num_parameters() / 1e6 == pytest.approx({"smollm2_135m": 134.5, "qwen3_0_6b": 596.0, "qwen3_4b": 4022.5}[name], abs=0.1)
+    assert found.config.model_type == ("llama" if name.startswith("smol") else "qwen3")
+
+
 # ---- the verdicts
 
 
@@ -164,6 +192,31 @@ def test_verdict():
     assert decode.verdict(found[:2], "ms_per_token")["flat"] is None
 
 
+def test_the_bound_by_bytes_by_hand():
+    """Floor 2, so that 2.3 is allowed: 2.2 meets it, 2.4 does not. Memory is full after 4 chunks, as 3 compression tokens fill 10 slots."""
+    times = {("comet", 16): 50.0, ("comet", 32): 24.0, ("full_attention", 8): 24 / 2.2, ("in_place", 8): 10.0, ("full_attention", 9): 1.0}
+    lengths = [{"what": what, "length": n, "ms_per_token": 1.0, "processor_ms_per_token": ms} for (what, n), ms in times.items()]
+    comet = {"chunk_size": 5, "compression_stride": 2, "temporary_capacity": 10}
+    result = {"comet": comet, "clock": "processor", "floor": {"context": 8, "ratio": 2.0}, "lengths": lengths}
+    found = decode_report.against_floor(result)
+    assert (found["after"], found["context"], found["floor"], found["bound"]) == (32, 8, 2.0, pytest.approx(2.3))
+    assert found["ratios"]["full_attention"] == {"value": pytest.approx(2.2), "met": True}
+    assert found["ratios"]["in_place"] == {"value": 2.4, "met": False}
+    alone = decode_report.against_floor(result | {"lengths": lengths[1:3]})
+    assert alone["ratios"]["in_place"] == {"value": None, "met": None} and alone["ratios"]["full_attention"]["met"]
+    assert decode_report.against_floor(result | {"lengths": [lengths[0] | {"length": 20}]}) is not None
+    assert decode_report.against_floor(result | {"lengths": [lengths[0] | {"length": 19}]}) is None
+    assert decode_report.against_floor(result | {"lengths": lengths[2:]}) is None
+
+
+def test_full_memory_is_full():
+    """What the bound takes for full is full at the latest after the step that closes a chunk, and not a chunk earlier."""
+    memory = {"chunk_size": 5, "compression_stride": 2, "temporary_capacity": 10}
+    model = tiny("llama", global_size=2, **memory)
+    slots = [measure_decode.clock_after(model, n + 1).temporary_slots for n in (15, 20, 40)]
+    assert slots == [9, 10, 10]
+
+
 def test_summary_of_a_lane():
     with torch.inference_mode():
         lane = open_lane("comet", tiny("llama", chunk_size=50, compression_stride=5), 4, 4, ROOM)
@@ -201,6 +254,28 @@ def test_small_run_of_decode(tmp_path, capsys):
     assert result["verdict"]["flatness"]["cache_bytes"] == 0 and result["clock"] == "processor" and not result["skipped"]
     growth = found["full_attention", 20000]["cache_bytes"] / found["full_attention", 16384]["cache_bytes"]
     assert growth == pytest.approx(20000 / 16384)
+
+
+def test_the_pair_at_a_shape_alone(tmp_path, monkeypatch, capsys):
+    """Ours with full memory, full attention after a short context; the floor is that of as many layers as were taken."""
+    shape = measure_decode.TINY | {"model_type": "qwen3", "head_dim": 8, "num_hidden_layers": 3}
+    monkeypatch.setitem(measure_decode.BACKBONES, "qwen3_0_6b", shape)
+    sizes = ["--chunk-size", "8", "--global-size", "4", "--stride", "4", "--capacity", "16", "--cycles", "1", "--tokens", "8"]
+    decode.main(["--backbone", "qwen3_0_6b", "--layers", "1", "--pair", *sizes, "--out", str(tmp_path)])
+    assert [file.name for file in tmp_path.iterdir()] == ["decode-qwen3_0_6b.json"]
+    result = json.loads((tmp_path / "decode-qwen3_0_6b.json").read_text())
+    times = {(one["what"], one["length"]): one["processor_ms_per_token"] for one in result["lengths"]}
+    ours, *theirs = ("comet", 131072), ("full_attention", 1024), ("in_place", 1024)
+    assert set(times) == {ours, *theirs} and "1 of 3 layers" in result["model"]
+    floors = [decoding_floor(comet_config(shape | {"num_hidden_layers": n}, result["comet"]), 1024, with_head=True) for n in (1, 3)]
+    found = result["against_floor"]
+    assert found["floor"] == pytest.approx(floors[0], rel=1e-3) and floors[0] != pytest.approx(floors[1], rel=1e-3)
+    assert {what: one["value"] for what, one in found["ratios"].items()} == {what: times[ours] / times[what, n] for what, n in theirs}
+    assert result["verdict"]["cheaper_from"] == {} and "cheaper" not in capsys.readouterr().out
+
+
+def comet_config(shape, comet):
+    return CometConfig(backbone_config=measure_decode.random_decoder(shape).config, **comet)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +356,13 @@ def test_differences_are_paired():
         (["--global-size", "-1"], "--global-size: -1 given, a whole number >= 0"),
         (["--cycles", "x"], "--cycles: invalid int value: 'x'"),
         (["--small", "--full"], "not allowed with"),
+        (["--pair", "--contexts", "5"], "not allowed with"),
+        (["--backbone", "smollm2_135m", "--model", "x"], "not allowed with"),
+        (["--backbone", "x"], "--backbone: invalid choice: 'x' (choose from"),
+        (["--backbone", "qwen3_4b", "--small"], "--backbone: qwen3_4b given with --small"),
+        (["--backbone", "qwen3_4b", "--layers", "37"], "--layers: 37 given, 1 to 36 are allowed for qwen3_4b"),
+        (["--backbone", "qwen3_4b", "--layers", "0"], "--layers: 0 given, 1 to 36"),
+        (["--layers", "3"], "--layers: 3 given, --backbone NAME is needed with it"),
         (["--context", "5"], "unrecognized arguments: --context"),
         (["--out", f"{__file__}/x"], "cannot be made"),
     ],

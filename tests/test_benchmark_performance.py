@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"processor": "one", "cores": 2, "cpu_kernels": "AVX2", "torch": "2", "transformers": "5", "load_before": 0.0}
 
 
-def section(folder, name, result):
-    """A page of this result alone, without the sections that are not measured."""
-    (folder / f"{name}.json").write_text(json.dumps({"command": f"python benchmarks/{name}.py", "machine": MACHINE, **result}))
+def section(folder, name, result, file=None):
+    """A page of this result of benchmarks/`name`.py alone, without the sections that are not measured. file: its name, if it is another."""
+    (folder / f"{file or name}.json").write_text(json.dumps({"command": f"python benchmarks/{name}.py", "machine": MACHINE, **result}))
     text = performance.page(folder)
     return next(part for part in text.split("\n## ") if f"benchmarks/{name}.py\n" in part)
 
@@ -80,6 +80,34 @@ def test_reading_with_everything(tmp_path):
     assert "not measured" not in text and "| CoMeT | 64 | 0.500 | 2,000 | 400 | 50 | 50% | 70% |" in text
     assert "70%, wanted: 60% (met)" in text and "| 0.700 (met) | 0.660 | 0.760 |" in text
     assert "full attention, *extrapolated" in text and "at 99 tokens (extrapolated: a straight line)" in text
+
+
+def test_the_layer_of_qwen3_4b_has_a_section(tmp_path):
+    ratio = {"shape": "paper-4b", "value": 0.7, "floor": 0.589, "bound": 0.648, "met": False, "rounds": 5, "achieved": {}}
+    shape = {"layers": 1, "hidden": 2560, "chunk": 4, "global_size": 2, "stride": 2, "capacity": 4}
+    rate = {"value": 0.7, "bound": 0.6, "met": True}
+    text = section(tmp_path, "prefill", {"ratio": ratio, "shapes": {"paper-4b": shape}, "linear_rate": rate}, "prefill-4b")
+    assert text.startswith("Reading, Qwen3-4B's layer\n") and "The ratio: 1 layers x 2560" in text
+    assert "| 0.700 (missed) | 0.589 | 0.648 |" in text and "70%, wanted: 60% (met)" in text and "By length" not in text
+
+
+def lane(what, length, ms):
+    return {"what": what, "length": length, "processor_ms_per_token": ms, "filled": False, "cache_bytes": 2**20, "closing_ms": None}
+
+
+@pytest.mark.parametrize(("floor", "row"), [(2.0, "2.20 (met) | 2.00 | 2.30 |"), (None, "2.20 | not measured | not measured |")])
+def test_decoding_against_its_floor(tmp_path, floor, row):
+    """From the times alone: files written before there was a verdict, or a floor, are read too."""
+    comet = {"chunk_size": 4, "global_size": 2, "compression_stride": 2, "temporary_capacity": 4}
+    result = {"model": "m", "comet": comet, "clock": "processor", "cycles": 1, "verdict": {"flatness": None, "cheaper_from": {}}}
+    result |= {"lengths": [lane("comet", 99, 22.0), lane("full_attention", 1024, 10.0)]}
+    result |= {"floor": {"context": 1024, "ratio": floor}} if floor else {}
+    text = section(tmp_path, "decode", result, "decode-qwen3_0_6b")
+    assert text.startswith("Decoding, Qwen3-0.6B's shape\n")
+    assert "CoMeT after 99 tokens / full attention after 1,024 | measured | floor by bytes | at most |" in text
+    assert f"| full attention | {row}" in text and "| full attention with its cache in place | not measured |" in text
+    text = section(tmp_path, "decode", result | {"lengths": [lane("comet", 7, 1.0)]}, "decode-qwen3_0_6b")
+    assert "CoMeT with full memory against full attention after a short context: not measured." in text
 
 
 def test_training_and_start_with_everything(tmp_path):

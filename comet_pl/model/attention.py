@@ -73,7 +73,8 @@ def attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, sca
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = (q @ k.transpose(2, 3) * scale).masked_fill(~mask, torch.finfo(q.dtype).min)
-    return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype) @ v
+    grouped = q.unflatten(1, (k.shape[1], -1))  # the queries of a key head as rows of one product: no key is copied
+    scores = (grouped.flatten(2, 3) @ k.transpose(2, 3) * scale).unflatten(2, grouped.shape[2:4])
+    scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(q.dtype).min)
+    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+    return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)

@@ -35,7 +35,7 @@ FROM_SCRATCH = (
 
 
 def check_device(config: Config) -> None:
-    """Refuses an accelerator that is not here.
+    """Refuses an accelerator that is not here, and train.compile where it has no compiler.
 
     Raises:
         UserError
@@ -49,6 +49,16 @@ def check_device(config: Config) -> None:
     if not here.get(asked, True):
         allowed = ", ".join(name for name, present in here.items() if present)
         raise UserError(f"trainer.accelerator: {asked} given, but there is no such device here, allowed: {allowed}")
+    if config.train.compile and (asked == "cpu" or (asked == "auto" and not here["gpu"])):
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "train.compile: true given, but no C++ compiler is found here; install g++, name one in the variable CXX, or leave it false"
+            ) from None
 
 
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:

@@ -254,6 +254,7 @@ def _check_together(config: Config, command: str) -> None:
         _check_parameters(config)
         _check_recompute(config)
         _check_gate_penalty(config)
+        _check_compile(config)
 
 
 def _check_parameters(config: Config) -> None:
@@ -277,6 +278,15 @@ def _check_recompute(config: Config) -> None:
     if train.recompute == "chunk" and config.trainer.strategy == "layer_pipeline":
         raise UserError(
             "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices keep their own chunks, allowed: none, cell"
+        )
+
+
+def _check_compile(config: Config) -> None:
+    """train.compile fits the sharding."""
+    if config.train.compile and (sharding := config.strategy.sharding) != "none":
+        raise UserError(
+            f"train.compile: true given, but strategy.sharding is {sharding}, which hooks itself into each layer, allowed: false, or "
+            "strategy.sharding=none"
         )
 
 

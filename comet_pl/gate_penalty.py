@@ -23,25 +23,26 @@ from comet_pl.schema import TrainConfig
 
 @dataclass
 class GatePenalty:
-    """The penalty of a model's gates. share: of one gate in the mean, times the loss's scale; set before each step."""
+    """The penalty of a model's gates. share: of one gate in the mean, times the loss's scale; set before each step, as a tensor () where
+    cells are compiled (of a number they would make a graph each time)."""
 
     pull: float
     target: float
     entropy: float
-    share: float = 0.0
+    share: float | Tensor = 0.0
 
     @classmethod
     def of(cls, train: TrainConfig) -> GatePenalty | None:
         """What the configuration asks for, if it does."""
         return cls(train.gate_pull, train.gate_target, train.gate_entropy) if train.gate_pull or train.gate_entropy else None
 
-    def value(self, g: Tensor) -> Tensor:
-        """(B,) each row's penalty. g: (B, m, 1) or (B, m, d)."""
-        g = g.flatten(1)
-        edge = torch.finfo(g.dtype).eps  # at 0 and 1 themselves the slope of H has no end
-        inner = g.clamp(edge, 1 - edge)
-        entropy = torch.special.entr(inner) + torch.special.entr(1 - inner)
-        return self.pull * (g.mean(1) - self.target).square() - self.entropy * entropy.mean(1)
+    def slope(self, g: Tensor) -> Tensor:
+        """The gradient of each row's penalty. g: (B, m, 1) or (B, m, d)."""
+        # By hand: torch.compile knows no autograd inside a backward pass.
+        mean = g.flatten(1).mean(1)[:, None, None]
+        # d/dg of -H(g) is ln g - ln(1 - g), which at 0 and 1 themselves has no end.
+        undecided = torch.logit(g, torch.finfo(g.dtype).eps)
+        return (2 * self.pull * (mean - self.target) + self.entropy * undecided) / g[0].numel()
 
     def __call__(self, g: Tensor) -> Tensor:
         """g itself; its backward pass adds the penalty's gradient."""
@@ -58,9 +59,7 @@ class _Penalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         (g,) = ctx.saved_tensors
-        with torch.enable_grad():
-            g = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
-            (slope,) = torch.autograd.grad(ctx.penalty.value(g).sum(), g)
+        slope = ctx.penalty.slope(g.to(torch.promote_types(g.dtype, torch.float32)))
         # Of rows that rest, start afresh, or have no target any more, nothing comes back: exactly zero.
         learns = gradient.flatten(1).ne(0).any(1)[:, None, None]
         return gradient + torch.where(learns, ctx.penalty.share * slope, 0.0).to(gradient.dtype), None

@@ -51,6 +51,8 @@ class CometModule(lightning.LightningModule):
             memory.penalty = self.gate_penalty
         if train.recompute != "none":  # chunk: one at a time, and in it one cell
             model.gradient_checkpointing = True
+        if train.compile:
+            model.compile_cells()
 
     def setup(self, stage: str) -> None:
         """Tells the data which rows are this rank's, before loaders are made."""
@@ -85,7 +87,8 @@ class CometModule(lightning.LightningModule):
         if self.gate_penalty is not None:
             count = sum(count_gates(self._windows(micro)) for micro in micros)
             gates = int(self.sum_over_ranks(count)) // copies * len(self.model.gates)
-            self.gate_penalty.share = self._loss_scale / max(1, gates)
+            dtype = torch.promote_types(self.model.dtype, torch.float32)
+            self.gate_penalty.share = torch.tensor(self._loss_scale / max(1, gates), dtype=dtype, device=self.device)
         with self._no_sync():
             for micro in micros:
                 loss += self._walk(micro, max(1, targets))

@@ -19,7 +19,7 @@ from comet_pl.schema import Config
 NAME_VARIABLE = "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
 FIXED = ("seed", "model", "backbone", "data", "train")
 # of the fixed sections; at most rounding changes
-FREE = ("data.num_workers", "train.recompute", "train.offload", "train.max_skipped", "train.peak_tflops")
+FREE = ("data.num_workers", "train.recompute", "train.offload", "train.compile", "train.max_skipped", "train.peak_tflops")
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,7 @@ class TrainConfig:
         needs="none (once false), cell (once true), chunk",
     )
     offload: bool = key(False, "with recompute=chunk: the memory between chunks waits on the CPU")
+    compile: bool = key(False, "torch.compile of each layer, also in evaluation: minutes at the first step of each length, then less time")
     peak_tflops: float | None = key(
         None, "what a device can do, 10^12 operations a second in this precision; then train/mfu is logged; null: unknown", above=0
     )

@@ -37,6 +37,8 @@ def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config
         UserError: lengths that are too short for a passkey; data that cannot be read.
     """
     training = model.training
+    if config.train.compile:
+        model.compile_cells()
     try:
         with torch.no_grad():
             return EVALUATE[type(config.data)](model.eval(), tokenizer, config, Results(out, config.data.kind))

@@ -56,7 +56,8 @@ def read_memory(model: CometForCausalLM, ids: Tensor) -> MemoryReport | None:
     looks = [_Look(chunks - 1, ids.shape[1]) for _ in model.model.layers]
     hooks = [cell.register_forward_pre_hook(look.at) for cell, look in zip(model.model.layers, looks, strict=True)]
     try:
-        model(ids, use_cache=False, logits_to_keep=1)
+        with torch.compiler.set_stance("force_eager"):  # of compiled cells the hooks would become a part
+            model(ids, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()

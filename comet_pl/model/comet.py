@@ -28,6 +28,8 @@ from comet_pl.model.memory import GateProjection, GlobalMemory
 from comet_pl.model.step import Step
 from comet_pl.model.walk import WALKS, LocalSeam
 
+COMPILED_GRAPHS = 64  # of all cells together: each length of text, and each way to close a chunk, makes some
+
 
 class CometForCausalLM(PreTrainedModel, GenerationMixin):
     """A decoder with collaborative memory: reads text of any length at constant memory and linear time."""
@@ -203,6 +205,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden[t], memory[i] = checkpoint(cells[i], hidden[t], before, steps[t], use_reentrant=False)
             else:
                 hidden[t], memory[i] = cells[i](hidden[t], before, steps[t])
+            if self.records_gates and steps[t].closes and steps[t].has_state:
+                cells[i].global_memory.collect()  # not in the cell, which may run again in the backward pass
             if t == call.steps - 1:
                 seam.send(i, memory.pop(i))
             if i == len(cells) - 1:
@@ -302,6 +306,20 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         """Whether each forward with labels and without gradients keeps every target's loss in `token_losses`: flat places (k,) in (B, N)
         of the columns that have a target, and its cross-entropy (k,), in any order."""
         self.records_losses, self.token_losses = on, None
+
+    def compile_cells(self, **options: Any) -> None:
+        """Each cell runs as torch.compile's code from now on; names of modules and weights stay. Code is made at a first call of each kind.
+
+        Torch's limit of graphs a function becomes at least COMPILED_GRAPHS, for the whole process. Beyond it, and where torch cannot trace,
+        cells run as before.
+
+        Args:
+            options: of torch.compile.
+        """
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit = max(dynamo.recompile_limit, COMPILED_GRAPHS)
+        for cell in self.model.layers:
+            cell.compile(**options)
 
     # ---- generation: Hugging Face's
 

@@ -62,7 +62,8 @@ class GlobalMemory(nn.Module):
         self.norm = nn.RMSNorm(width, eps=None)
         self.gate = None if config.gate == "none" else Gate(config)
         self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
-        self.gate_values: list[Tensor] | None = None  # a list: every g of the current forward is appended, detached
+        self.last_gate: Tensor | None = None  # g of the last write that had a gate, detached
+        self.gate_values: list[Tensor] | None = None  # a list: the walk collects every g of the current forward
         self.penalty: Callable[[Tensor], Tensor] | None = None  # g -> g with a gradient of its own (comet_pl/gate_penalty.py)
 
     def write(self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None) -> Tensor:
@@ -72,12 +73,17 @@ class GlobalMemory(nn.Module):
         if previous is None or self.gate is None:
             return candidate
         g = self.gate(candidate, previous)
-        if self.gate_values is not None:
-            self.gate_values.append(g.detach())
+        self.last_gate = g.detach()  # always, and never a growing list: torch.compile would make another graph for either
         if self.penalty is not None:
             g = self.penalty(g)
         state = g * previous + (1 - g) * candidate
         return state if first is None else torch.where(first[:, None, None], candidate, state)
+
+    def collect(self) -> None:
+        """Adds the last g to gate_values, if they are recorded."""
+        if self.gate_values is not None:
+            assert self.last_gate is not None
+            self.gate_values.append(self.last_gate)
 
 
 class TemporaryMemory(nn.Module):

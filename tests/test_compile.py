@@ -81,14 +81,15 @@ def test_reading_and_training_compile_too(compiled, either_attention):
 
 
 @pytest.fixture
-def traced(monkeypatch):
-    """Puts a quick backend, with real autograd traces, in the place of inductor; the list of the graphs that it is given."""
+def traced(monkeypatch, request):
+    """Puts a quick backend in the place of inductor, in slow tests one with real autograd traces; the list of the graphs it is given."""
+    whole = request.node.get_closest_marker("slow") is not None
     torch._dynamo.reset()
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph)
-        return aot_eager(graph, inputs)
+        return aot_eager(graph, inputs) if whole else graph.forward
 
     monkeypatch.setattr(CometForCausalLM, "compile_cells", partialmethod(CometForCausalLM.compile_cells, backend=backend, fullgraph=True))
     with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # afterwards as it was

@@ -27,9 +27,13 @@ def formula(q, k, v, past):
     return (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-@pytest.fixture(params=[0, attention.FEW_SCORES], ids=["kernels", "few scores"], autouse=True)
-def few_scores(request, monkeypatch):
-    monkeypatch.setattr(attention, "FEW_SCORES", request.param)
+WAYS = {"kernels": (0, attention.MANY_KEYS), "few scores": (attention.FEW_SCORES, attention.MANY_KEYS), "many keys": (0, 0)}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS.keys(), autouse=True)
+def way(request, monkeypatch):
+    for name, limit in zip(("FEW_SCORES", "MANY_KEYS"), request.param, strict=True):
+        monkeypatch.setattr(attention, name, limit)
 
 
 @pytest.mark.parametrize("grad", [True, False])

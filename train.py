@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
         run.create()
         start = f"goes on from step {run.step}" if run.checkpoint else "starts"
         print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
+        if config.train.compile:
+            print("train.compile: the first step of each length takes minutes, and a stop waits for it", flush=True)
     try:
         trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except TrainingStopped as stopped:

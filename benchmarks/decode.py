@@ -19,7 +19,8 @@ nothing else. --layers takes some layers of a shape, where memory or time are sh
 All lanes (a side after a context) run in one process in turn, a slice of each, so that the machine's moods meet all of them; with one
 thread on a CPU processor time counts, which leaves out what other programs took. Contexts up to --read tokens are read; longer ones are
 caches filled with noise, which changes no cost. What does not fit into memory is skipped, with the reason.
-Results: benchmarks/results/decode*.json and .png, for --backbone NAME in decode-NAME.json; --pair draws nothing.
+Results: benchmarks/results/decode*.json and .png, for --backbone NAME in decode-NAME.json; those of --pair end in -pair, without a
+picture.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     with torch.inference_mode():
         result = {"command": " ".join(["python benchmarks/decode.py", *argv]), **benchmark(options)}
-    name = "-".join(["decode", *filter(None, [options.backbone or options.size, "cuda" if options.device == "cuda" else None])])
+    parts = [options.backbone or options.size, "pair" if options.pair else None, "cuda" if options.device == "cuda" else None]
+    name = "-".join(["decode", *filter(None, parts)])
     report.write_json(options.out / f"{name}.json", result)
     if not options.pair:
         report.write_plot(options.out / f"{name}.png", result, decode_report.plot)

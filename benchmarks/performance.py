@@ -31,8 +31,9 @@ Result = dict[str, Any]
 TOP = """# Performance
 
 Written by `python benchmarks/performance.py` from the files in [benchmarks/results](../benchmarks/results): don't edit, measure.
-`make bench` runs everything at a small size (minutes; no measurement), `make bench-full` at full size (about an hour on a CPU that nothing
-else uses; reading and decoding on a GPU where there is one), and writes this page again.
+`make bench` is a look at a small size (minutes; no measurement), `make bench-full` measures at full size what about an hour of a CPU that
+nothing else uses allows (reading and decoding on a GPU where there is one), and writes this page again. Each section tells its own command;
+PATH stands for a folder of yours.
 
 *Floor* is what operation counts (`comet_pl/flops.py`) or bytes moved (`comet_pl/traffic.py`) allow, if both sides run at the same speed;
 it is a prediction. Everything else on this page is measured, unless it says *extrapolated* or *simulated*. With one thread on a CPU the
@@ -328,12 +329,17 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # t
         reading,
     ),
     ("Decoding", "decode", "python benchmarks/decode.py", decode),
-    ("Decoding with the paper's memory", "decode-full", "python benchmarks/decode.py --full", decode),
-    ("Decoding, Qwen3-0.6B's shape", "decode-qwen3_0_6b", "python benchmarks/decode.py --full --backbone qwen3_0_6b --pair", decode),
-    ("Decoding, Qwen3-4B's shape", "decode-qwen3_4b", "python benchmarks/decode.py --full --backbone qwen3_4b --layers 8 --pair", decode),
+    ("Decoding with the paper's memory", "decode-full-pair", "python benchmarks/decode.py --full --pair", decode),
+    ("Decoding, Qwen3-0.6B's shape", "decode-qwen3_0_6b-pair", "python benchmarks/decode.py --full --backbone qwen3_0_6b --pair", decode),
+    (
+        "Decoding, Qwen3-4B's shape",
+        "decode-qwen3_4b-pair",
+        "python benchmarks/decode.py --full --backbone qwen3_4b --layers 4 --pair",
+        decode,
+    ),
     ("Decoding on a GPU", "decode-cuda", "python benchmarks/decode.py --device cuda", decode),
     ("A training step", "training", "python benchmarks/training.py", training),
-    ("A training step of the paper's shape", "training-full", "python benchmarks/training.py --full", training),
+    ("A training step, the ratio at the paper's shape", "training-full", "python benchmarks/training.py --full", training),
     ("Start-up", "startup", "python benchmarks/startup.py", startup),
     ("Two processes share a text", "pipeline", "python benchmarks/pipeline.py", pipeline),
     ("Data", "data", "python benchmarks/data.py", data),
@@ -371,6 +377,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
     parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md")
     options = parser.parse_args(argv)
+    if not options.results.is_dir():
+        raise UserError(f"--results: {options.results} is no folder")
     text = page(options.results)
     report.write(options.out, lambda file: file.write_text(text, encoding="utf-8"))
     print(f"written: {options.out}")

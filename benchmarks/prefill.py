@@ -57,6 +57,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_device(parser)
     parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
     options = parser.parse_args(argv)
+    if options.size == "4b" and (options.lengths or options.full_attention_to):
+        raise UserError("--only-4b: given with --lengths or --full-attention-to, but it reads no lengths")
     if options.lengths is None:
         options.lengths = [1024, 4096] if options.size == "small" else [16384, 32768, 262144]
     settle_device(options)

@@ -348,6 +348,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         (["--device", "tpu"], "--device: invalid choice: 'tpu' (choose from"),
         (["--small", "--full"], "not allowed with"),
         (["--small", "--only-4b"], "not allowed with"),
+        (["--only-4b", "--lengths", "5"], "--only-4b: given with --lengths or --full-attention-to"),
         (["--lenghts", "5"], "unrecognized arguments: --lenghts"),
     ],
 )

@@ -262,8 +262,8 @@ def test_the_pair_at_a_shape_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(measure_decode.BACKBONES, "qwen3_0_6b", shape)
     sizes = ["--chunk-size", "8", "--global-size", "4", "--stride", "4", "--capacity", "16", "--cycles", "1", "--tokens", "8"]
     decode.main(["--backbone", "qwen3_0_6b", "--layers", "1", "--pair", *sizes, "--out", str(tmp_path)])
-    assert [file.name for file in tmp_path.iterdir()] == ["decode-qwen3_0_6b.json"]
-    result = json.loads((tmp_path / "decode-qwen3_0_6b.json").read_text())
+    assert [file.name for file in tmp_path.iterdir()] == ["decode-qwen3_0_6b-pair.json"]
+    result = json.loads((tmp_path / "decode-qwen3_0_6b-pair.json").read_text())
     times = {(one["what"], one["length"]): one["processor_ms_per_token"] for one in result["lengths"]}
     ours, *theirs = ("comet", 131072), ("full_attention", 1024), ("in_place", 1024)
     assert set(times) == {ours, *theirs} and "1 of 3 layers" in result["model"]

@@ -102,11 +102,11 @@ def test_decoding_against_its_floor(tmp_path, floor, row):
     result = {"model": "m", "comet": comet, "clock": "processor", "cycles": 1, "verdict": {"flatness": None, "cheaper_from": {}}}
     result |= {"lengths": [lane("comet", 99, 22.0), lane("full_attention", 1024, 10.0)]}
     result |= {"floor": {"context": 1024, "ratio": floor}} if floor else {}
-    text = section(tmp_path, "decode", result, "decode-qwen3_0_6b")
+    text = section(tmp_path, "decode", result, "decode-qwen3_0_6b-pair")
     assert text.startswith("Decoding, Qwen3-0.6B's shape\n")
     assert "CoMeT after 99 tokens / full attention after 1,024 | measured | floor by bytes | at most |" in text
     assert f"| full attention | {row}" in text and "| full attention with its cache in place | not measured |" in text
-    text = section(tmp_path, "decode", result | {"lengths": [lane("comet", 7, 1.0)]}, "decode-qwen3_0_6b")
+    text = section(tmp_path, "decode", result | {"lengths": [lane("comet", 7, 1.0)]}, "decode-qwen3_0_6b-pair")
     assert "CoMeT with full memory against full attention after a short context: not measured." in text
 
 
@@ -142,3 +142,9 @@ def test_make_bench_full_ends_with_the_page():
     for name in ("startup", "prefill", "reading", "pipeline", "training", "decode", "data"):
         assert sum(f"benchmarks/{name}.py" in line and "--small" not in line for line in commands) == 1
     assert any("1048576" in line and "--device auto" in line for line in commands)
+
+
+def test_a_misspelt_folder_is_no_empty_page(tmp_path):
+    with pytest.raises(UserError, match=r"--results: .*/nowhere is no folder$"):
+        performance.main(["--results", str(tmp_path / "nowhere"), "--out", str(tmp_path / "page.md")])
+    assert not (tmp_path / "page.md").exists()

@@ -85,6 +85,6 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     grouped = q.unflatten(1, (k.shape[1], -1))  # the queries of a key head as rows of one product: no key is copied
     scores = (grouped.flatten(2, 3) @ k.transpose(2, 3) * scale).unflatten(2, grouped.shape[2:4])
-    scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(q.dtype).min)
+    scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)

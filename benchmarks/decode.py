@@ -38,8 +38,9 @@ import decode_report
 import measure_decode
 import report
 import torch
+from decode_report import FULL_ATTENTION
 from measure_decode import BACKBONES, KINDS, ROOT, TINY, USUAL_MODEL, Lane
-from prefill import add_device, settle_device
+from prefill import add_device, conditions, settle_device
 from report import crossover
 
 from comet_pl.errors import Parser, UserError, run_cli
@@ -49,7 +50,6 @@ from comet_pl.traffic import decoding_floor
 HERE = Path(__file__).resolve().parent
 FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
 SLICES = 8  # a cycle
-FULL_ATTENTION = ("full_attention", "in_place")
 FLOOR_CONTEXT = 1024  # tokens of full attention that the floor by bytes moved is against
 PAIR_CONTEXT = 131072  # tokens before ours in --pair: all memory is full
 SIZES: dict[str | None, dict[str, Any]] = {
@@ -137,20 +137,17 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
             bar.add(done)
             bar.refresh()
 
-    clock = "processor" if (device, options.threads) == ("cpu", 1) else "wall"
-    found = [summary(lane, clock) for lane in lanes]
+    common = conditions(options)
+    found = [summary(lane, common["clock"]) for lane in lanes]
     result = {
         "model": name,
         "parameters": decoder.num_parameters(),
         "comet": comet,
-        "threads": options.threads,
-        "device": device,
-        "dtype": options.dtype,
-        "clock": clock,
+        **common,
         "machine": machine,
         "cycles": options.cycles,
         "read": options.read,
-        "verdict": verdict(found, time_key(clock), () if options.pair else FULL_ATTENTION),
+        "verdict": verdict(found, report.time_key(common["clock"]), () if options.pair else FULL_ATTENTION),
         "floor": {"context": FLOOR_CONTEXT, "ratio": decoding_floor(model.config, FLOOR_CONTEXT, with_head=True)},
         "skipped": skipped,
         "lengths": found,
@@ -174,10 +171,6 @@ def the_decoder(options: argparse.Namespace) -> tuple[str, Any]:
 
 
 # ---- what was measured
-
-
-def time_key(clock: str) -> str:
-    return "ms_per_token" if clock == "wall" else "processor_ms_per_token"
 
 
 def summary(lane: Lane, clock: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from comet_pl.results import PLAIN
 
 NAMES = {"comet": "CoMeT", "full_attention": "full attention", "in_place": "full attention, cache in place"}
+FULL_ATTENTION = ("full_attention", "in_place")
 MARGIN = 1.15  # CoMeT with full memory may take this much more than the floor by bytes
 KINDS = {"text": "text token", "compression": "+ compression token", "closing": "closing a chunk"}
 
@@ -19,7 +20,7 @@ KINDS = {"text": "text token", "compression": "+ compression token", "closing": 
 def plot(result: dict[str, Any]) -> Figure:
     """ms/token (our closing step apart) and cache against the context, all axes logarithmic."""
     figure = Figure(figsize=(10, 4.4), layout="constrained", dpi=100)
-    time = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    time = report.time_key(result["clock"])
     found = [one | {"cache_mib": one["cache_bytes"] / 2**20} for one in result["lengths"]]
     left, right = figure.subplots(1, 2)
     report.curves(left, found, NAMES, time, f"ms a token ({result['clock']} time)", "tokens of context")
@@ -79,14 +80,14 @@ def against_floor(result: dict[str, Any]) -> dict[str, Any] | None:
         something was not measured. None instead of all: no context fills the memory.
     """
     floor, comet = result.get("floor") or {"context": 1024, "ratio": None}, result["comet"]
-    key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    key = report.time_key(result["clock"])
     found = {(one["what"], one["length"]): one[key] for one in result["lengths"]}
     after = max((n for what, n in found if what == "comet"), default=0)
     groups = -(-comet["chunk_size"] // comet["compression_stride"])  # compression tokens of a chunk
     if after < comet["chunk_size"] * -(-comet["temporary_capacity"] // groups):
         return None
     bound, ratios = floor["ratio"] and MARGIN * floor["ratio"], {}
-    for what in ("full_attention", "in_place"):
+    for what in FULL_ATTENTION:
         theirs = found.get((what, floor["context"]))
         value = theirs and found["comet", after] / theirs
         ratios[what] = {"value": value, "met": None if value is None or bound is None else value <= bound}
@@ -98,7 +99,7 @@ def time_table(result: dict[str, Any]) -> Table:
     heads = ("context", "CoMeT", "median", "p99", "closing", "full", "in place", "MiB: CoMeT", "full")
     table = report.new_table(f"{result['clock']} time, ms", *heads)
     found = {(one["what"], one["length"]): one for one in result["lengths"]}
-    key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    key = report.time_key(result["clock"])
     for n in sorted({length for _, length in found}):
         ours, full, in_place = (found.get((what, n)) for what in NAMES)
         single = (f"{ours[name]:.1f}" if ours and ours[name] is not None else "" for name in (key, "median_ms", "p99_ms", "closing_ms"))

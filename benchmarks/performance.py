@@ -119,7 +119,7 @@ def prefill(result: Result) -> Iterator[str]:
     shape = result["shapes"][result["lengths_shape"]]
     yield f"By length: {memory_shape(shape)}. Each figure from a process of its own, {result['clock']} time."
     yield ""
-    key = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    key = report.time_key(result["clock"])
     rows = []
     for what, name in report.NAMES.items():
         found = [one for one in result["lengths"] if one["what"] == what]
@@ -188,7 +188,7 @@ def decode(result: Result) -> Iterator[str]:
     sizes = f"C={comet['chunk_size']}, m={comet['global_size']}, s={comet['compression_stride']}, K={comet['temporary_capacity']}"
     yield f"{result['model']}, {sizes}; {clock} time, head included; CoMeT's mean over {result['cycles']} cycle(s) of C tokens."
     yield ""
-    key = "ms_per_token" if clock == "wall" else "processor_ms_per_token"
+    key = report.time_key(clock)
     found = {(one["what"], one["length"]): one for one in result["lengths"]}
     rows = []
     for n in sorted({length for _, length in found}):

@@ -150,8 +150,7 @@ def ratio_alone(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
     """What all jobs of a run have in common."""
-    # With one thread, processor time is the wall time of an idle machine; with more, waiting for each other is part of the cost.
-    clock = "processor" if (options.device, options.threads) == ("cpu", 1) else "wall"
+    clock = report.clock_of(options.device, options.threads)
     return {"threads": options.threads, "device": options.device, "dtype": options.dtype, "clock": clock}
 
 
@@ -173,7 +172,7 @@ def against_full_attention(found: list[dict[str, Any]], furthest: int, clock: st
     A token of full attention costs a + b n after n others, so ms a token and memory are straight lines; they go through the two longest
     texts that were read. Memory is what reading adds to the process.
     """
-    key = "ms_per_token" if clock == "wall" else "processor_ms_per_token"
+    key = report.time_key(clock)
     ours, full = ({one["length"]: one for one in found if one["what"] == what} for what in ("comet", "full_attention"))
     verdict: dict[str, Any] = {"cheaper_from": None, "longest": None, "extrapolated": None}
     if full:

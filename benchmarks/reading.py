@@ -98,7 +98,7 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         conversation.read(pieces(), count)
     if len(marks) < 2:
         raise UserError("--minutes or --tokens: over before there was anything to compare; give more")
-    clock = "processor" if (model.device.type, options.threads) == ("cpu", 1) else "wall"
+    clock = report.clock_of(model.device.type, options.threads)
     backbone, (_, keys) = config.backbone_config, flops.heads(config.backbone_config)
     return {
         "machine": machine,

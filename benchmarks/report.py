@@ -28,6 +28,17 @@ COLOURS |= {"chunk": "tab:blue", "cell": "tab:orange", "none": "tab:red", "bound
 FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
 
 
+def clock_of(device: str, threads: int) -> str:
+    """Which clock decides. With one thread, processor time is the wall time of an idle machine; with more, waiting for each other is part
+    of the cost."""
+    return "processor" if (device, threads) == ("cpu", 1) else "wall"
+
+
+def time_key(clock: str) -> str:
+    """Where a result has its time a token by this clock."""
+    return "ms_per_token" if clock == "wall" else "processor_ms_per_token"
+
+
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on, without the machine's name."""
     facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
@@ -115,7 +126,7 @@ def write_plot(path: Path, result: dict[str, Any], draw: Callable[[dict[str, Any
 def plot(result: dict[str, Any]) -> Figure:
     """ms/token and peak memory against length, both axes logarithmic."""
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
-    time = "ms_per_token" if result["clock"] == "wall" else "processor_ms_per_token"
+    time = time_key(result["clock"])
     panels = ((time, f"ms a token ({result['clock']} time)"), ("peak_mib", "peak memory, MiB"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
         curves(

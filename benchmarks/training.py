@@ -82,7 +82,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, with what they depend on, and the verdicts."""
     shape, machine = SHAPES[options.size], report.machine("cpu")
-    clock = "processor" if options.threads == 1 else "wall"
+    clock = report.clock_of("cpu", options.threads)
     common = {"threads": options.threads, "clock": clock, "shape": dataclasses.asdict(shape)}
     jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
     ratio_shape = PREFILL_SHAPES[RATIO_SHAPES[options.size]]

@@ -42,8 +42,8 @@ from perplexity import load_tokenizer
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.results import Bar
 from comet_pl.schema import ScrollsData
-from data.base import train_tokenizer
-from data.filler import sentences
+from data.batches import train_tokenizer
+from data.haystack import sentences
 from data.jsonl import Complaints, read
 from data.scrolls import texts
 

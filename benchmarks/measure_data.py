@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from comet_pl.errors import run_cli
 from comet_pl.schema import ScrollsData
 from data.jsonl import find
-from data.packing import pack, padding_share
-from data.samples import cached
+from data.text.packing import pack, padding_share
+from data.text.tokenized import cached
 from data.scrolls import ScrollsDataModule, ScrollsSource, tasks
 
 CHUNK, STRIDE = 2048, 8  # of the paper; where chunks end changes no cost

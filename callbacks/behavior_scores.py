@@ -9,7 +9,7 @@ import lightning
 from callbacks.predictions import Predictions
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves
-from data.base import IGNORED
+from data.batches import IGNORED
 
 
 class BehaviorScores(lightning.Callback):

@@ -10,7 +10,7 @@ from torch import Tensor
 from callbacks.predictions import Predictions
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
-from data.base import IGNORED
+from data.batches import IGNORED
 from data.passkey import DIGITS
 
 

@@ -11,7 +11,7 @@ import lightning
 from torch import Tensor
 
 from comet_pl.results import Answer, as_json, prompt_end, replace_file
-from data.base import IGNORED
+from data.batches import IGNORED
 
 SHOWN = 16  # examples in TensorBoard; the file has all
 

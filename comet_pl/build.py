@@ -78,7 +78,7 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}") from None
-    from data.base import AGENT_TOKENS, train_tokenizer
+    from data.batches import AGENT_TOKENS, train_tokenizer
 
     more = AGENT_TOKENS if isinstance(data, AgentData) else ()
     whole_words = isinstance(data, UserBehaviorData) and data.whole_words

@@ -134,7 +134,7 @@ class PasskeyData:
 
 @dataclass(frozen=True)
 class TextData:
-    """What all data of texts share (data/text.py)."""
+    """What all data of texts share (data/text/datamodule.py)."""
 
     kind: str = key("", "which data: chooses the keys of this section")
     max_length: int = key(2048, "tokens of a row; what a longer text loses depends on data.kind, and is counted", min=1)

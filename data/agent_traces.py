@@ -26,11 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
 from comet_pl.schema import AgentData
-from data.base import IGNORED, say
+from data.batches import IGNORED, say
 from data.jsonl import OPEN, Complaints, Row, UnusableRow, find, read
 from data.messages import Message, check_messages, render
-from data.samples import Sample, encoded, file_facts
-from data.text import TextDataModule
+from data.text.tokenized import Sample, encoded, file_facts
+from data.text.datamodule import TextDataModule
 
 SPLITS = ("train", "validation")
 SHORTEST = 3  # characters of a needed value: shorter ones are everywhere
@@ -82,7 +82,7 @@ def split_of(task: str, share: float, seed: int = 0) -> str:
 
 @dataclass
 class AgentSource:
-    """The traces of a split, and how they become samples (data/samples.py).
+    """The traces of a split, and how they become samples (data/text/tokenized.py).
 
     A sample's notes: id, task, reward, and turns, a list of [role, start, content, end, turn distance] as in data/messages.py.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from comet_pl.errors import UserError
-from comet_pl.jsonl import OPEN, Row, rows
+from data.lines import OPEN, Row, rows
 
 HUB = "hf://datasets/tau/scrolls/{task}.zip"
 

@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config import PasskeyData
 from comet_pl.conversation import encode
 from comet_pl.errors import UserError
-from data.base import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
-from data.filler import sentences
+from data.batches import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
+from data.haystack import sentences
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
 QUESTION = " What is the pass key ? The pass key is "

@@ -28,10 +28,10 @@ from comet_pl.conversation import encode, frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from comet_pl.values import nearest
-from data.base import IGNORED, say, stop_token
+from data.batches import IGNORED, say, stop_token
 from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
-from data.samples import Sample, file_facts
-from data.text import TextDataModule
+from data.text.tokenized import Sample, file_facts
+from data.text.datamodule import TextDataModule
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,

@@ -14,7 +14,7 @@ before and after are the tokenizer's chat template, a blank line stands between 
 stop token. Each line is tokenised on its own, so that an event's place in tokens is exact and a window of a history is a slice.
 
 An example is a pure function of (seed, split, index, length): kind of question, user and end of the window are drawn, the window holds as
-many events before that end as fit, and the question is about the window alone (data/behavior_questions.py). A user is drawn by number of
+many events before that end as fit, and the question is about the window alone (data/behavior/questions.py). A user is drawn by number of
 events; the end so that before it lies a full window, or, where that is less, half of the user's events.
 """
 
@@ -38,11 +38,11 @@ from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
 from comet_pl.schema import UserBehaviorData
 from comet_pl.values import nearest
-from data.base import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
-from data.behavior_questions import Query, Question, ask, oracle, wording
-from data.event_text import DAY, Encoded, encode_history, lines, part, texts
-from data.events import Columns, History, Log, event_files, read_log, split_users
-from data.samples import file_facts
+from data.batches import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
+from data.behavior.questions import Query, Question, ask, oracle, wording
+from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts
+from data.behavior.events import Columns, History, Log, event_files, read_log, split_users
+from data.text.tokenized import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens

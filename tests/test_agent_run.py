@@ -15,8 +15,8 @@ from comet_pl.config import load
 from comet_pl.evaluation.agent import act
 from comet_pl.metrics.scrolls import f1
 from data.agent_traces import source_of, split_of, validation_samples
-from data.base import AGENT_TOKENS, train_tokenizer
-from data.samples import Sample
+from data.batches import AGENT_TOKENS, train_tokenizer
+from data.text.tokenized import Sample
 
 
 def trace(tokens=60):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from comet_pl.errors import UserError
 from data.agent_traces import AgentSource, files, split_of, task_of, texts, turn_distance
-from data.base import AGENT_TOKENS, train_tokenizer
+from data.batches import AGENT_TOKENS, train_tokenizer
 from data.jsonl import Complaints, UnusableRow
 from data.messages import Call, Message, check_messages
 

@@ -15,7 +15,7 @@ import feeding
 import measure_data
 
 from comet_pl.errors import UserError, run_cli
-from data.base import train_tokenizer
+from data.batches import train_tokenizer
 from data.jsonl import Complaints, read
 
 HERE = Path(__file__).resolve().parents[1] / "benchmarks"

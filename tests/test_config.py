@@ -472,7 +472,7 @@ FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_
 def test_every_family_can_be_built_from_scratch(family):
     from comet_pl.build import build_model
     from comet_pl.model.backbone import SUPPORTED
-    from data.base import train_tokenizer
+    from data.batches import train_tokenizer
 
     assert set(SUPPORTED) == set(FAMILIES)
     sizes = ["hidden_size=16", "head_dim=8", "num_attention_heads=2", "num_key_value_heads=2", "intermediate_size=24"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.base import ResumableLoader, validation_loader
+from data.batches import ResumableLoader, validation_loader
 
 ROWS = 23
 pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual", "ignore:Checkpoint directory")

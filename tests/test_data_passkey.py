@@ -14,7 +14,7 @@ from models import tiny
 from callbacks.passkey_heatmap import PasskeyHeatmap
 from comet_pl.config import PasskeyData
 from comet_pl.errors import UserError
-from data.base import train_tokenizer
+from data.batches import train_tokenizer
 from data.passkey import ANSWER, PasskeyDataModule, PasskeyExamples, collate, even_depths, length_at, texts
 
 KEY = r" The pass key is (\d{5}) \. Remember it \."

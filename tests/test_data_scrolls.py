@@ -17,9 +17,9 @@ from comet_pl.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl
-from data.base import train_tokenizer
+from data.batches import train_tokenizer
 from data.jsonl import Complaints
-from data.samples import encoded
+from data.text.tokenized import encoded
 from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, ScrollsSource, split_input, tasks, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}

@@ -25,7 +25,7 @@ from comet_pl.evaluation.reading import answer_prompts, generate
 from comet_pl.metrics.scrolls import SCROLLS, scores
 from comet_pl.schema import EvalConfig
 from comet_pl.trained import checkpoint_content
-from data.base import pad_rows, train_tokenizer
+from data.batches import pad_rows, train_tokenizer
 from data.passkey import DIGITS
 from data.scrolls import Example, options
 

@@ -14,11 +14,11 @@ import torch
 from models import VOCABULARY, tiny
 
 from comet_pl.errors import UserError
-from data import samples as module
-from data.base import train_tokenizer
-from data.feed import Cached, Feed, Layout, Streamed
+from data.text.datamodule import tokenized as module
+from data.batches import train_tokenizer
+from data.text.loader import Cached, Feed, Layout, Streamed
 from data.jsonl import UnusableRow, read
-from data.samples import Sample, cached, encoded, file_facts
+from data.text.tokenized import Sample, cached, encoded, file_facts
 
 
 @dataclass
@@ -185,7 +185,7 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("packing", ["none", "documents"])
 def test_epochs_without_a_row_end_in_a_line(source, tmp_path, streaming, packing, monkeypatch):
-    monkeypatch.setattr("data.feed.EMPTY_EPOCHS", 3)
+    monkeypatch.setattr("data.text.loader.EMPTY_EPOCHS", 3)
     monkeypatch.setitem(LAYOUTS, "none", Layout(40, 7, 3, packing, weights={"even": 0.0, "odd": 0.0}))
     with pytest.raises(UserError, match=r"data.weights: 4 epochs in a row had not a single row"):
         list(feed(source, tmp_path, "none", streaming))

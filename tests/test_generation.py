@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from comet_pl import CometCache, CometForCausalLM
-from data.base import train_tokenizer
+from data.batches import train_tokenizer
 
 
 def greedy_reference(model, ids, count):

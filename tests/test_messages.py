@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.agent import parse_action
-from data.base import AGENT_TOKENS, train_tokenizer
+from data.batches import AGENT_TOKENS, train_tokenizer
 from data.jsonl import UnusableRow
 from data.messages import ROLES, Call, Message, check_messages, render
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models import text, tiny
 
-from comet_pl import jsonl
-from data.packing import join, pack, padding_share, sample_plan
+from data import lines as jsonl
+from data.text.packing import join, pack, padding_share, sample_plan
 
 MOST = 32768
 QMSUM = np.minimum(np.random.default_rng(5).lognormal(np.log(13000), 0.5, 1257).astype(int), MOST)

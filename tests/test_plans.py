@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.base import train_tokenizer
-from data.plans import KINDS, SENTENCE_ENDS, chunk_plan, draw_kind, draw_stride, sentence_ends
+from data.batches import train_tokenizer
+from data.text.chunk_plans import KINDS, SENTENCE_ENDS, chunk_plan, draw_kind, draw_stride, sentence_ends
 
 
 def generator(*seed: int) -> np.random.Generator:

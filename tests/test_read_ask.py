@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from comet_pl import CometCache, CometConfig, CometForCausalLM, any_model, ask, conversation, read
 from comet_pl.conversation import Conversation, encode, frame, separator
 from comet_pl.errors import UserError, run_cli
-from data.base import train_tokenizer
+from data.batches import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "It was a dark night; the rain fell in torrents, and the wind swept up the streets of the town.\n"

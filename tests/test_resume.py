@@ -26,7 +26,7 @@ from comet_pl import build
 from comet_pl.config import load
 from comet_pl.run import plan_run
 from comet_pl.trained import checkpoint_content
-from data.base import ResumableLoader, pad_rows, validation_loader
+from data.batches import ResumableLoader, pad_rows, validation_loader
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
 TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")

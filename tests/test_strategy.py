@@ -19,7 +19,7 @@ from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
 from comet_pl.parallel.strategy import LayerPipelineStrategy
 from comet_pl.schema import TrainConfig
-from data.base import IGNORED, ResumableLoader, pad_rows, validation_loader
+from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
 
 STEPS = 3
 

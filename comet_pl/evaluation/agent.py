@@ -17,7 +17,7 @@ from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import AgentData, Config
 from data.agent_traces import source_of, validation_samples
-from data.samples import Sample
+from data.text.tokenized import Sample
 
 LONGEST = 256  # default of eval.max_new_tokens
 

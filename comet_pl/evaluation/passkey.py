@@ -16,7 +16,7 @@ from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import TAIL, Bar, Results, prompt_end
 from comet_pl.schema import Config, PasskeyData
-from data.base import pad_token
+from data.batches import pad_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
 
 TIMES = (1, 4, 16, 32)  # default lengths, in train_lengths

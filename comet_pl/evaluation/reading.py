@@ -13,7 +13,7 @@ from comet_pl.model.cache import CometCache
 from comet_pl.model.chunking import fixed_chunks
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.schema import EvalConfig
-from data.base import pad_rows, pad_token, stop_token
+from data.batches import pad_rows, pad_token, stop_token
 
 Count = Callable[[int], None]
 """Is told how many tokens have been read."""

@@ -17,7 +17,7 @@ from comet_pl.model.cache import CometCache
 from comet_pl.model.comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import Config, ScrollsData
-from data.base import IGNORED, pad_rows, pad_token, stop_token
+from data.batches import IGNORED, pad_rows, pad_token, stop_token
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
 
 

@@ -33,7 +33,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
 
-from comet_pl import jsonl
+from data import lines as jsonl
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.values import nearest
 

@@ -27,9 +27,9 @@ import numpy as np
 
 from comet_pl.errors import UserError
 from comet_pl.values import nearest
-from data.base import say
+from data.batches import say
 from data.jsonl import Complaints, Row, UnusableRow, is_unicode
-from data.tables import ENDINGS, kind_of, rows
+from data.behavior.tables import ENDINGS, kind_of, rows
 
 PRICE_UNITS = 10_000
 LARGEST = 10**9  # of a quantity or a price, so that it fits into 64 bits

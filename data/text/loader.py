@@ -16,11 +16,11 @@ import numpy as np
 from torch import Tensor
 
 from comet_pl.errors import UserError
-from data.base import IGNORED, loader, pad_rows
+from data.batches import IGNORED, loader, pad_rows
 from data.jsonl import Complaints
-from data.packing import join, pack
-from data.plans import chunk_plan, draw_stride
-from data.samples import CachedSamples, Sample, Source, encoded
+from data.text.packing import join, pack
+from data.text.chunk_plans import chunk_plan, draw_stride
+from data.text.tokenized import CachedSamples, Sample, Source, encoded
 
 EMPTY_EPOCHS = 1000  # small weights may leave an epoch without a row, by lot; so many are no chance
 FIRST_WINDOW = 32  # rows; each window has twice as many as the one before, up to data.shuffle_window

@@ -13,11 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
 from comet_pl.schema import TextData
-from data.base import Rows, pad_rows, pad_token, say, validation_loader
-from data.feed import Cached, Feed, Layout, Streamed, Windows
-from data.packing import padding_share
-from data.plans import sentence_ends
-from data.samples import Source, cached
+from data.batches import Rows, pad_rows, pad_token, say, validation_loader
+from data.text.loader import Cached, Feed, Layout, Streamed, Windows
+from data.text.packing import padding_share
+from data.text.chunk_plans import sentence_ends
+from data.text.tokenized import Source, cached
 
 
 class TextDataModule(lightning.LightningDataModule):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.base import IGNORED
+from data.batches import IGNORED
 
 BLUR = 0.2
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
 from comet_pl.results import Bar
-from data.base import say, start_worker
+from data.batches import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
 VERSION = 3  # of what is written; another number leaves old files aside

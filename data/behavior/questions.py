@@ -27,7 +27,7 @@ from decimal import ROUND_HALF_UP, Decimal
 import numpy as np
 
 from comet_pl.metrics.behavior import age_class
-from data.events import PRICE_UNITS, History, Log
+from data.behavior.events import PRICE_UNITS, History, Log
 
 MOST_COUNTED = 9
 MOST_DAYS = 30  # between a counted event and the window's first or last day, so that windows do not grow with the gaps

@@ -1,0 +1,1 @@
+"""User event logs: events, their text, questions about them."""

@@ -1,0 +1,1 @@
+"""Long texts: tokenized once, packed, cut into chunks."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from comet_pl import CometCache, CometForCausalLM, flops
-from comet_pl.model.chunking import RowClock, fixed_chunks
+from comet_pl.model.chunk_layout import RowClock, fixed_chunks
 
 PIECE = 4  # chunks
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.errors import UserError
-from comet_pl.model.chunking import NO_STRIDE, RowClock, plan_row
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, plan_row
 
 ROOT = Path(__file__).resolve().parents[1]
 USUAL_MODEL = ROOT / "models" / "smollm2_135m"

@@ -36,7 +36,7 @@ from rich.console import Console
 from torch import Tensor
 
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.results import PLAIN, Bar
 
 HERE = Path(__file__).resolve().parent

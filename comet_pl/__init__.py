@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.model.cache import CometCache
-from comet_pl.model.config import CometConfig
+from comet_pl.model.configuration_comet import CometConfig
 
 if TYPE_CHECKING:
-    from comet_pl.model.comet import CometForCausalLM
+    from comet_pl.model.modeling_comet import CometForCausalLM
 
 __all__ = ["CometCache", "CometConfig", "CometForCausalLM"]
 
@@ -14,7 +14,7 @@ __all__ = ["CometCache", "CometConfig", "CometForCausalLM"]
 def __getattr__(name: str) -> Any:
     # The class that it derives from takes as long to import as torch does; help and the message about a typo need none of it.
     if name == "CometForCausalLM":
-        from comet_pl.model.comet import CometForCausalLM
+        from comet_pl.model.modeling_comet import CometForCausalLM
 
         return CometForCausalLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

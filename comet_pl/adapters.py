@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from comet_pl.model.comet import CometForCausalLM
-from comet_pl.model.config import CometConfig
+from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.schema import TrainConfig
 
 if TYPE_CHECKING:

@@ -17,11 +17,11 @@ import yaml
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from comet_pl.checkpoint import check_built, kind
+from comet_pl.model.pretrained import check_built, kind
 from comet_pl.conversation import Conversation
 from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.schema import ModelConfig
 from comet_pl.trained import find_checkpoint, load_trained
 from comet_pl.values import convert, nearest

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 
 READ_AT_ONCE = 1024  # tokens a call, at least one chunk: the logits of one column, and the activations of one chunk, are all that it needs
 BLANK = "\n\n"

@@ -24,12 +24,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from comet_pl.model.chunking import NO_STRIDE, RowClock, Segment, compression_tokens, fixed_chunks, plan_row
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, Segment, compression_tokens, fixed_chunks, plan_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from comet_pl.model.config import CometConfig
+    from comet_pl.model.configuration_comet import CometConfig
 
 SLOTS = ("recomputed", "kept", "in_full")
 
@@ -112,7 +112,7 @@ def cell(config: CometConfig, segment: Segment, slots: str = "recomputed", fresh
     """Forward operations of one layer on one row's share of a chunk.
 
     Args:
-        segment: which tokens enter, with the row's clock before (comet_pl/model/chunking.py); `whole_chunk` makes the usual one.
+        segment: which tokens enter, with the row's clock before (comet_pl/model/chunk_layout.py); `whole_chunk` makes the usual one.
         slots: see above. fresh: with "kept", entries of T that are new since the chunk before; None: those of a chunk of C tokens.
     """
     found = cell_products(config, segment, slots, fresh, dense)

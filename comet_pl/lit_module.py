@@ -18,7 +18,7 @@ from torchmetrics import SumMetric
 
 from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.gate_penalty import GatePenalty
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
 from comet_pl.recompute import read_chunks
 from comet_pl.schema import TrainConfig

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.chunking import NO_STRIDE, RowClock, compression_tokens
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.windows import IGNORED, Window
 
 RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]

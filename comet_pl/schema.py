@@ -76,7 +76,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Keys of CometConfig (comet_pl/model/config.py); notation of the paper in brackets."""
+    """Keys of CometConfig (comet_pl/model/configuration_comet.py); notation of the paper in brackets."""
 
     chunk_size: int = key(64, "text tokens a chunk (C)", min=1)
     global_size: int = key(8, "readout tokens = global memory slots (m); 0: no global memory", min=0)

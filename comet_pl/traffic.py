@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from comet_pl.flops import full_attention, heads, plan_sizes, start
-from comet_pl.model.chunking import Segment, plan_row
+from comet_pl.model.chunk_layout import Segment, plan_row
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-    from comet_pl.model.config import CometConfig
+    from comet_pl.model.configuration_comet import CometConfig
 
 
 def decoding_bytes(config: CometConfig, itemsize: int = 2, with_head: bool = True) -> float:

@@ -129,7 +129,7 @@ def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
     from transformers import AutoTokenizer
 
     from comet_pl import CometForCausalLM
-    from comet_pl.checkpoint import kind
+    from comet_pl.model.pretrained import kind
 
     config = load(argv, "eval")
     off = config.model.global_size == 0 and config.model.compression_stride is None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 
 IGNORED = -100
 

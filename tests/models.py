@@ -68,7 +68,7 @@ def chunk_plans(tokens):
 
 def valid(cache):
     """The valid entries of a cache, row by row: what two equal caches must share."""
-    from comet_pl.model.chunking import open_tokens
+    from comet_pl.model.chunk_layout import open_tokens
 
     rows = []
     for b, clock in enumerate(cache.rows):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_pl.model.chunking import NO_STRIDE, RowClock, fixed_chunks, own_layout, plan_row
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, fixed_chunks, own_layout, plan_row
 
 TEXT, COMPRESSION, READOUT = 0, 1, 2
 

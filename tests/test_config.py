@@ -471,7 +471,7 @@ FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_built_from_scratch(family):
     from comet_pl.build import build_model
-    from comet_pl.model.backbone import SUPPORTED
+    from comet_pl.model.cell import SUPPORTED
     from data.batches import train_tokenizer
 
     assert set(SUPPORTED) == set(FAMILIES)

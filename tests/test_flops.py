@@ -19,7 +19,7 @@ from callbacks.throughput import Throughput, step_operations, training_rows
 from comet_pl import CometConfig, CometForCausalLM, flops, traffic
 from comet_pl.adapters import add_adapters
 from comet_pl.lit_module import CometModule, read_windows
-from comet_pl.model.chunking import RowClock, Segment, fixed_chunks, plan_row
+from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row
 from comet_pl.schema import PARAMETERS, TrainConfig
 from comet_pl.windows import cut_windows, split_rows
 

@@ -20,7 +20,7 @@ from callbacks.gate_monitor import PATIENCE, GateMonitor, half_life
 from comet_pl import build
 from comet_pl.config import load
 from comet_pl.lit_module import CometModule
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.run import plan_run
 from comet_pl.schema import TrainConfig
 

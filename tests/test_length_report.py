@@ -15,7 +15,7 @@ from models import text, tiny
 
 from callbacks.length_report import LengthReport
 from comet_pl.lit_module import CometModule
-from comet_pl.loss import cross_entropies, summed_cross_entropy
+from comet_pl.model.loss import cross_entropies, summed_cross_entropy
 from comet_pl.metrics.position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.schema import TrainConfig
 from comet_pl.windows import count_targets

@@ -18,7 +18,7 @@ from callbacks.passkey_heatmap import exact_match
 from comet_pl.adapters import add_adapters
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.optimization import learning_rate_factor, parameter_groups
 from comet_pl.schema import TrainConfig
 from comet_pl.windows import count_targets, cut_windows, split_rows

@@ -15,7 +15,7 @@ from models import memories, text, tiny
 from callbacks.memory_monitor import MemoryMonitor
 from comet_pl.metrics import memory
 from comet_pl.metrics.memory import attention_shares, effective_rank, picture, read_memory, slot_similarity
-from comet_pl.model import backbone
+from comet_pl.model import cell as backbone
 
 
 def seen_by_the_kernel(model, ids, monkeypatch):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from models import same_cache, text, tiny
 from ranks import in_processes
 
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES

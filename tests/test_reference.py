@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from comet_pl import CometForCausalLM
-from comet_pl.checkpoint import authors_name
+from comet_pl.model.pretrained import authors_name
 from comet_pl.model import attention
 
 GOLDEN = Path(__file__).parent / "golden"

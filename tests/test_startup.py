@@ -48,7 +48,7 @@ def test_after_the_import_alone_the_auto_classes_load_a_folder(tmp_path: Path):
     """The model's class is imported with the first configuration; what it needs is heavy, or the test above could not fail."""
     tiny().save_pretrained(tmp_path)
     code = (
-        "import sys, comet_pl; assert 'comet_pl.model.comet' not in sys.modules\n"
+        "import sys, comet_pl; assert 'comet_pl.model.modeling_comet' not in sys.modules\n"
         "from transformers import AutoModelForCausalLM\n"
         "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
         f"print(type(model).__name__, *sorted(set({HEAVY!r}) & set(sys.modules)))"

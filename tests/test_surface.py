@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model import cache as cache_module
-from comet_pl.model.backbone import SUPPORTED
+from comet_pl.model.cell import SUPPORTED
 
 # ---- folders
 

@@ -15,7 +15,7 @@ from comet_pl.evaluation.agent import evaluate_agent
 from comet_pl.evaluation.behavior import evaluate_behavior
 from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.scrolls import evaluate_scrolls
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Results
 from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 

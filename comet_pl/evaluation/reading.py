@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.model.cache import CometCache
-from comet_pl.model.chunking import fixed_chunks
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.schema import EvalConfig
 from data.batches import pad_rows, pad_token, stop_token
 

@@ -14,7 +14,7 @@ from comet_pl.errors import UserError
 from comet_pl.evaluation.reading import Count, answer_prompts, generate
 from comet_pl.metrics.scrolls import METRICS, SCROLLS, ScrollsScore, average, exact_match, scores, submission_csv
 from comet_pl.model.cache import CometCache
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
 from comet_pl.schema import Config, ScrollsData
 from data.batches import IGNORED, pad_rows, pad_token, stop_token

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 
 
 @torch.no_grad()

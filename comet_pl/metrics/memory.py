@@ -14,10 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from comet_pl.model.backbone import Cell
+from comet_pl.model.cell import Cell
 from comet_pl.model.cache import LayerMemory
-from comet_pl.model.comet import CometForCausalLM
-from comet_pl.model.step import Step
+from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.chunk_batch import Step
 
 CHUNKS = 64  # of the text are read at most
 QUERIES = 8  # text tokens of a chunk whose attention is computed again

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 
 BUCKETS = 48  # 2^46 chunks and more are counted together
 Bucket = dict[str, Any]

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import Cache
 
 from comet_pl.errors import TooLittleMemory
-from comet_pl.model.chunking import NO_STRIDE, RowClock, open_tokens
-from comet_pl.model.config import CometConfig
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, open_tokens
+from comet_pl.model.configuration_comet import CometConfig
 
 
 class LayerMemory(NamedTuple):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from comet_pl.model.config import CometConfig
+from comet_pl.model.configuration_comet import CometConfig
 
 
 class ResidualAdapter(nn.Module):

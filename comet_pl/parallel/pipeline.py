@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel import p2p
 from comet_pl.parallel.plan import Run, Slots, plan_text
 from comet_pl.parallel.sharding import Shards
@@ -119,7 +119,7 @@ class Desk:
 
 
 class RunSeam:
-    """The seam of a run (see comet_pl.model.walk.Seam): memory comes from the run before and goes to the run after."""
+    """The seam of a run (see comet_pl.model.traversal.Seam): memory comes from the run before and goes to the run after."""
 
     def __init__(self, desk: Desk, run: Run, memories: list[LayerMemory]):
         self.desk, self.run, self.memories = desk, run, memories

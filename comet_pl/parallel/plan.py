@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from comet_pl.model.chunking import NO_STRIDE, RowClock, compression_tokens, plan_row
-from comet_pl.model.config import CometConfig
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens, plan_row
+from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.parallel.schedule import runs
 from comet_pl.windows import Window
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_pl.errors import UserError
-from comet_pl.model.comet import CometForCausalLM
+from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.optimization import sum_gradients
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline

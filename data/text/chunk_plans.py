@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.model.chunking import fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 
 KINDS = ("fixed", "right_aligned", "random", "uniform", "sentence")
 LEAST = 4  # tokens of a random chunk

@@ -18,15 +18,15 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from comet_pl import checkpoint as formats
-from comet_pl.loss import cross_entropies, summed_cross_entropy
-from comet_pl.model.backbone import Decoder, check_backbone, check_positions
+from comet_pl.model import pretrained as formats
+from comet_pl.model.loss import cross_entropies, summed_cross_entropy
+from comet_pl.model.cell import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.call import Call, check_prompt
-from comet_pl.model.config import CometConfig, check_keys
+from comet_pl.model.forward_plan import Call, check_prompt
+from comet_pl.model.configuration_comet import CometConfig, check_keys
 from comet_pl.model.memory import GateProjection, GlobalMemory
-from comet_pl.model.step import Step
-from comet_pl.model.walk import WALKS, LocalSeam
+from comet_pl.model.chunk_batch import Step
+from comet_pl.model.traversal import WALKS, LocalSeam
 
 COMPILED_GRAPHS = 64  # of all cells together: each length of text, and each way to close a chunk, makes some
 

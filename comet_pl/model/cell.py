@@ -13,9 +13,9 @@ from transformers import PretrainedConfig
 
 from comet_pl.model.attention import attend
 from comet_pl.model.cache import LayerMemory
-from comet_pl.model.config import CometConfig
+from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
-from comet_pl.model.step import Rope, Step
+from comet_pl.model.chunk_batch import Rope, Step
 
 # model_type -> who uses it. What these layers have in common is the cell: norm, q/k/v/o projections, RoPE, norm, MLP. Where they differ
 # (biases, norms of queries and keys, layers without RoPE) the modules taken over, or Cell.__init__, already know.
@@ -35,7 +35,7 @@ def check_backbone(config: PretrainedConfig) -> None:
         known = "; ".join(f"{name} ({users})" for name, users in SUPPORTED.items())
         raise ValueError(
             f"backbone model_type {config.model_type!r} is not supported; supported: {known}. A decoder with the same kind of layer needs "
-            "a line in SUPPORTED, any other its own Cell.project and Cell.forward: both are in comet_pl/model/backbone.py"
+            "a line in SUPPORTED, any other its own Cell.project and Cell.forward: both are in comet_pl/model/cell.py"
         )
     window = getattr(config, "sliding_window", None)
     sliding = window is not None and getattr(config, "use_sliding_window", True)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comet_pl.model.chunking import RowClock, Segment, open_tokens, own_layout
+from comet_pl.model.chunk_layout import RowClock, Segment, open_tokens, own_layout
 
 Rope = tuple[Tensor, Tensor]
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from comet_pl.errors import UserError
-from comet_pl.model.config import CometConfig
+from comet_pl.model.configuration_comet import CometConfig
 
 if TYPE_CHECKING:
-    from comet_pl.model.comet import CometForCausalLM
+    from comet_pl.model.modeling_comet import CometForCausalLM
 
 AUTHORS_KEYS = ("chunk_size", "temp_beacon_stride", "temp_mem_budget", "global_beacon_ids", "temp_beacon_id", "placeholder_id")
 # Their names within a layer -> ours. Decoder weights lose "inner_layer.".

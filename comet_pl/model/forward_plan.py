@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from comet_pl.model.cache import CometCache, wrong_rows
-from comet_pl.model.chunking import NO_STRIDE, RowClock, Segment, plan_row
-from comet_pl.model.config import CometConfig
-from comet_pl.model.step import Step, build_step
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, Segment, plan_row
+from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.chunk_batch import Step, build_step
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from comet_pl.model.chunking import NO_STRIDE, compression_tokens
+from comet_pl.model.chunk_layout import NO_STRIDE, compression_tokens
 
 GATES = ("scalar", "elementwise", "none")
 WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")  # these shape the weights: they cannot be overridden on a loaded checkpoint
@@ -72,7 +72,7 @@ class CometConfig(PretrainedConfig):
         if backbone_config is None:
             raise ValueError("backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)")
         # AutoModelForCausalLM knows CoMeT from the first configuration on, not from the start: `import comet_pl` is to be quick.
-        import comet_pl.model.comet  # noqa: F401
+        import comet_pl.model.modeling_comet  # noqa: F401
 
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)

@@ -6,7 +6,7 @@ configuration; conf and keys go over it. Results go into the run's folder, or in
 
 from __future__ import annotations
 
-from comet_pl.config import eval_paths, load
+from comet_pl.config.load import eval_paths, load
 from comet_pl.errors import run_cli
 from comet_pl.trained import find_checkpoint
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError, run_cli
 
 

@@ -41,7 +41,7 @@ from perplexity import load_tokenizer
 
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.results import Bar
-from comet_pl.schema import ScrollsData
+from comet_pl.config.schema import ScrollsData
 from data.batches import train_tokenizer
 from data.haystack import sentences
 from data.jsonl import Complaints, read

@@ -23,7 +23,7 @@ from process_memory import resident
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comet_pl.errors import run_cli
-from comet_pl.schema import ScrollsData
+from comet_pl.config.schema import ScrollsData
 from data.jsonl import find
 from data.text.packing import pack, padding_share
 from data.text.tokenized import cached

@@ -33,7 +33,7 @@ from rich.console import Console
 from comet_pl import CometCache, flops
 from comet_pl.any_model import add_options, open_conversation
 from comet_pl.build import build_model, build_tokenizer, device_of
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.conversation import Conversation, encode
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.read import check_text, text_pieces

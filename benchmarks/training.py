@@ -35,7 +35,7 @@ from shapes import Shape
 
 from comet_pl import flops
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.schema import RECOMPUTE
+from comet_pl.config.schema import RECOMPUTE
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {

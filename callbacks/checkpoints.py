@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from comet_pl.errors import UserError, UserErrorOnAllRanks
-from comet_pl.schema import CheckpointConfig
+from comet_pl.config.schema import CheckpointConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

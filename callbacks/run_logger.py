@@ -11,9 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
-from comet_pl.config import to_dict
+from comet_pl.config.load import to_dict
 from comet_pl.run import Run
-from comet_pl.schema import Config
+from comet_pl.config.schema import Config
 
 
 class RunLogger(TensorBoardLogger):

@@ -10,7 +10,7 @@ from callbacks.predictions import Predictions
 from comet_pl.evaluation.reading import answer_prompts
 from comet_pl.lit_module import CometModule
 from comet_pl.metrics.scrolls import ScrollsScore, scores
-from comet_pl.schema import EvalConfig
+from comet_pl.config.schema import EvalConfig
 from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
 
 

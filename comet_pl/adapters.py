@@ -14,7 +14,7 @@ from torch import nn
 
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.model.configuration_comet import CometConfig
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig

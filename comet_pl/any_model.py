@@ -22,9 +22,9 @@ from comet_pl.conversation import Conversation
 from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.schema import ModelConfig
+from comet_pl.config.schema import ModelConfig
 from comet_pl.trained import find_checkpoint, load_trained
-from comet_pl.values import convert, nearest
+from comet_pl.config.rules import convert, nearest
 
 PLAIN_DECODER = {"chunk_size": 1024, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}
 """Memory of a decoder that has none."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from comet_pl.errors import UserError, first_line
 from comet_pl.run import Run
-from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
+from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
 if TYPE_CHECKING:
     import lightning

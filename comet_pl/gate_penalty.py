@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 
 
 @dataclass

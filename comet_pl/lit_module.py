@@ -21,7 +21,7 @@ from comet_pl.gate_penalty import GatePenalty
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
 from comet_pl.recompute import read_chunks
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 from comet_pl.windows import Window, count_gates, count_targets, cut_windows, split_rows
 
 

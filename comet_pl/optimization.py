@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 
 BUCKET = 1 << 24  # elements of gradients that are summed together
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from comet_pl.config import to_dict
+from comet_pl.config.load import to_dict
 from comet_pl.errors import UserError
-from comet_pl.schema import Config
+from comet_pl.config.schema import Config
 
 NAME_VARIABLE = "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
 FIXED = ("seed", "model", "backbone", "data", "train")

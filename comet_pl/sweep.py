@@ -37,12 +37,12 @@ import yaml
 from rich.console import Console
 
 from comet_pl import sweep_table
-from comet_pl.conf_files import hints_of, read_arguments, read_yaml
-from comet_pl.config import load, to_dict
+from comet_pl.config.sources import hints_of, read_arguments, read_yaml
+from comet_pl.config.load import load, to_dict
 from comet_pl.errors import UserError, run_cli
 from comet_pl.results import PLAIN, as_json, replace_file
-from comet_pl.schema import key
-from comet_pl.values import as_type, convert, nearest
+from comet_pl.config.schema import key
+from comet_pl.config.rules import as_type, convert, nearest
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 DONE = "sweep.json"  # in a run's folder, once it is finished

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from comet_pl.errors import UserError
 from comet_pl.results import PLAIN, as_png, replace_file
-from comet_pl.values import nearest
+from comet_pl.config.rules import nearest
 
 Found = tuple[dict[str, str], dict[str, float]]
 """(swept key -> value, metric -> number) of one run"""

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comet_pl.config import from_dict, load, to_dict
+from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.errors import UserError, first_line
-from comet_pl.schema import Config
+from comet_pl.config.schema import Config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

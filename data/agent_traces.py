@@ -25,7 +25,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
-from comet_pl.schema import AgentData
+from comet_pl.config.schema import AgentData
 from data.batches import IGNORED, say
 from data.jsonl import OPEN, Complaints, Row, UnusableRow, find, read
 from data.messages import Message, check_messages, render

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.agent import Arguments, action_text, as_arguments
-from comet_pl.values import nearest
+from comet_pl.config.rules import nearest
 from data.jsonl import Row, UnusableRow
 
 ROLES = ("system", "user", "assistant", "tool")

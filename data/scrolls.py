@@ -23,11 +23,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config import ScrollsData
+from comet_pl.config.load import ScrollsData
 from comet_pl.conversation import encode, frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
-from comet_pl.values import nearest
+from comet_pl.config.rules import nearest
 from data.batches import IGNORED, say, stop_token
 from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
 from data.text.tokenized import Sample, file_facts

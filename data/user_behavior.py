@@ -36,8 +36,8 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.conversation import encode, frame, separator
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
-from comet_pl.schema import UserBehaviorData
-from comet_pl.values import nearest
+from comet_pl.config.schema import UserBehaviorData
+from comet_pl.config.rules import nearest
 from data.batches import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
 from data.behavior.questions import Query, Question, ask, oracle, wording
 from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts

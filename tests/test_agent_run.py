@@ -11,7 +11,7 @@ import torch
 from models import tiny
 
 from comet_pl import build
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.evaluation.agent import act
 from comet_pl.metrics.scrolls import f1
 from data.agent_traces import source_of, split_of, validation_samples

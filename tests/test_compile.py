@@ -10,7 +10,7 @@ from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import config as inductor
 
 from comet_pl import CometCache, CometForCausalLM, build
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.gate_penalty import GatePenalty
 from comet_pl.metrics.memory import read_memory

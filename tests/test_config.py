@@ -15,7 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_pl.config import (
+from comet_pl.config.load import (
     CONF_DIR,
     DATA_KINDS,
     BackboneConfig,
@@ -457,7 +457,7 @@ def test_the_configuration_needs_neither_torch_nor_lightning():
     """Loaded without comet_pl/__init__.py (which offers the model), help and errors come without the heavy imports."""
     code = (
         "import sys, types; package = types.ModuleType('comet_pl'); package.__path__ = ['comet_pl']; sys.modules['comet_pl'] = package\n"
-        "from comet_pl.config import help_text, load\n"
+        "from comet_pl.config.load import help_text, load\n"
         "load(['conf=scrolls']); help_text()\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )

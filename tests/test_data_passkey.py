@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from models import tiny
 
 from callbacks.passkey_heatmap import PasskeyHeatmap
-from comet_pl.config import PasskeyData
+from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
 from data.batches import train_tokenizer
 from data.passkey import ANSWER, PasskeyDataModule, PasskeyExamples, collate, even_depths, length_at, texts

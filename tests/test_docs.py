@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 import pytest
 
-from comet_pl.schema import DATA_KINDS, Config
+from comet_pl.config.schema import DATA_KINDS, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`", (ROOT / "docs" / "equations.md").read_text("utf-8"))

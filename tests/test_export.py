@@ -17,10 +17,10 @@ from callbacks.checkpoints import read_checkpoint
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.adapters import add_adapters
 from comet_pl.build import load_checkpoint
-from comet_pl.config import from_dict
+from comet_pl.config.load import from_dict
 from comet_pl.errors import UserError
 from comet_pl.export import main
-from comet_pl.schema import PARAMETERS
+from comet_pl.config.schema import PARAMETERS
 
 train = runpy.run_path(str(ROOT / "train.py"))["main"]
 KEYS = [

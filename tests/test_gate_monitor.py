@@ -18,11 +18,11 @@ from test_lit_module import fit, loader, ragged
 
 from callbacks.gate_monitor import PATIENCE, GateMonitor, half_life
 from comet_pl import build
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.lit_module import CometModule
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.run import plan_run
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 
 EVERY_STEP = {"log_every_n_steps": 1}
 

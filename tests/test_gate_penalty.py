@@ -13,7 +13,7 @@ from test_lit_module import close, cuts, direct, fit, ragged, scaler
 from test_pipeline import Case, alone, together
 from test_recompute import norm_apart
 
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.gate_penalty import GatePenalty
 from comet_pl.windows import count_gates, count_targets, cut_windows

@@ -17,7 +17,7 @@ from callbacks.length_report import LengthReport
 from comet_pl.lit_module import CometModule
 from comet_pl.model.loss import cross_entropies, summed_cross_entropy
 from comet_pl.metrics.position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 from comet_pl.windows import count_targets
 
 MODEL = tiny()

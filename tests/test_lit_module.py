@@ -20,7 +20,7 @@ from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.optimization import learning_rate_factor, parameter_groups
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 from comet_pl.windows import count_targets, cut_windows, split_rows
 
 TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import ROOT, TINY
 
 from comet_pl import build
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.run import plan_run
 

@@ -18,11 +18,11 @@ from live_bytes import LiveBytes
 
 from callbacks.gate_monitor import GateMonitor
 from comet_pl.adapters import add_adapters
-from comet_pl.config import from_dict, load, to_dict
+from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule, read_windows
 from comet_pl.recompute import Boundaries, read_chunks
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 from comet_pl.windows import count_targets, cut_windows
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from callbacks.checkpoints import TrainingStopped
 from comet_pl import build
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.run import plan_run
 from comet_pl.trained import checkpoint_content
 from data.batches import ResumableLoader, pad_rows, validation_loader

@@ -18,7 +18,7 @@ from comet_pl.adapters import add_adapters
 from comet_pl.errors import UserError
 from comet_pl.lit_module import CometModule
 from comet_pl.parallel.strategy import LayerPipelineStrategy
-from comet_pl.schema import TrainConfig
+from comet_pl.config.schema import TrainConfig
 from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
 
 STEPS = 3

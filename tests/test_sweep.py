@@ -18,7 +18,7 @@ from rich.console import Console
 from tiny_runs import ROOT, TINY
 
 from comet_pl import sweep, sweep_table
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError
 
 SMALL = [

@@ -21,7 +21,7 @@ from tiny_runs import ROOT, TINY, command, train
 from callbacks.checkpoints import AtomicCheckpointIO
 from comet_pl import CometForCausalLM
 from comet_pl.build import load_checkpoint
-from comet_pl.config import load
+from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.run import plan_run
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS, age_class
-from comet_pl.schema import UserBehaviorData
+from comet_pl.config.schema import UserBehaviorData
 from data.batches import train_tokenizer
 from data.behavior.questions import Query, solve, wording
 from data.behavior.event_text import encode_history, lines, texts

@@ -17,7 +17,7 @@ from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.scrolls import evaluate_scrolls
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Results
-from comet_pl.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
+from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 
 EVALUATE = {
     PasskeyData: evaluate_passkey,

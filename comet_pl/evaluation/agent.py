@@ -15,7 +15,7 @@ from comet_pl.metrics.agent import AgentScore, by_distance, judge
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
-from comet_pl.schema import AgentData, Config
+from comet_pl.config.schema import AgentData, Config
 from data.agent_traces import source_of, validation_samples
 from data.text.tokenized import Sample
 

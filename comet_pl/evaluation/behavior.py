@@ -12,7 +12,7 @@ from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, old
 from comet_pl.metrics.passkey import short
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
-from comet_pl.schema import Config, UserBehaviorData
+from comet_pl.config.schema import Config, UserBehaviorData
 from data.user_behavior import Behavior, log_of
 
 

@@ -15,7 +15,7 @@ from comet_pl.evaluation.reading import Count, generate
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import TAIL, Bar, Results, prompt_end
-from comet_pl.schema import Config, PasskeyData
+from comet_pl.config.schema import Config, PasskeyData
 from data.batches import pad_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.model.cache import CometCache
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.schema import EvalConfig
+from comet_pl.config.schema import EvalConfig
 from data.batches import pad_rows, pad_token, stop_token
 
 Count = Callable[[int], None]

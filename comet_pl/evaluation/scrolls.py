@@ -16,7 +16,7 @@ from comet_pl.metrics.scrolls import METRICS, SCROLLS, ScrollsScore, average, ex
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.results import Answer, Bar, Results, prompt_end
-from comet_pl.schema import Config, ScrollsData
+from comet_pl.config.schema import Config, ScrollsData
 from data.batches import IGNORED, pad_rows, pad_token, stop_token
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
 

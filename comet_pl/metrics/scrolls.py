@@ -35,7 +35,7 @@ from torchmetrics import Metric
 
 from data import lines as jsonl
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.values import nearest
+from comet_pl.config.rules import nearest
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {

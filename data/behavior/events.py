@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from comet_pl.errors import UserError
-from comet_pl.values import nearest
+from comet_pl.config.rules import nearest
 from data.batches import say
 from data.jsonl import Complaints, Row, UnusableRow, is_unicode
 from data.behavior.tables import ENDINGS, kind_of, rows

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
-from comet_pl.schema import TextData
+from comet_pl.config.schema import TextData
 from data.batches import Rows, pad_rows, pad_token, say, validation_loader
 from data.text.loader import Cached, Feed, Layout, Streamed, Windows
 from data.text.packing import padding_share

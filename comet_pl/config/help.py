@@ -12,8 +12,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.config import DATA_KINDS, EVAL_KEYS, conf_names, load
-from comet_pl.values import describe
+from comet_pl.config.load import DATA_KINDS, EVAL_KEYS, conf_names, load
+from comet_pl.config.rules import describe
 
 
 def render(command: str, conf_dir: Path) -> str:

@@ -13,8 +13,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from comet_pl.errors import UserError
-from comet_pl.schema import DATA_KINDS, Config
-from comet_pl.values import arms, nearest
+from comet_pl.config.schema import DATA_KINDS, Config
+from comet_pl.config.rules import arms, nearest
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """From conf files and the command line to one frozen, checked `Config`.
 
-Defaults (comet_pl/schema.py) <- conf/base.yaml <- conf/NAME.yaml, after the confs in its `defaults:` list <- `key=value` arguments.
-OmegaConf reads, merges and interpolates; comet_pl/values.py checks each value. Every mistake is a UserError of one line. Neither torch
+Defaults (comet_pl/config/schema.py) <- conf/base.yaml <- conf/NAME.yaml, after the confs in its `defaults:` list <- `key=value` arguments.
+OmegaConf reads, merges and interpolates; comet_pl/config/rules.py checks each value. Every mistake is a UserError of one line. Neither torch
 nor Lightning is imported here, so that `--help` and the message about a typo come soon.
 """
 
@@ -15,9 +15,9 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.conf_files import Layer, command_line_layer, conf_layers, conf_names, in_a_line, read_arguments, read_file
+from comet_pl.config.sources import Layer, command_line_layer, conf_layers, conf_names, in_a_line, read_arguments, read_file
 from comet_pl.errors import UserError
-from comet_pl.schema import (
+from comet_pl.config.schema import (
     DATA_KINDS,
     BackboneConfig,
     CheckpointConfig,
@@ -30,7 +30,7 @@ from comet_pl.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from comet_pl.values import convert, nearest
+from comet_pl.config.rules import convert, nearest
 
 __all__ = [
     "DATA_KINDS",
@@ -117,7 +117,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def help_text(command: str = "train", conf_dir: Path = CONF_DIR) -> str:
     """What `--help` prints: the confs, and every key with its default in the default conf, its type and its meaning."""
-    from comet_pl.config_help import render
+    from comet_pl.config.help import render
 
     return render(command, conf_dir)
 

@@ -1,6 +1,6 @@
 """The one schema of every command: what can be set, of which type, with which default, which values are possible, and what it means.
 
-Every key has one line of meaning (`--help` prints it) and its rules (see comet_pl/values.py). comet_pl/config.py fills these classes from
+Every key has one line of meaning (`--help` prints it) and its rules (see comet_pl/config/rules.py). comet_pl/config/load.py fills these classes from
 the conf files and the command line. Neither imports torch or Lightning.
 """
 
@@ -20,7 +20,7 @@ AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
-    """A dataclass field with its one-line meaning and the rules of its values (comet_pl/values.py)."""
+    """A dataclass field with its one-line meaning and the rules of its values (comet_pl/config/rules.py)."""
     metadata = {"help": meaning, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)

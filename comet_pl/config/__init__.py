@@ -1,0 +1,1 @@
+"""Command line and conf files -> checked dataclasses."""

@@ -18,7 +18,7 @@ def main(argv: list[str]) -> None:
 
     from callbacks.checkpoints import TrainingStopped, read_checkpoint
     from comet_pl import build
-    from comet_pl.adapters import count_parameters, describe, merge_adapters
+    from comet_pl.training.trainable import count_parameters, describe, merge_adapters
     from comet_pl.run import plan_run
     from comet_pl.trained import checkpoint_content, restore_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 
 from callbacks.predictions import Predictions
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves
 from data.batches import IGNORED
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.results import as_png, replace_file
 
 BINS = 64  # of [0, 1], in a histogram

@@ -8,7 +8,7 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.memory import picture, read_memory
 from comet_pl.results import as_png, replace_file
 

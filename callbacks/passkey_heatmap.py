@@ -8,7 +8,7 @@ import lightning
 from torch import Tensor
 
 from callbacks.predictions import Predictions
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
 from data.batches import IGNORED
 from data.passkey import DIGITS

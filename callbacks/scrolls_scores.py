@@ -8,7 +8,7 @@ import lightning
 
 from callbacks.predictions import Predictions
 from comet_pl.evaluation.reading import answer_prompts
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.scrolls import ScrollsScore, scores
 from comet_pl.config.schema import EvalConfig
 from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks

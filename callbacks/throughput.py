@@ -12,8 +12,8 @@ import lightning
 import torch
 
 from comet_pl.flops import Learning, Row, training_step
-from comet_pl.lit_module import CometModule
-from comet_pl.windows import IGNORED, Window, cut_windows, split_rows
+from comet_pl.training.lit_module import CometModule
+from comet_pl.training.windows import IGNORED, Window, cut_windows, split_rows
 
 
 class Throughput(lightning.Callback):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from comet_pl import CometForCausalLM
-    from comet_pl.lit_module import CometModule
+    from comet_pl.training.lit_module import CometModule
     from comet_pl.parallel.strategy import LayerPipelineStrategy
 
 FROM_SCRATCH = (
@@ -93,7 +93,7 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForC
     Raises:
         UserError: an impossible combination of keys; backbone.path cannot be loaded.
     """
-    from comet_pl.adapters import add_adapters
+    from comet_pl.training.trainable import add_adapters
 
     model = _plain_model(config, tokenizer)
     add_adapters(model, config.train)
@@ -105,7 +105,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
     from transformers import AutoConfig
 
     from comet_pl import CometConfig, CometForCausalLM
-    from comet_pl.model.start import start_lookups
+    from comet_pl.training.induction_init import start_lookups
 
     backbone, comet = config.backbone, asdict(config.model)
     if backbone.path is not None:
@@ -172,7 +172,7 @@ def _data_module(data: PasskeyData | ScrollsData | AgentData | UserBehaviorData)
 
 def build_module(config: Config, model: CometForCausalLM) -> CometModule:
     """The LightningModule that trains the model."""
-    from comet_pl.lit_module import CometModule
+    from comet_pl.training.lit_module import CometModule
 
     return CometModule(model, config.train, config.trainer.max_steps)
 

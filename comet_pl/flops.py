@@ -289,7 +289,7 @@ def training_step(
     slots: str = "recomputed",
     dense: bool = False,
 ) -> Operations:
-    """Forward and backward operations of rows that are read together, in windows as comet_pl/windows.py cuts them.
+    """Forward and backward operations of rows that are read together, in windows as comet_pl/training/windows.py cuts them.
 
     A window without targets has no backward pass, nor has what no later target of its window depends on. Frozen weights get no gradient,
     but what lies before them may. LoRA's own products count, those of the loss's recomputed logits don't.

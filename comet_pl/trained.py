@@ -87,7 +87,7 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
 
     from callbacks.checkpoints import read_checkpoint
     from comet_pl import CometConfig, CometForCausalLM
-    from comet_pl.adapters import add_adapters, merge_adapters, new_rows
+    from comet_pl.training.trainable import add_adapters, merge_adapters, new_rows
 
     checkpoint = read_checkpoint(path, mmap=True)
     content = checkpoint["comet"]

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from transformers import Qwen3Config
 
 from comet_pl import CometConfig, CometForCausalLM
-from comet_pl.adapters import add_adapters, count_parameters, describe, merge_adapters, new_rows
+from comet_pl.training.trainable import add_adapters, count_parameters, describe, merge_adapters, new_rows
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.config.schema import PARAMETERS, TrainConfig
 
 PARTS = [mode for mode in PARAMETERS if mode != "all"]

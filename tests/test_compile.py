@@ -12,11 +12,11 @@ from torch._inductor import config as inductor
 from comet_pl import CometCache, CometForCausalLM, build
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.gate_penalty import GatePenalty
+from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.metrics.memory import read_memory
 from comet_pl.model import attention
-from comet_pl.recompute import read_chunks
-from comet_pl.windows import cut_windows
+from comet_pl.training.chunk_checkpointing import read_chunks
+from comet_pl.training.windows import cut_windows
 from train import main
 
 OPTIONS = {"chunk_size": 6, "temporary_capacity": 4}  # 2 compression tokens a chunk: full memory after two chunks

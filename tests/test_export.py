@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from callbacks.checkpoints import read_checkpoint
 from comet_pl import CometConfig, CometForCausalLM
-from comet_pl.adapters import add_adapters
+from comet_pl.training.trainable import add_adapters
 from comet_pl.build import load_checkpoint
 from comet_pl.config.load import from_dict
 from comet_pl.errors import UserError

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from callbacks.throughput import Throughput, step_operations, training_rows
 from comet_pl import CometConfig, CometForCausalLM, flops, traffic
-from comet_pl.adapters import add_adapters
-from comet_pl.lit_module import CometModule, read_windows
+from comet_pl.training.trainable import add_adapters
+from comet_pl.training.lit_module import CometModule, read_windows
 from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row
 from comet_pl.config.schema import PARAMETERS, TrainConfig
-from comet_pl.windows import cut_windows, split_rows
+from comet_pl.training.windows import cut_windows, split_rows
 
 QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
 BACKBONES = {

@@ -19,7 +19,7 @@ from test_lit_module import fit, loader, ragged
 from callbacks.gate_monitor import PATIENCE, GateMonitor, half_life
 from comet_pl import build
 from comet_pl.config.load import load
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.run import plan_run
 from comet_pl.config.schema import TrainConfig

@@ -15,8 +15,8 @@ from test_recompute import norm_apart
 
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.gate_penalty import GatePenalty
-from comet_pl.windows import count_gates, count_targets, cut_windows
+from comet_pl.training.gate_penalty import GatePenalty
+from comet_pl.training.windows import count_gates, count_targets, cut_windows
 
 WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
 

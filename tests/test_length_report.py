@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from models import text, tiny
 
 from callbacks.length_report import LengthReport
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.model.loss import cross_entropies, summed_cross_entropy
 from comet_pl.metrics.position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.config.schema import TrainConfig
-from comet_pl.windows import count_targets
+from comet_pl.training.windows import count_targets
 
 MODEL = tiny()
 BOUNDS = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]

@@ -15,13 +15,13 @@ from models import text, tiny
 from torch.utils.data import DataLoader
 
 from callbacks.passkey_heatmap import exact_match
-from comet_pl.adapters import add_adapters
+from comet_pl.training.trainable import add_adapters
 from comet_pl.errors import UserError
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.optimization import learning_rate_factor, parameter_groups
+from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.config.schema import TrainConfig
-from comet_pl.windows import count_targets, cut_windows, split_rows
+from comet_pl.training.windows import count_targets, cut_windows, split_rows
 
 TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}
 

@@ -17,7 +17,7 @@ from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, whole
-from comet_pl.windows import IGNORED, count_targets, cut_windows, split_rows
+from comet_pl.training.windows import IGNORED, count_targets, cut_windows, split_rows
 
 CHUNK = 5  # of the tiny model
 

@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from live_bytes import LiveBytes
 
 from callbacks.gate_monitor import GateMonitor
-from comet_pl.adapters import add_adapters
+from comet_pl.training.trainable import add_adapters
 from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.errors import UserError
-from comet_pl.lit_module import CometModule, read_windows
-from comet_pl.recompute import Boundaries, read_chunks
+from comet_pl.training.lit_module import CometModule, read_windows
+from comet_pl.training.chunk_checkpointing import Boundaries, read_chunks
 from comet_pl.config.schema import TrainConfig
-from comet_pl.windows import count_targets, cut_windows
+from comet_pl.training.windows import count_targets, cut_windows
 
 
 def gradients(model, read, batch, bptt=None, seed=0, **options):

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, Qwen2Config
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.build import build_model
 from comet_pl.config.load import load
-from comet_pl.model.start import start_lookups
+from comet_pl.training.induction_init import start_lookups
 from data.batches import train_tokenizer
 
 KEYS, VALUES, PAIRS = 200, 30, 6

@@ -14,9 +14,9 @@ import torch
 from models import text, tiny
 from ranks import in_processes
 
-from comet_pl.adapters import add_adapters
+from comet_pl.training.trainable import add_adapters
 from comet_pl.errors import UserError
-from comet_pl.lit_module import CometModule
+from comet_pl.training.lit_module import CometModule
 from comet_pl.parallel.strategy import LayerPipelineStrategy
 from comet_pl.config.schema import TrainConfig
 from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader

@@ -283,7 +283,7 @@ def test_ctrl_c_before_the_first_step_is_no_error(tmp_path, monkeypatch):
     def interrupted(self, stage):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("comet_pl.lit_module.CometModule.setup", interrupted)
+    monkeypatch.setattr("comet_pl.training.lit_module.CometModule.setup", interrupted)
     with pytest.raises(KeyboardInterrupt):
         importlib.import_module("train").main(command(tmp_path, "x", *SMALL)[2:])
 

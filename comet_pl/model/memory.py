@@ -64,7 +64,7 @@ class GlobalMemory(nn.Module):
         self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
         self.last_gate: Tensor | None = None  # g of the last write that had a gate, detached
         self.gate_values: list[Tensor] | None = None  # a list: the walk collects every g of the current forward
-        self.penalty: Callable[[Tensor], Tensor] | None = None  # g -> g with a gradient of its own (comet_pl/gate_penalty.py)
+        self.penalty: Callable[[Tensor], Tensor] | None = None  # g -> g with a gradient of its own (comet_pl/training/gate_penalty.py)
 
     def write(self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None) -> Tensor:
         """The new state S (B, m, d). `previous`: S after the chunk before, None in a first chunk; `first` (B,) marks the rows in their

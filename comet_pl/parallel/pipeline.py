@@ -16,7 +16,7 @@ from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel import p2p
 from comet_pl.parallel.plan import Run, Slots, plan_text
 from comet_pl.parallel.sharding import Shards
-from comet_pl.windows import Window
+from comet_pl.training.windows import Window
 
 WALK = {"layer_level": "layer_major", "interleaved": "layer_major", "chunk_level": "chunk_major"}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens, plan_row
 from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.parallel.schedule import runs
-from comet_pl.windows import Window
+from comet_pl.training.windows import Window
 
 Slots = tuple[int, int]
 """Global and temporary slots of a memory; rows that have fewer leave the rest unused."""

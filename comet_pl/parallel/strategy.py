@@ -22,14 +22,14 @@ from torch.optim import Optimizer
 
 from comet_pl.errors import UserError
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.optimization import sum_gradients
+from comet_pl.training.optimization import sum_gradients
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
 from comet_pl.parallel.watch import Watch, default_store
 from comet_pl.config.schema import SHARDING
-from comet_pl.windows import Window
+from comet_pl.training.windows import Window
 
 NAME = "layer_pipeline"
 SLOWEST = timedelta(hours=1)  # for a rank that is alive but busy, as when it writes a large checkpoint

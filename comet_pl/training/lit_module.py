@@ -17,12 +17,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
 from comet_pl.errors import UserErrorOnAllRanks
-from comet_pl.gate_penalty import GatePenalty
+from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.optimization import learning_rate_factor, parameter_groups, sum_gradients
-from comet_pl.recompute import read_chunks
+from comet_pl.training.optimization import learning_rate_factor, parameter_groups, sum_gradients
+from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.config.schema import TrainConfig
-from comet_pl.windows import Window, count_gates, count_targets, cut_windows, split_rows
+from comet_pl.training.windows import Window, count_gates, count_targets, cut_windows, split_rows
 
 
 class CometModule(lightning.LightningModule):

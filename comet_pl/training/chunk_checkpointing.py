@@ -20,14 +20,14 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.windows import IGNORED, Window
+from comet_pl.training.windows import IGNORED, Window
 
 RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]
 """torch's on the CPU; device numbers and theirs."""
 
 
 def read_chunks(model: CometForCausalLM, windows: Sequence[Window], num_items: int, offload: bool = False) -> Iterator[Tensor]:
-    """Does what comet_pl.lit_module.read_windows does, in less memory; yields the losses of single chunks, each window's last one first.
+    """Does what comet_pl.training.lit_module.read_windows does, in less memory; yields the losses of single chunks, each window's last one first.
 
     The caller backpropagates a loss before it asks for the next. Random numbers are those of a single reading.
 

@@ -1,0 +1,1 @@
+"""The LightningModule, its chunk loop and its optimizer."""

@@ -19,7 +19,7 @@ from matplotlib.image import imread
 
 from comet_pl.errors import run_cli
 from comet_pl.parallel.schedule import SCHEDULES, SIMULATED, Task, Timeline, compare, cut, runs, simulate, table
-from comet_pl.parallel.timeline import main, text
+from comet_pl.parallel.simulate import main, text
 
 ROOT = Path(__file__).resolve().parents[1]
 COUNTS = st.integers(1, 6)
@@ -470,8 +470,8 @@ def test_it_runs_as_a_module(tmp_path: Path):
     bare = (  # a comet_pl without its __init__, which loads torch
         "import runpy, sys, types; package = types.ModuleType('comet_pl'); "
         f"package.__path__ = [{str(ROOT / 'comet_pl')!r}]; sys.modules['comet_pl'] = package; "
-        "import comet_pl.parallel.timeline; assert not {'torch', 'lightning', 'matplotlib', 'numpy'} & set(sys.modules); "
-        "del sys.modules['comet_pl.parallel.schedule'], sys.modules['comet_pl.parallel.timeline']; "
+        "import comet_pl.parallel.simulate; assert not {'torch', 'lightning', 'matplotlib', 'numpy'} & set(sys.modules); "
+        "del sys.modules['comet_pl.parallel.schedule'], sys.modules['comet_pl.parallel.simulate']; "
         "sys.argv = ['', '2', '3', '4']; runpy.run_module('comet_pl.parallel.schedule', run_name='__main__', alter_sys=True)"
     )
     done = subprocess.run(

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comet_pl.parallel.watch import Watch, default_store
+from comet_pl.parallel.watchdog import Watch, default_store
 
 WORLD = 3
 TIMEOUT = 2.0  # seconds; silence is noticed after half of it

@@ -14,7 +14,7 @@ from torch import Tensor
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel import p2p
-from comet_pl.parallel.plan import Run, Slots, plan_text
+from comet_pl.parallel.chunk_plan import Run, Slots, plan_text
 from comet_pl.parallel.sharding import Shards
 from comet_pl.training.windows import Window
 

@@ -301,6 +301,6 @@ def _check_number(name: str, number: float, above_zero: bool = False) -> None:
 
 if __name__ == "__main__":
     from comet_pl.errors import run_cli
-    from comet_pl.parallel.timeline import main
+    from comet_pl.parallel.simulate import main
 
     run_cli(main)

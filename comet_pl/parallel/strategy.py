@@ -27,7 +27,7 @@ from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
-from comet_pl.parallel.watch import Watch, default_store
+from comet_pl.parallel.watchdog import Watch, default_store
 from comet_pl.config.schema import SHARDING
 from comet_pl.training.windows import Window
 

@@ -13,7 +13,7 @@ inference_mode; generate() would add its own cost to all alike). Three sides:
 - full attention: sdpa and DynamicCache, which copies all keys and values at each token;
 - the same with a cache that is written in place: what full attention costs at least. Both for --tokens steps right after the context.
 
-The floor by bytes moved (comet_pl/traffic.py) is for CoMeT with full memory against full attention after 1,024 tokens. --pair measures
+The floor by bytes moved (comet_pl/analysis/bandwidth.py) is for CoMeT with full memory against full attention after 1,024 tokens. --pair measures
 nothing else. --layers takes some layers of a shape, where memory or time are short; the floor is then that of so many.
 
 All lanes (a side after a context) run in one process in turn, a slice of each, so that the machine's moods meet all of them; with one
@@ -45,7 +45,7 @@ from report import crossover
 
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.results import Bar
-from comet_pl.traffic import decoding_floor
+from comet_pl.analysis.bandwidth import decoding_floor
 
 HERE = Path(__file__).resolve().parent
 FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share

@@ -26,7 +26,8 @@ from slots_in_full import SlotsInFull
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from comet_pl import CometCache, CometForCausalLM, flops
+from comet_pl import CometCache, CometForCausalLM
+from comet_pl.analysis import flops
 from comet_pl.model.chunk_layout import RowClock, fixed_chunks
 
 PIECE = 4  # chunks

@@ -22,7 +22,8 @@ from rates import product_rate
 from shapes import TEXT_VOCABULARY, Shape
 from slots_in_full import SlotsInFull
 
-from comet_pl import CometForCausalLM, flops
+from comet_pl import CometForCausalLM
+from comet_pl.analysis import flops
 from comet_pl.training import chunk_checkpointing as recompute
 from comet_pl.training.lit_module import read_windows
 from comet_pl.training.windows import IGNORED, Window, count_targets, cut_windows

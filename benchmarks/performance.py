@@ -35,7 +35,7 @@ Written by `python benchmarks/performance.py` from the files in [benchmarks/resu
 nothing else uses allows (reading and decoding on a GPU where there is one), and writes this page again. Each section tells its own command;
 PATH stands for a folder of yours.
 
-*Floor* is what operation counts (`comet_pl/flops.py`) or bytes moved (`comet_pl/traffic.py`) allow, if both sides run at the same speed;
+*Floor* is what operation counts (`comet_pl/analysis/flops.py`) or bytes moved (`comet_pl/analysis/bandwidth.py`) allow, if both sides run at the same speed;
 it is a prediction. Everything else on this page is measured, unless it says *extrapolated* or *simulated*. With one thread on a CPU the
 clock is processor time, which leaves out what other programs took.
 """

@@ -30,7 +30,8 @@ from process_memory import resident
 from report import FLAT_WITHIN
 from rich.console import Console
 
-from comet_pl import CometCache, flops
+from comet_pl import CometCache
+from comet_pl.analysis import flops
 from comet_pl.any_model import add_options, open_conversation
 from comet_pl.build import build_model, build_tokenizer, device_of
 from comet_pl.config.load import load

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from transformers import Qwen3Config
 
-from comet_pl import CometConfig, flops
+from comet_pl import CometConfig
+from comet_pl.analysis import flops
 
 TEXT_VOCABULARY = 256  # the head is no part of the measurement
 
@@ -82,7 +83,7 @@ FORMULA = (
 
 
 def operations(shape: Shape) -> tuple[int, int]:
-    """(ours, slots in full): multiply-adds of one layer on one chunk with full memory, by FORMULA; comet_pl/flops.py counts them.
+    """(ours, slots in full): multiply-adds of one layer on one chunk with full memory, by FORMULA; comet_pl/analysis/flops.py counts them.
 
     Head, norms, gates and adapters are left out: the last two are below 0.02 % of the paper's shape.
     """

@@ -7,7 +7,7 @@
 Full backpropagation through one text, every token a target, no optimizer; a small model from scratch with the paper's proportions of chunk
 and memories. Each cell of the table is a process of its own. Memory is what the step takes above weights, their gradients and the text:
 bytes of all tensors at the worst moment, and beside it what the kernel counts. The memory between chunks ("boundaries") has to grow with
-the text; what is beyond it should not. "Of product" is the step's operations a second (comet_pl/flops.py, without what is computed again)
+the text; what is beyond it should not. "Of product" is the step's operations a second (comet_pl/analysis/flops.py, without what is computed again)
 as a share of a plain matrix product's in the same process.
 
 The ratio is that of a step to the same step with memory slots computed in full (tests/slots_in_full.py), 16 chunks from empty memory, in
@@ -33,7 +33,7 @@ from rich.progress import track
 from shapes import SHAPES as PREFILL_SHAPES
 from shapes import Shape
 
-from comet_pl import flops
+from comet_pl.analysis import flops
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.config.schema import RECOMPUTE
 

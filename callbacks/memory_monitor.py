@@ -9,7 +9,7 @@ import lightning
 from torch import Tensor
 
 from comet_pl.training.lit_module import CometModule
-from comet_pl.metrics.memory import picture, read_memory
+from comet_pl.analysis.memory import picture, read_memory
 from comet_pl.results import as_png, replace_file
 
 

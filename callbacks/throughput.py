@@ -11,7 +11,7 @@ from typing import Any
 import lightning
 import torch
 
-from comet_pl.flops import Learning, Row, training_step
+from comet_pl.analysis.flops import Learning, Row, training_step
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.windows import IGNORED, Window, cut_windows, split_rows
 
@@ -21,7 +21,7 @@ class Throughput(lightning.Callback):
 
     train/padding: share of the step's columns that hold no token, on the first rank.
 
-    train/tflops: 10^12 operations a second of all ranks together, those of the matrix products that the model needs (comet_pl/flops.py):
+    train/tflops: 10^12 operations a second of all ranks together, those of the matrix products that the model needs (comet_pl/analysis/flops.py):
     nothing is counted for padding, masked pairs or recomputation. train/mfu: its share of what the devices could do, if train.peak_tflops
     says how much that is.
 

@@ -25,7 +25,7 @@ from process_memory import resident
 from sinks import SinkReader
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from comet_pl import flops
+from comet_pl.analysis import flops
 from comet_pl.errors import UserError
 from comet_pl.model import attention
 

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import measure_training
 import training
 
-from comet_pl import flops
+from comet_pl.analysis import flops
 from comet_pl.training import chunk_checkpointing as recompute
 from comet_pl.errors import UserError
 

@@ -13,7 +13,7 @@ from comet_pl import CometCache, CometForCausalLM, build
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.training.gate_penalty import GatePenalty
-from comet_pl.metrics.memory import read_memory
+from comet_pl.analysis.memory import read_memory
 from comet_pl.model import attention
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.windows import cut_windows

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from callbacks.throughput import Throughput, step_operations, training_rows
-from comet_pl import CometConfig, CometForCausalLM, flops, traffic
+from comet_pl import CometConfig, CometForCausalLM
+from comet_pl.analysis import flops
+from comet_pl.analysis import bandwidth as traffic
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.lit_module import CometModule, read_windows
 from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row

@@ -16,7 +16,7 @@ from models import text, tiny
 from callbacks.length_report import LengthReport
 from comet_pl.training.lit_module import CometModule
 from comet_pl.model.loss import cross_entropies, summed_cross_entropy
-from comet_pl.metrics.position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
+from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.config.schema import TrainConfig
 from comet_pl.training.windows import count_targets
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from models import memories, text, tiny
 
 from callbacks.memory_monitor import MemoryMonitor
-from comet_pl.metrics import memory
-from comet_pl.metrics.memory import attention_shares, effective_rank, picture, read_memory, slot_similarity
+from comet_pl.analysis import memory
+from comet_pl.analysis.memory import attention_shares, effective_rank, picture, read_memory, slot_similarity
 from comet_pl.model import cell as backbone
 
 

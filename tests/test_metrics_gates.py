@@ -8,7 +8,7 @@ import torch
 from models import tiny
 from test_gate_monitor import row_by_row
 
-from comet_pl.metrics.gates import read_gates
+from comet_pl.analysis.gates import read_gates
 
 
 def ids(tokens: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ def test_the_notebook_defines_nothing():
 
 def test_what_the_notebook_imports_exists():
     imports = [node for node in ast.walk(parse(read_notebook())) if isinstance(node, ast.ImportFrom)]
-    assert {"comet_pl.build", "comet_pl.evaluation", "comet_pl.metrics.gates", "comet_pl.results"} <= {node.module for node in imports}
+    assert {"comet_pl.build", "comet_pl.evaluation", "comet_pl.analysis.gates", "comet_pl.results"} <= {node.module for node in imports}
     for node in imports:
         for alias in node.names:
             package = importlib.import_module(node.module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comet_pl.flops import full_attention, heads, plan_sizes, start
+from comet_pl.analysis.flops import full_attention, heads, plan_sizes, start
 from comet_pl.model.chunk_layout import Segment, plan_row
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Instruments: gates, memories, operation and byte counts."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from comet_pl.config.load import eval_paths, load
 from comet_pl.errors import run_cli
-from comet_pl.trained import find_checkpoint
+from comet_pl.experiment.checkpoint import find_checkpoint
 
 
 def main(argv: list[str]) -> None:

@@ -19,8 +19,8 @@ def main(argv: list[str]) -> None:
     from callbacks.checkpoints import TrainingStopped, read_checkpoint
     from comet_pl import build
     from comet_pl.training.trainable import count_parameters, describe, merge_adapters
-    from comet_pl.run import plan_run
-    from comet_pl.trained import checkpoint_content, restore_tokenizer
+    from comet_pl.experiment.run_folder import plan_run
+    from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
 
     build.check_device(config)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]

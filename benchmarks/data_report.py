@@ -8,7 +8,7 @@ import report
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from comet_pl.results import PLAIN
+from comet_pl.evaluation.results import PLAIN
 
 NAMES = {"ours": "ours: tokenised, cut, packed", "plain": "plain load_dataset + map"}
 COLOURS = {"given": "tab:blue", "generated": "tab:orange"}

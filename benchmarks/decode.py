@@ -44,7 +44,7 @@ from prefill import add_device, conditions, settle_device
 from report import crossover
 
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.results import Bar
+from comet_pl.evaluation.results import Bar
 from comet_pl.analysis.bandwidth import decoding_floor
 
 HERE = Path(__file__).resolve().parent

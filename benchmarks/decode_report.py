@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.results import PLAIN
+from comet_pl.evaluation.results import PLAIN
 
 NAMES = {"comet": "CoMeT", "full_attention": "full attention", "in_place": "full attention, cache in place"}
 FULL_ATTENTION = ("full_attention", "in_place")

@@ -40,7 +40,7 @@ from measure_decode import USUAL_MODEL
 from perplexity import load_tokenizer
 
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.results import Bar
+from comet_pl.evaluation.results import Bar
 from comet_pl.config.schema import ScrollsData
 from data.batches import train_tokenizer
 from data.haystack import sentences

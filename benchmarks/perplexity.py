@@ -37,7 +37,7 @@ from torch import Tensor
 
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.results import PLAIN, Bar
+from comet_pl.evaluation.results import PLAIN, Bar
 
 HERE = Path(__file__).resolve().parent
 MEMORY = {"chunk_size": 256, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}

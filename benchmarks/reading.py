@@ -32,13 +32,13 @@ from rich.console import Console
 
 from comet_pl import CometCache
 from comet_pl.analysis import flops
-from comet_pl.any_model import add_options, open_conversation
+from comet_pl.chat.open_model import add_options, open_conversation
 from comet_pl.build import build_model, build_tokenizer, device_of
 from comet_pl.config.load import load
-from comet_pl.conversation import Conversation, encode
+from comet_pl.chat.conversation import Conversation, encode
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.read import check_text, text_pieces
-from comet_pl.results import Bar
+from comet_pl.evaluation.results import Bar
 
 HERE = Path(__file__).resolve().parent
 MARKS = 50

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
 from comet_pl.training.lit_module import CometModule
-from comet_pl.results import as_png, replace_file
+from comet_pl.evaluation.results import as_png, replace_file
 
 BINS = 64  # of [0, 1], in a histogram
 SATURATED = 0.999  # the sigmoid's slope g (1 - g) is then 1/250 of its greatest; a gate bias of 5 starts at 0.993

@@ -9,7 +9,7 @@ import lightning
 
 from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.loss_by_position import LossByPosition, chunk_of_columns, curve, name
-from comet_pl.results import as_json, as_png, replace_file
+from comet_pl.evaluation.results import as_json, as_png, replace_file
 
 
 class LengthReport(lightning.Callback):

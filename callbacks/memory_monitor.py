@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comet_pl.training.lit_module import CometModule
 from comet_pl.analysis.memory import picture, read_memory
-from comet_pl.results import as_png, replace_file
+from comet_pl.evaluation.results import as_png, replace_file
 
 
 class MemoryMonitor(lightning.Callback):

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from comet_pl.results import Answer, as_json, prompt_end, replace_file
+from comet_pl.evaluation.results import Answer, as_json, prompt_end, replace_file
 from data.batches import IGNORED
 
 SHOWN = 16  # examples in TensorBoard; the file has all

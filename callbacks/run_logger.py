@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from comet_pl.config.load import to_dict
-from comet_pl.run import Run
+from comet_pl.experiment.run_folder import Run
 from comet_pl.config.schema import Config
 
 

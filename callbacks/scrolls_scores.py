@@ -7,7 +7,7 @@ from typing import Any
 import lightning
 
 from callbacks.predictions import Predictions
-from comet_pl.evaluation.reading import answer_prompts
+from comet_pl.evaluation.generation import answer_prompts
 from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.scrolls import ScrollsScore, scores
 from comet_pl.config.schema import EvalConfig

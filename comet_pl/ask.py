@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TextStreamer
 
-from comet_pl.any_model import add_options, check_target, open_conversation
-from comet_pl.conversation import Conversation
+from comet_pl.chat.open_model import add_options, check_target, open_conversation
+from comet_pl.chat.conversation import Conversation
 from comet_pl.errors import Parser, UserError, run_cli
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.errors import UserError, first_line
-from comet_pl.run import Run
+from comet_pl.experiment.run_folder import Run
 from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     """Lightning's Trainer with the run's logger, checkpoints and callbacks. Nothing is written yet.
 
     Args:
-        content: goes into each checkpoint under the key "comet" (see comet_pl/trained.py).
+        content: goes into each checkpoint under the key "comet" (see comet_pl/experiment/checkpoint.py).
 
     Raises:
         UserError: Lightning refuses a trainer key.
@@ -337,7 +337,7 @@ def device_of(config: Config) -> torch.device:
 
 
 def load_checkpoint(path: Path | str, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
-    """What eval.py and the notebook start from; see comet_pl/trained.py."""
-    from comet_pl.trained import load_trained
+    """What eval.py and the notebook start from; see comet_pl/experiment/checkpoint.py."""
+    from comet_pl.experiment.checkpoint import load_trained
 
     return load_trained(Path(path), argv)

@@ -30,7 +30,7 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
     import torch
     import transformers
 
-    from comet_pl.trained import load_trained
+    from comet_pl.experiment.checkpoint import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.any_model import add_options, check_target, open_conversation
-from comet_pl.conversation import BLANK, encode
+from comet_pl.chat.open_model import add_options, check_target, open_conversation
+from comet_pl.chat.conversation import BLANK, encode
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.results import Bar
+from comet_pl.evaluation.results import Bar
 
 PIECE = 100_000  # bytes of a file decoded and tokenised at once
 

@@ -36,11 +36,11 @@ from typing import Any, get_type_hints
 import yaml
 from rich.console import Console
 
-from comet_pl import sweep_table
+from comet_pl.experiment import sweep_table
 from comet_pl.config.sources import hints_of, read_arguments, read_yaml
 from comet_pl.config.load import load, to_dict
 from comet_pl.errors import UserError, run_cli
-from comet_pl.results import PLAIN, as_json, replace_file
+from comet_pl.evaluation.results import PLAIN, as_json, replace_file
 from comet_pl.config.schema import key
 from comet_pl.config.rules import as_type, convert, nearest
 

@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.load import ScrollsData
-from comet_pl.conversation import encode, frame
+from comet_pl.chat.conversation import encode, frame
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from comet_pl.config.rules import nearest

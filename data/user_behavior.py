@@ -33,7 +33,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.conversation import encode, frame, separator
+from comet_pl.chat.conversation import encode, frame, separator
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
 from comet_pl.config.schema import UserBehaviorData

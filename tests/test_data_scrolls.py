@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from comet_pl.config.load import ScrollsData
-from comet_pl.conversation import encode
+from comet_pl.chat.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl

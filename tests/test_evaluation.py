@@ -17,14 +17,14 @@ from tiny_runs import ROOT, TINY
 
 from comet_pl import CometConfig, CometForCausalLM, build
 from comet_pl.config.load import Config, load
-from comet_pl.conversation import encode
+from comet_pl.chat.conversation import encode
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation import scrolls as scrolls_evaluation
-from comet_pl.evaluation.reading import answer_prompts, generate
+from comet_pl.evaluation.generation import answer_prompts, generate
 from comet_pl.metrics.scrolls import SCROLLS, scores
 from comet_pl.config.schema import EvalConfig
-from comet_pl.trained import checkpoint_content
+from comet_pl.experiment.checkpoint import checkpoint_content
 from data.batches import pad_rows, train_tokenizer
 from data.passkey import DIGITS
 from data.scrolls import Example, options

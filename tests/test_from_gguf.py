@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from comet_pl import from_gguf
+from scripts import gguf_to_hf as from_gguf
 from comet_pl.errors import UserError
 
 
@@ -50,7 +50,7 @@ def test_a_folder_that_is_there_and_missing_packages(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UserError, match=r"gguf is not installed; pip install -e '.\[gguf\]'"):
         from_gguf.convert(tmp_path / "x.gguf", tmp_path / "made")
-    with pytest.raises(UserError, match=r"usage: python -m comet_pl.from_gguf FILE FOLDER"):
+    with pytest.raises(UserError, match=r"usage: python -m scripts.gguf_to_hf FILE FOLDER"):
         from_gguf.main(["--help"])
 
 

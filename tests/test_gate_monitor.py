@@ -21,7 +21,7 @@ from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.training.lit_module import CometModule
 from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.run import plan_run
+from comet_pl.experiment.run_folder import plan_run
 from comet_pl.config.schema import TrainConfig
 
 EVERY_STEP = {"log_every_n_steps": 1}

@@ -17,7 +17,7 @@ from test_resume import write_events
 from tiny_runs import ROOT, TINY, train
 
 from comet_pl.metrics.scrolls import PAPER
-from comet_pl.results import worst_first
+from comet_pl.evaluation.results import worst_first
 
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
 SHORT = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "data.batch_size=4"]
@@ -55,7 +55,7 @@ def test_the_notebook_defines_nothing():
 
 def test_what_the_notebook_imports_exists():
     imports = [node for node in ast.walk(parse(read_notebook())) if isinstance(node, ast.ImportFrom)]
-    assert {"comet_pl.build", "comet_pl.evaluation", "comet_pl.analysis.gates", "comet_pl.results"} <= {node.module for node in imports}
+    assert {"comet_pl.build", "comet_pl.evaluation", "comet_pl.analysis.gates", "comet_pl.evaluation.results"} <= {node.module for node in imports}
     for node in imports:
         for alias in node.names:
             package = importlib.import_module(node.module)

@@ -23,7 +23,7 @@ from tiny_runs import ROOT, TINY
 from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.run import plan_run
+from comet_pl.experiment.run_folder import plan_run
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 TIMEOUT = 20  # seconds: strategy.timeout of every run here

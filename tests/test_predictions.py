@@ -14,7 +14,7 @@ from callbacks import scrolls_scores
 from callbacks.behavior_scores import BehaviorScores
 from callbacks.predictions import Predictions, as_table
 from comet_pl.errors import UserError
-from comet_pl.results import as_json, worst_first
+from comet_pl.evaluation.results import as_json, worst_first
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 WORDS = list("_abcdefghi")

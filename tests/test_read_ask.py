@@ -16,8 +16,10 @@ from models import backbone, same_cache
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
-from comet_pl import CometCache, CometConfig, CometForCausalLM, any_model, ask, conversation, read
-from comet_pl.conversation import Conversation, encode, frame, separator
+from comet_pl import CometCache, CometConfig, CometForCausalLM, ask, read
+from comet_pl.chat import open_model as any_model
+from comet_pl.chat import conversation
+from comet_pl.chat.conversation import Conversation, encode, frame, separator
 from comet_pl.errors import UserError, run_cli
 from data.batches import train_tokenizer
 

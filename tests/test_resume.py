@@ -24,8 +24,8 @@ from torch import Tensor
 from callbacks.checkpoints import TrainingStopped
 from comet_pl import build
 from comet_pl.config.load import load
-from comet_pl.run import plan_run
-from comet_pl.trained import checkpoint_content
+from comet_pl.experiment.run_folder import plan_run
+from comet_pl.experiment.checkpoint import checkpoint_content
 from data.batches import ResumableLoader, pad_rows, validation_loader
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]

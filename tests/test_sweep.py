@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 from tiny_runs import ROOT, TINY
 
-from comet_pl import sweep, sweep_table
+from comet_pl import sweep
+from comet_pl.experiment import sweep_table
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 

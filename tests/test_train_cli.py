@@ -23,7 +23,7 @@ from comet_pl import CometForCausalLM
 from comet_pl.build import load_checkpoint
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.run import plan_run
+from comet_pl.experiment.run_folder import plan_run
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 SMALL = [

@@ -1,6 +1,6 @@
 """A trained model's results, by kind of data: as files, figures and a table.
 
-Files are written again after each length, task or trace, so that an interrupted evaluation leaves what it has (comet_pl/results.py).
+Files are written again after each length, task or trace, so that an interrupted evaluation leaves what it has (comet_pl/evaluation/results.py).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from comet_pl.evaluation.behavior import evaluate_behavior
 from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.scrolls import evaluate_scrolls
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.results import Results
+from comet_pl.evaluation.results import Results
 from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 
 EVALUATE = {

@@ -10,11 +10,11 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.evaluation.reading import generate
+from comet_pl.evaluation.generation import generate
 from comet_pl.metrics.agent import AgentScore, by_distance, judge
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results, prompt_end
+from comet_pl.evaluation.results import Answer, Bar, Results, prompt_end
 from comet_pl.config.schema import AgentData, Config
 from data.agent_traces import source_of, validation_samples
 from data.text.tokenized import Sample

@@ -6,12 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.conversation import encode
-from comet_pl.evaluation.reading import answer_prompts
+from comet_pl.chat.conversation import encode
+from comet_pl.evaluation.generation import answer_prompts
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
 from comet_pl.metrics.passkey import short
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results, prompt_end
+from comet_pl.evaluation.results import Answer, Bar, Results, prompt_end
 from comet_pl.config.schema import Config, UserBehaviorData
 from data.user_behavior import Behavior, log_of
 

@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.evaluation.reading import Count, generate
+from comet_pl.evaluation.generation import Count, generate
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.results import TAIL, Bar, Results, prompt_end
+from comet_pl.evaluation.results import TAIL, Bar, Results, prompt_end
 from comet_pl.config.schema import Config, PasskeyData
 from data.batches import pad_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths

@@ -9,13 +9,13 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.conversation import encode
+from comet_pl.chat.conversation import encode
 from comet_pl.errors import UserError
-from comet_pl.evaluation.reading import Count, answer_prompts, generate
+from comet_pl.evaluation.generation import Count, answer_prompts, generate
 from comet_pl.metrics.scrolls import METRICS, SCROLLS, ScrollsScore, average, exact_match, scores, submission_csv
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.results import Answer, Bar, Results, prompt_end
+from comet_pl.evaluation.results import Answer, Bar, Results, prompt_end
 from comet_pl.config.schema import Config, ScrollsData
 from data.batches import IGNORED, pad_rows, pad_token, stop_token
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks

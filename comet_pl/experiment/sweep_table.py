@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError
-from comet_pl.results import PLAIN, as_png, replace_file
+from comet_pl.evaluation.results import PLAIN, as_png, replace_file
 from comet_pl.config.rules import nearest
 
 Found = tuple[dict[str, str], dict[str, float]]

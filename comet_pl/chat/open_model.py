@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comet_pl.model.pretrained import check_built, kind
-from comet_pl.conversation import Conversation
+from comet_pl.chat.conversation import Conversation
 from comet_pl.errors import UserError, first_line
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.config.schema import ModelConfig
-from comet_pl.trained import find_checkpoint, load_trained
+from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
 from comet_pl.config.rules import convert, nearest
 
 PLAIN_DECODER = {"chunk_size": 1024, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}

@@ -1,0 +1,1 @@
+"""Conversations with a memory, and the models that hold them."""

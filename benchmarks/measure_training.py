@@ -2,7 +2,7 @@
 starts it.
 
 A step is forward and backward pass of one text, every token a target, all gradients, no optimizer. With recompute "ratio", ours
-(recompute=none) and slots in full (tests/slots_in_full.py) take the same step in turn.
+(recompute=none) and slots in full (comet_pl/model/naive.py) take the same step in turn.
 """
 
 from __future__ import annotations

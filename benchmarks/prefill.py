@@ -6,7 +6,7 @@
     python benchmarks/prefill.py --only-4b  the ratio at Qwen3-4B's layer, which the first two measure last; some minutes
 
 Four ways to read the same text with the same random two layers and a tiny vocabulary: CoMeT; the same walk with the memory slots computed
-in full (tests/slots_in_full.py); full attention through Hugging Face; the same over a sliding window with attention sinks (sinks.py), which
+in full (comet_pl/model/naive.py); full attention through Hugging Face; the same over a sliding window with attention sinks (sinks.py), which
 sees as many key columns as CoMeT. All but full attention start with full memory. The ratio of the first two is taken in one process, chunk
 by chunk in turn, and stands beside its floor from operation counts (shapes.py). Each process also measures a plain matrix product; the
 operations of a reading (comet_pl/analysis/flops.py) a second are told as a share of that. Where lengths go beyond what full attention reads

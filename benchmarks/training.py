@@ -10,7 +10,7 @@ bytes of all tensors at the worst moment, and beside it what the kernel counts. 
 the text; what is beyond it should not. "Of product" is the step's operations a second (comet_pl/analysis/flops.py, without what is computed again)
 as a share of a plain matrix product's in the same process.
 
-The ratio is that of a step to the same step with memory slots computed in full (tests/slots_in_full.py), 16 chunks from empty memory, in
+The ratio is that of a step to the same step with memory slots computed in full (comet_pl/model/naive.py), 16 chunks from empty memory, in
 one process, in turn, the median of --pairs; it stands beside its floor from operation counts.
 Results: benchmarks/results/training*.json and .png.
 """

@@ -11,7 +11,7 @@ again in the backward pass (flash) does half a forward more, which is not counte
 The memory slots [G | T] of a cell, `slots`:
     "recomputed"  keys and values of all of them in each chunk: what the model does
     "kept"        those of T are kept from the chunk in which an entry was new
-    "in_full"     ordinary tokens, with queries, attention output and MLP: tests/slots_in_full.py, and the authors' code
+    "in_full"     ordinary tokens, with queries, attention output and MLP: comet_pl/model/naive.py, and the authors' code
 
 Legend: C chunk size, s stride, m readout tokens = global slots, K temporary slots, L layers, d width, H query heads, H' key/value heads,
 h head width, f width of the MLP, r adapter rank, V vocabulary rows (new ones included), W own tokens that enter, M memory slots.

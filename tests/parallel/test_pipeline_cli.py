@@ -1,0 +1,402 @@
+"""train.py under trainer.strategy=layer_pipeline: the same run as on one device; what it refuses; how it ends, and goes on after that."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.support.tiny_runs import ROOT, TINY
+
+from comet_pl import build
+from comet_pl.config.load import load
+from comet_pl.errors import UserError
+from comet_pl.experiment.run_folder import plan_run
+
+main = runpy.run_path(str(ROOT / "train.py"))["main"]
+TIMEOUT = 20  # seconds: strategy.timeout of every run here
+STEPS = 24
+KEYS = [
+    *TINY,
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=6",
+    "trainer.log_every_n_steps=1",
+    "checkpoint.every_steps=2",
+    "data.train_length=104",  # 7 chunks: 2 ranks do not divide them
+    "data.length_schedule=null",
+    "data.batch_size=2",
+    "data.val_depths=3",
+    "data.val_examples=1",
+    "eval.after_fit=false",
+    "eval.lengths=[64,128]",
+    "eval.depths=2",
+    "eval.examples=1",
+    "train.lr=1e-3",
+    "train.warmup_steps=3",
+]
+LONG = ["trainer.max_steps=60"]  # still on its way when a test has seen its tenth step
+ENDLESS = ["trainer.max_steps=100000", "checkpoint.every_steps=null"]
+STRATEGY = ["trainer.strategy=layer_pipeline", f"strategy.timeout={TIMEOUT}"]
+ONE = ["trainer.devices=1", "trainer.strategy=auto"]
+TWO = ["trainer.devices=2", *STRATEGY]
+
+
+def folder_of(root, name):
+    return Path(root) / "passkey" / name
+
+
+def on_one(root, name, *keys):
+    """On one device, in this process; returns the run's folder."""
+    main([f"run.root={root}", f"run.name={name}", *KEYS, *keys, *ONE])
+    return folder_of(root, name)
+
+
+class Training:
+    """train.py as rank 0, and what Lightning's launcher starts, in a session of their own. A context: it leaves no process."""
+
+    def __init__(self, root, name, *keys, on=TWO, script="train.py"):
+        root.mkdir(exist_ok=True)
+        self.path, self.out, self.err = folder_of(root, name), root / f"{name}.out", root / f"{name}.err"
+        argv = [sys.executable, str(script), f"run.root={root}", f"run.name={name}", *KEYS, *on, *keys]
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.main = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        while left := processes(self.main.pid):
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # ends a stopped one, too
+        self.main.wait()
+
+    def at_step(self, step):
+        """Waits until a step is shown; returns the ranks' processes."""
+        until(lambda: f"step {step}/" in self.out.read_text() or self.main.poll() is not None, 120)
+        assert self.main.poll() is None, self.err.read_text()
+        return [self.main.pid, *(set(processes(self.main.pid)) - {self.main.pid})]
+
+    def ended(self, within, but=()):
+        """Waits until no process is left but those named; returns rank 0's exit code."""
+        until(lambda: set(processes(self.main.pid)) <= set(but), within, self.err)
+        return None if self.main.pid in but else self.main.wait(10)
+
+    def finished(self):
+        """The folder of a run that came to its regular end."""
+        assert self.ended(150) == 0, self.err.read_text()
+        return self.path
+
+    def errors(self):
+        """Lines on stderr, Lightning's greeting left out."""
+        return [line for line in self.err.read_text().splitlines() if not line.startswith("Initializing distributed")]
+
+
+def processes(session):
+    """The living processes of a session; a child that nobody has waited for yet is none."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, its_session = file.read_text().rpartition(")")[2].split()[:4]
+        except OSError:  # it has just ended
+            continue
+        if int(its_session) == session and state != "Z":
+            found.append(int(file.parent.name))
+    return found
+
+
+def until(condition, seconds, log=None):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited for {seconds} s in vain" + (f": {log.read_text()}" if log else "")
+        time.sleep(0.02)
+
+
+# ---- the same run
+
+
+def curves(folder):
+    """{tag: {step: value}}; no step comes twice."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    found = {}
+    for tag in events.Tags()["scalars"]:
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+        found[tag] = {event.step: event.value for event in events.Scalars(tag)}
+    return found
+
+
+def same_run(folder, straight):
+    """Every logged loss, and the checkpoints, are those of one device; float32, summed up in another order."""
+    found, expected = curves(folder), curves(straight)
+    assert {tag: list(curve) for tag, curve in found.items()} == {tag: list(curve) for tag, curve in expected.items()}
+    for tag in ("train/loss", "val/loss"):
+        assert found[tag] == pytest.approx(expected[tag], rel=1e-5), tag
+    for tag in ("train/lr", "train/skipped"):
+        assert found[tag] == expected[tag], tag
+    for name in ("last", "best"):
+        one, two = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (straight, folder))
+        assert one["global_step"] == two["global_step"]
+        assert list(one["state_dict"]) == list(two["state_dict"])
+        for weight, value in one["state_dict"].items():
+            assert (two["state_dict"][weight] - value).abs().max() <= 1e-5 * value.abs().max(), (name, weight)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Runs of one device that was never stopped, by their keys."""
+    made = {}
+
+    def get(*keys):
+        if keys not in made:
+            made[keys] = on_one(tmp_path_factory.mktemp("alone"), "run", *keys)
+        return made[keys]
+
+    return get
+
+
+def evaluated(folder):
+    files = {path.name: path.read_text() for path in (folder / "predictions").iterdir() if path.suffix == ".jsonl"}
+    return json.loads((folder / "eval" / "passkey.json").read_text())["mean"], files
+
+
+def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
+    with Training(tmp_path, "two", "eval.after_fit=true") as run:
+        folder = run.finished()
+    straight = alone("eval.after_fit=true")
+    same_run(folder, straight)
+    assert evaluated(folder) == evaluated(straight)
+    files, expected = ({str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} for root in (folder, straight))
+    events, files_of_one = ([name for name in names if name.startswith("events.")] for names in (files, expected))
+    assert len(events) == 1, "one process writes curves"
+    assert files - set(events) == expected - set(files_of_one)
+    written = yaml.safe_load((folder / "config.yaml").read_text())["strategy"]
+    assert (written["timeout"], written["sharding"]) == (TIMEOUT, "none")
+    assert run.errors() == []
+    assert run.out.read_text().count(f"step {STEPS}/{STEPS}") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["strategy.schedule=layer_level"],
+        ["strategy.schedule=chunk_level"],
+        ["strategy.sharding=zero2"],
+        ["train.bptt_chunks=2", "train.accumulate=2"],
+        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=layer_level", "train.recompute=cell"],
+    ],
+)
+def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
+    with Training(tmp_path, "two", "eval.after_fit=true", *keys) as run:
+        folder = run.finished()
+    straight = alone("eval.after_fit=true", *(key for key in keys if key.startswith("train.b") or key.startswith("train.a")))
+    same_run(folder, straight)
+    assert evaluated(folder) == evaluated(straight)
+
+
+# ---- a rank that is lost
+
+
+def names_it(line, rank, pid, what):
+    """Whether the one line says which rank is lost, and where it was."""
+    who = f"error: rank {rank} (pid {pid} on {socket.gethostname()}) {what}"
+    return line.startswith(who) and line.endswith("this run ends. Go on from the last checkpoint with resume=true.")
+
+
+def kill(root, victim, step, *keys):
+    """Kills a rank after a step has been shown; the other ends in time and names it. Returns the run's folder."""
+    with Training(root, "killed", *LONG, *keys) as run:
+        ranks = run.at_step(step)
+        os.kill(ranks[victim], signal.SIGKILL)
+        assert run.ended(TIMEOUT) == (-signal.SIGKILL if victim == 0 else 1)
+        (line,) = run.errors()
+        assert names_it(line, victim, ranks[victim], "is gone"), line
+    return run.path
+
+
+def killed_and_gone_on(root, victim, *keys):
+    """Loses a rank in the middle, then goes on with one device."""
+    path = kill(root, victim, 10, *keys)
+    assert 8 <= torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
+    return on_one(root, "killed", *LONG, "resume=true")
+
+
+def test_rank_1_is_killed_and_one_device_goes_on(alone, tmp_path):
+    same_run(killed_and_gone_on(tmp_path, 1), alone(*LONG))
+
+
+def test_rank_0_is_killed_and_one_device_goes_on_without_shards(alone, tmp_path):
+    same_run(killed_and_gone_on(tmp_path, 0, "strategy.sharding=zero2"), alone(*LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_at_its_first_step_is_named(tmp_path, victim):
+    """Before the first second is over."""
+    kill(tmp_path, victim, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["none", "zero2"])
+def test_two_devices_go_on(alone, tmp_path, sharding):
+    kill(tmp_path, 1, 10)
+    with Training(tmp_path, "killed", *LONG, "resume=true", f"strategy.sharding={sharding}") as run:
+        same_run(run.finished(), alone(*LONG))
+
+
+@pytest.mark.slow
+def test_two_devices_go_on_where_one_stopped(alone, tmp_path):
+    with Training(tmp_path, "stopped", *LONG, on=ONE) as run:
+        run.at_step(10)
+        os.kill(run.main.pid, signal.SIGTERM)
+        assert run.ended(TIMEOUT) == 128 + signal.SIGTERM
+    with Training(tmp_path, "stopped", *LONG, "resume=true") as run:
+        same_run(run.finished(), alone(*LONG))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
+    with Training(tmp_path, "hangs", *ENDLESS) as run:
+        ranks = run.at_step(60)  # seconds: they know each other's names
+        os.kill(ranks[victim], signal.SIGSTOP)
+        assert run.ended(TIMEOUT, but=[ranks[victim]]) in (1, None)
+        (line,) = run.errors()
+        assert names_it(line, victim, ranks[victim], "has not answered for "), line
+        os.kill(ranks[victim], signal.SIGCONT)
+        assert run.ended(TIMEOUT) == 1
+        assert len(run.errors()) == 2  # its own line: that it did not run, or that it finds the other gone
+
+
+FAULTY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import train
+from comet_pl.errors import UserError, run_cli
+from data.passkey import TrainingRows
+
+class FaultyRows(TrainingRows):
+    def __getitem__(self, index):
+        if index == 60 and os.environ["LOCAL_RANK"] == "{rank}":
+            raise UserError("row 60: cannot be read")
+        return super().__getitem__(index)
+
+import data.passkey
+data.passkey.TrainingRows = FaultyRows
+run_cli(train.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT), rank=victim))
+    with Training(tmp_path / "runs", "fails", *ENDLESS, script=script) as run:
+        ranks = run.at_step(1)
+        assert run.ended(TIMEOUT + 10) == (2 if victim == 0 else 1)
+        own, named = sorted(run.errors(), key=lambda line: line.startswith(f"error: rank {victim}"))
+        assert own == "error: row 60: cannot be read"
+        assert names_it(named, victim, ranks[victim], "failed: UserError: row 60: cannot be read"), named
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_before_it_has_met_the_other_ends_it(tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("The rain in the north falls on the town. " * 500)
+    with Training(tmp_path, "early", *ENDLESS, f"data.haystack={book}") as run:
+        until(lambda: "starts:" in run.out.read_text(), 120, run.err)
+        book.unlink()  # rank 0 has read it
+        assert run.ended(60) != 0
+        assert [line for line in run.errors() if line.startswith("error: ")] == [
+            f"error: data.haystack: {book} cannot be read: No such file or directory"
+        ]
+        assert "Traceback" not in run.err.read_text()
+
+
+def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
+    with Training(tmp_path, "x", *ENDLESS) as run:
+        run.at_step(4)
+        os.killpg(run.main.pid, signal.SIGINT)
+        assert run.ended(TIMEOUT) == 128 + signal.SIGINT
+    assert run.errors() == []
+    lines = run.out.read_text().splitlines()
+    assert sum("stopping after this step" in line for line in lines) == 1
+    (last,) = [line for line in lines if line.startswith("stopped after step ")]
+    step = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    assert last.startswith(f"stopped after step {step}, saved in {run.path / 'checkpoints' / 'last.ckpt'}; go on with: ")
+    assert last.endswith("run.name=x resume=true")
+
+
+# ---- what is refused
+
+MISTAKES = [
+    (["trainer.devices=2", "strategy.pipeline_size=3"], "strategy.pipeline_size: 3 given, .* is 2; allowed: 1, 2"),
+    (["trainer.devices=4", "strategy.pipeline_size=3"], "strategy.pipeline_size: 3 given, .* is 4; allowed: 1, 2, 4"),
+    (["strategy.pipeline_size=0"], "strategy.pipeline_size: 0 given, allowed: integer >= 1 or null"),
+    (
+        ["strategy.pipeline_size=2", "trainer.strategy=auto"],
+        "strategy.pipeline_size: .* trainer.strategy is auto; it needs .*",
+    ),
+    (["strategy.sharding=zero3"], "strategy.sharding: zero3 .*data-parallel ranks.* allowed: zero2 .*, none, or a smaller .*pipeline_size"),
+    (["strategy.sharding=zero22"], r"strategy.sharding: 'zero22' given, allowed: none, zero2, zero3 \(did you mean zero2\?\)"),
+    (["strategy.schedule=layer_leve"], r"strategy.schedule: 'layer_leve' given, .* \(did you mean layer_level\?\)"),
+    (["strategy.timeout=0"], "strategy.timeout: 0 given, allowed: number > 0"),
+    (["strategy.backend=nccl"], "strategy.backend: nccl cannot send tensors of a cpu device; allowed: gloo"),
+]
+
+
+@pytest.mark.parametrize(("keys", "match"), MISTAKES, ids=[" ".join(keys) for keys, _ in MISTAKES])
+def test_mistakes_are_one_line_before_any_group_exists(tmp_path, keys, match):
+    with pytest.raises(UserError, match=f"^{match}") as error:
+        main([f"run.root={tmp_path}", "run.name=x", *KEYS, *TWO, *keys])
+    assert "\n" not in str(error.value)
+    assert not dist.is_initialized()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", [keys for keys, _ in MISTAKES], ids=" ".join)
+def test_mistakes_end_with_code_2_before_another_process_is_started(tmp_path, keys):
+    seen = set()
+    with Training(tmp_path, "x", *keys) as run:
+        until(lambda: seen.update(processes(run.main.pid)) or run.main.poll() is not None, 60)
+        assert run.main.returncode == 2
+        assert seen == {run.main.pid}
+    (line,) = run.err.read_text().splitlines()
+    assert line.startswith("error: strategy.")
+    assert run.out.read_text() == ""
+    assert not run.path.exists()
+
+
+WARNING = "warning: strategy.pipeline_size: 2 ranks share a text, of which 1 chunk(s) at most "
+SHORT = ["model.chunk_size=128"]  # one chunk
+
+
+@pytest.mark.parametrize("keys", [SHORT, ["train.bptt_chunks=1"]])
+def test_idle_ranks_are_warned_of(tmp_path, capsys, keys):
+    config = load([f"run.root={tmp_path}", *KEYS, *TWO, *keys])
+    build.build_trainer(config, plan_run(config), {})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(WARNING)
+
+
+@pytest.mark.slow
+def test_a_rank_without_chunks_does_no_harm(alone, tmp_path):
+    with Training(tmp_path, "two", *SHORT) as run:
+        same_run(run.finished(), alone(*SHORT))
+    (line,) = run.errors()
+    assert line.startswith(WARNING)

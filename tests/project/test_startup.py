@@ -1,0 +1,86 @@
+"""A start loads what it needs: modules are counted here, seconds in benchmarks/startup.py."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.support.models import tiny
+
+from comet_pl.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import startup
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ["lightning", "torchmetrics", "matplotlib", "datasets", "nltk", "peft", "sympy", "torch._dynamo", "torch.distributed.fsdp"]
+HEAVY += ["transformers.modeling_utils", "transformers.generation.utils"]
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_the_import_help_and_mistakes_load_nothing_heavy():
+    code = (
+        "import runpy, sys, comet_pl\n"
+        "assert set(comet_pl.__all__) >= {'CometCache', 'CometConfig', 'CometForCausalLM'}\n"
+        "for arguments in (['train.py', '--help'], ['train.py', 'train.lrr=1'], ['eval.py'], ['eval.py', 'ckpt=no/such']):\n"
+        "    sys.argv = arguments\n"
+        "    try:\n"
+        "        runpy.run_path(arguments[0], run_name='__main__')\n"
+        "    except SystemExit as ended:\n"
+        "        assert ended.code in (0, 2), ended.code\n"
+        "    else:\n"
+        "        raise AssertionError(arguments)\n"
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    assert python(code) == "[]"
+
+
+def test_after_the_import_alone_the_auto_classes_load_a_folder(tmp_path: Path):
+    """The model's class is imported with the first configuration; what it needs is heavy, or the test above could not fail."""
+    tiny().save_pretrained(tmp_path)
+    code = (
+        "import sys, comet_pl; assert 'comet_pl.model.modeling_comet' not in sys.modules\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        f"print(type(model).__name__, *sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    name, *loaded = python(code, str(tmp_path)).split()
+    assert name == "CometForCausalLM" and {"sympy", "torch._dynamo", "transformers.modeling_utils"} <= set(loaded)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    import comet_pl
+
+    with pytest.raises(AttributeError, match=r"comet_pl.*Comet2"):
+        comet_pl.Comet2  # noqa: B018
+
+
+def test_the_benchmark_writes_seconds_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    quick = {case: (["-c", "pass"], 0) for case in startup.CASES} | {"comet_pl": (["-c", "sum(range(10**7))"], 0)}
+    monkeypatch.setattr(startup, "CASES", quick)
+    startup.main(["--rounds", "1", "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "startup.json").read_text())
+    assert set(result["seconds"]) == {*quick, "beyond"} and result["seconds"]["beyond"]["processor"] > 0
+    assert {case: verdict["bound"] for case, verdict in result["verdicts"].items()} == {"beyond": 1.5, "first step": 15.0}
+
+
+def test_the_first_step_is_reached_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(startup.tempfile, "tempdir", None)
+    wall, processor = startup.start("first step")
+    assert processor > 1 and wall > 1 and not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_tells_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(startup, "CASES", {"comet_pl": (["-c", "import no_such_module"], 0)})
+    with pytest.raises(UserError, match=r"comet_pl: ended with status 1: .*no_such_module"):
+        startup.start("comet_pl")

@@ -1,0 +1,172 @@
+"""train.gate_pull and train.gate_entropy: the gradient of the formula, however a batch is read; refused where there is nothing to pull."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from tests.support.models import tiny
+from tests.support.ranks import in_processes
+from tests.training.test_lit_module import close, cuts, direct, fit, ragged, scaler
+from tests.parallel.test_pipeline import Case, alone, together
+from tests.training.test_chunk_checkpointing import norm_apart
+
+from comet_pl.config.load import load
+from comet_pl.errors import UserError
+from comet_pl.training.gate_penalty import GatePenalty
+from comet_pl.training.windows import count_gates, count_targets, cut_windows
+
+WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
+
+
+def explicit(g):
+    """The penalty of gates (n, ...), word for word."""
+    pull = 3.0 * (g.flatten(1).mean(1) - 0.8) ** 2
+    entropy = -(g * g.log() + (1 - g) * (1 - g).log()).flatten(1).mean(1)
+    return pull - 0.7 * entropy
+
+
+def by_hand(model, batch, chunks):
+    """Gradients of loss + penalty: every row alone, window after window, the gates caught as they are made. Every chunk has a
+    target, so that a gate learns unless it is its window's last."""
+    model = copy.deepcopy(model).train()
+    caught = []
+    for memory in model.gates:
+        memory.gate.register_forward_hook(lambda module, inputs, g: caught.append(g))
+    count, losses, penalties = count_targets(batch), [], []
+    for row in range(len(batch["input_ids"])):
+        cache = None
+        windows = cut_windows({name: value[row : row + 1] for name, value in batch.items()}, model.config.chunk_size, chunks)
+        for window in windows:
+            caught.clear()
+            output = model(**window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=count)
+            losses.append(output.loss)
+            layers = len(model.gates)
+            by_chunk = [caught[start : start + layers] for start in range(0, len(caught), layers)]
+            penalties += [g for chunk in by_chunk[:-1] for g in chunk]
+            cache = output.past_key_values.detach()
+    (sum(losses) + explicit(torch.cat(penalties)).mean()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunks", [None, 2, 3])
+@pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])
+@pytest.mark.parametrize("gate", ["scalar", "elementwise"])
+def test_gradients_are_those_of_loss_and_penalty(chunks, recompute, gate):
+    """Ragged rows, two micro-batches, on either side of no window at all."""
+    model, batch = tiny(chunk_size=4, gate=gate, gate_bias=0.5), ragged([23, 10, 31], 1.0)
+    expected = by_hand(model, batch, chunks)
+    module, watch = fit(copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute, **WEIGHTS)
+    close(watch.gradients[0], expected)
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(direct(model, batch)[0], rel=1e-6)  # the loss's alone
+    _, without = fit(copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute)
+    assert norm_apart(without.gradients[0], expected) > 0.01
+
+
+def test_a_scaled_loss_has_a_scaled_penalty():
+    batch = ragged([23, 17], 1.0)
+    expected = by_hand(tiny(), batch, None)
+    _, watch = fit(tiny(dtype=torch.float32), [batch], trainer=scaler(), **WEIGHTS)
+    assert norm_apart(watch.gradients[0], expected) < 1e-2  # float16 arithmetic
+
+
+@pytest.mark.parametrize("g", [0.0, 1.0])
+def test_saturated_gates_have_finite_gradients(g):
+    penalty = GatePenalty(3.0, 0.8, 0.7, share=1.0)
+    gates = torch.full((2, 3, 1), g, requires_grad=True)
+    penalty(gates).sum().backward()
+    assert torch.isfinite(gates.grad).all()
+
+
+def test_off_is_nothing():
+    module, _ = fit(tiny(), [ragged([23])])
+    assert module.gate_penalty is None
+    assert all(memory.penalty is None for memory in module.model.gates)
+
+
+# ---- which gates count
+
+
+def learning(batch, chunk_size, chunks):
+    """Gates of one layer whose backward pass brings something, by a model."""
+    model, seen = tiny(chunk_size=chunk_size, layers=1).train(), []
+
+    def watch(module, inputs, g):
+        if g.requires_grad:
+            g.register_hook(lambda gradient: seen.append(int(gradient.flatten(1).any(1).sum())))
+
+    (memory,) = model.gates
+    memory.gate.register_forward_hook(watch)
+    cache = None
+    for window in cut_windows(batch, chunk_size, chunks):
+        with torch.set_grad_enabled(window.targets > 0):
+            output = model(**window.inputs(), past_key_values=cache, use_cache=True)
+        if window.targets:
+            output.loss.backward()
+        cache = output.past_key_values.detach()
+    return sum(seen)
+
+
+@given(cuts())
+def test_as_many_gates_learn_as_are_counted(cut):
+    """Rows of any length, plan, reset and window: by numbers alone, and by what comes back to a model's gates."""
+    batch, chunk_size, chunks, _ = cut
+    assert count_gates(cut_windows(batch, chunk_size, chunks)) == learning(batch, chunk_size, chunks)
+
+
+def test_no_windows_no_gates():
+    assert count_gates([]) == 0
+
+
+# ---- over several processes
+
+
+CASES = {
+    "interleaved": Case(schedule="interleaved", lengths=(40, 23)),
+    "windows": Case(lengths=(40, 33), window=3, labelled=((0, 12), (20, 1000))),
+    "zero3": Case(data=2, ranks=1, sharding="zero3", lengths=(40, 23, 33, 12)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipeline_has_the_same_gradients(name, monkeypatch):
+    """The processes are forked, so that the model they make is penalised too."""
+    case, make = CASES[name], Case.model
+
+    def model(self):
+        made = make(self)
+        for memory in made.gates:
+            memory.penalty = GatePenalty(3.0, 0.8, 0.7, share=0.01)
+        return made
+
+    plain = alone(case)[1]
+    monkeypatch.setattr(Case, "model", model)
+    expected = alone(case)[1]
+    assert norm_apart(plain, expected) > 1e-3
+    for _, found, *_ in in_processes(case.ranks * case.data, together, case):
+        close(found, expected)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (["train.gate_pull=-1"], "train.gate_pull: -1 given, allowed: number >= 0"),
+        (["train.gate_pull=1", "train.gate_target=2"], "train.gate_target: 2 given, allowed: number >= 0 and <= 1"),
+        (["train.gate_target=0.5"], "train.gate_target: 0.5 given, but train.gate_pull is 0; it needs a weight > 0"),
+        (
+            ["train.gate_pull=1", "model.gate=none"],
+            "train.gate_pull: 1.0 given, but model.gate=none leaves no gates, allowed: 0, or another model.gate",
+        ),
+        (["train.gate_entropy=1", "model.global_size=0"], "train.gate_entropy: 1.0 given, but model.global_size=0 leaves no gates"),
+        (["train.gate_entropy=1", "train.bptt_chunks=1"], "but with train.bptt_chunks=1 no gradient reaches a gate"),
+    ],
+)
+def test_mistakes_are_one_line(keys, line):
+    with pytest.raises(UserError) as caught:
+        load(keys)
+    assert line in str(caught.value) and "\n" not in str(caught.value)

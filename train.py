@@ -18,9 +18,9 @@ def main(argv: list[str]) -> None:
 
     from callbacks.checkpoints import TrainingStopped, read_checkpoint
     from comet_pl import build
-    from comet_pl.training.trainable import count_parameters, describe, merge_adapters
-    from comet_pl.experiment.run_folder import plan_run
     from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
+    from comet_pl.experiment.run_folder import plan_run
+    from comet_pl.training.trainable import count_parameters, describe, merge_adapters
 
     build.check_device(config)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
@@ -36,28 +36,45 @@ def main(argv: list[str]) -> None:
         start = f"goes on from step {run.step}" if run.checkpoint else "starts"
         print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
         if config.train.compile:
-            print("train.compile: the first step of each length takes minutes, and a stop waits for it", flush=True)
+            print(
+                "train.compile: the first step of each length takes minutes, and a stop waits for it",
+                flush=True,
+            )
     try:
         trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except TrainingStopped as stopped:
         keys = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
-        again = shlex.join(["python", "train.py", *keys, f"run.name={config.run.name}", "resume=true"])
+        again = shlex.join(
+            ["python", "train.py", *keys, f"run.name={config.run.name}", "resume=true"]
+        )
         if trainer.is_global_zero:
-            print(f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}")
+            print(
+                f"stopped after step {stopped.step}, saved in {run.checkpoints / 'last.ckpt'}; go on with: {again}"
+            )
         sys.exit(128 + stopped.number)
     except SystemExit as stopped:
-        if isinstance(stopped.__context__, KeyboardInterrupt):  # before the first step Lightning itself ends on Ctrl-C, with status 1
+        if isinstance(
+            stopped.__context__, KeyboardInterrupt
+        ):  # before the first step Lightning itself ends on Ctrl-C, with status 1
             raise KeyboardInterrupt from None
         raise
     except (UserError, MisconfigurationException) as error:
         if trainer.global_step == 0 and trainer.is_global_zero:
             run.discard()
-        if not trainer.is_global_zero and (isinstance(error, MisconfigurationException) or hasattr(error, "on_all_ranks")):
+        if not trainer.is_global_zero and (
+            isinstance(error, MisconfigurationException) or hasattr(error, "on_all_ranks")
+        ):
             sys.exit(2)  # the first process tells
         # Lightning's: limits of which no batch is left
-        raise error if isinstance(error, UserError) else UserError(f"trainer: {str(error).splitlines()[0]}") from None
+        raise (
+            error
+            if isinstance(error, UserError)
+            else UserError(f"trainer: {str(error).splitlines()[0]}")
+        ) from None
     if trainer.is_global_zero:
-        print(f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard --logdir {run.path}")
+        print(
+            f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard --logdir {run.path}"
+        )
         if config.eval.after_fit:
             from comet_pl.evaluation import evaluate
 
@@ -69,4 +86,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_cli(main)  # Ctrl-C while building or evaluating ends it at once; training stops between two steps
+    run_cli(
+        main
+    )  # Ctrl-C while building or evaluating ends it at once; training stops between two steps

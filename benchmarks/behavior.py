@@ -31,9 +31,23 @@ FILE = "eval/user_behavior.json"
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs that have been evaluated")
-    parser.add_argument("--older", type=int, default=4096, metavar="TOKENS", help="old evidence: 1024, 2048, 4096, ... (default: 4096)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="folders of runs that have been evaluated"
+    )
+    parser.add_argument(
+        "--older",
+        type=int,
+        default=4096,
+        metavar="TOKENS",
+        help="old evidence: 1024, 2048, 4096, ... (default: 4096)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     return parser.parse_args(argv)
 
 
@@ -46,7 +60,9 @@ def read(run: Path) -> dict[str, Any]:
     try:
         found = json.loads((run / FILE).read_text("utf-8"))
     except OSError as error:
-        raise UserError(f"{run / FILE}: {error.strerror}; python eval.py ckpt={run} writes it") from None
+        raise UserError(
+            f"{run / FILE}: {error.strerror}; python eval.py ckpt={run} writes it"
+        ) from None
     except ValueError as error:
         raise UserError(f"{run / FILE}: not JSON: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("ceilings"), dict):
@@ -60,7 +76,12 @@ def spread(values: Sequence[dict[str, Any] | None]) -> dict[str, Any]:
     shares = [one["accuracy"] for one in known]
     if not shares:
         return {"mean": None, "least": None, "most": None, "n": 0}
-    return {"mean": sum(shares) / len(shares), "least": min(shares), "most": max(shares), "n": sum(one["n"] for one in known)}
+    return {
+        "mean": sum(shares) / len(shares),
+        "least": min(shares),
+        "most": max(shares),
+        "n": sum(one["n"] for one in known),
+    }
 
 
 def combine(runs: Sequence[dict[str, Any]], older: int) -> dict[str, Any]:
@@ -80,7 +101,10 @@ def combine(runs: Sequence[dict[str, Any]], older: int) -> dict[str, Any]:
             "all": spread(values),
             "old": spread([older_than(one, older) for one in values]),
             "kinds": {kind: spread([one["kinds"].get(kind) for one in values]) for kind in kinds},
-            "ages": {age: spread([cell for one in values for cell in one["ages"] if cell["from"] == age]) for age in ages},
+            "ages": {
+                age: spread([cell for one in values for cell in one["ages"] if cell["from"] == age])
+                for age in ages
+            },
         }
     return combined
 
@@ -91,19 +115,38 @@ def plot(found: dict[str, Any], runs: int) -> Figure:
     axes = figure.subplots()
     ages = sorted({age for one in found.values() for age in one["ages"]})
     for name, one in found.items():
-        cells = [(place, one["ages"][age]) for place, age in enumerate(ages) if one["ages"].get(age, {"mean": None})["mean"] is not None]
+        cells = [
+            (place, one["ages"][age])
+            for place, age in enumerate(ages)
+            if one["ages"].get(age, {"mean": None})["mean"] is not None
+        ]
         x = [place for place, _ in cells]
         style = "--" if name.endswith("no mistakes") else "-"
         (line,) = axes.plot(x, [cell["mean"] for _, cell in cells], style, marker="o", label=name)
         axes.fill_between(
-            x, [cell["least"] for _, cell in cells], [cell["most"] for _, cell in cells], color=line.get_color(), alpha=0.15, linewidth=0
+            x,
+            [cell["least"] for _, cell in cells],
+            [cell["most"] for _, cell in cells],
+            color=line.get_color(),
+            alpha=0.15,
+            linewidth=0,
         )
-    axes.set_xticks(range(len(ages)), [f"{report.short(age)}-{report.short(max(1024, 2 * age))}" for age in ages])
-    axes.set(xlabel="age of the evidence: tokens back from the history's end", ylabel="exact match", ylim=(-0.03, 1.03))
+    axes.set_xticks(
+        range(len(ages)),
+        [f"{report.short(age)}-{report.short(max(1024, 2 * age))}" for age in ages],
+    )
+    axes.set(
+        xlabel="age of the evidence: tokens back from the history's end",
+        ylabel="exact match",
+        ylim=(-0.03, 1.03),
+    )
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    axes.set_title(f"Questions about users' behaviour, {runs} seed{'s' * (runs != 1)}: mean and range", fontsize=11)
+    axes.set_title(
+        f"Questions about users' behaviour, {runs} seed{'s' * (runs != 1)}: mean and range",
+        fontsize=11,
+    )
     return figure
 
 
@@ -115,13 +158,22 @@ def table(found: dict[str, Any], older: int) -> Table:
     first = next(iter(found.values()))
     lines: list[tuple[str, Callable[[dict[str, Any]], dict[str, Any] | None]]] = [
         *[(KINDS[kind], lambda one, kind=kind: one["kinds"].get(kind)) for kind in first["kinds"]],
-        *[(f"evidence {report.short(age)} tokens back or more", lambda one, age=age: one["ages"].get(age)) for age in first["ages"]],
+        *[
+            (
+                f"evidence {report.short(age)} tokens back or more",
+                lambda one, age=age: one["ages"].get(age),
+            )
+            for age in first["ages"]
+        ],
         (f"all with evidence older than {report.short(older)}", lambda one: one["old"]),
         ("all", lambda one: one["all"]),
     ]
     for label, of in lines:
         cells = [of(one) or {"mean": None, "n": 0} for one in found.values()]
-        texts = ["" if c["mean"] is None else f"{c['mean']:.1%} ({c['least']:.0%} to {c['most']:.0%})" for c in cells]
+        texts = [
+            "" if c["mean"] is None else f"{c['mean']:.1%} ({c['least']:.0%} to {c['most']:.0%})"
+            for c in cells
+        ]
         shown.add_row(label, *texts, f"{cells[0]['n']:,}")
     return shown
 
@@ -130,12 +182,22 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     runs = [read(run) for run in options.runs]
     if len({tuple(run) for run in runs}) > 1:
-        raise UserError(f"{options.runs[-1]}: its methods are not those of {options.runs[0]}; the runs need the same eval.budget")
+        raise UserError(
+            f"{options.runs[-1]}: its methods are not those of {options.runs[0]}; the runs need the same eval.budget"
+        )
     found = combine(runs, options.older)
     report.make_folder(options.out)
-    result = {"runs": [run.name for run in options.runs], "older": options.older, "methods": found, "machine": report.machine("cpu")}
+    result = {
+        "runs": [run.name for run in options.runs],
+        "older": options.older,
+        "methods": found,
+        "machine": report.machine("cpu"),
+    }
     report.write_json(options.out / "behavior.json", result)
-    report.write(options.out / "behavior.png", lambda file: plot(found, len(runs)).savefig(file, format="png"))
+    report.write(
+        options.out / "behavior.png",
+        lambda file: plot(found, len(runs)).savefig(file, format="png"),
+    )
     Console().print(table(found, options.older))
 
 

@@ -43,36 +43,80 @@ from measure_decode import BACKBONES, KINDS, ROOT, TINY, USUAL_MODEL, Lane
 from prefill import add_device, conditions, settle_device
 from report import crossover
 
-from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.evaluation.results import Bar
 from comet_pl.analysis.bandwidth import decoding_floor
+from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.progress import Bar
 
 HERE = Path(__file__).resolve().parent
-FLAT_WITHIN = 0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
+FLAT_WITHIN = (
+    0.10  # ms/token and cache bytes of ours from report.FLAT_FROM on may differ by this share
+)
 SLICES = 8  # a cycle
 FLOOR_CONTEXT = 1024  # tokens of full attention that the floor by bytes moved is against
 PAIR_CONTEXT = 131072  # tokens before ours in --pair: all memory is full
 SIZES: dict[str | None, dict[str, Any]] = {
-    None: {"chunk_size": 512, "global_size": 64, "stride": 8, "capacity": 512, "cycles": 2, "tokens": 64, "read": 1024},
-    "full": {"chunk_size": 2048, "global_size": 512, "stride": 8, "capacity": 2048, "cycles": 1, "tokens": 64, "read": 4096},
-    "small": {"chunk_size": 32, "global_size": 4, "stride": 4, "capacity": 16, "cycles": 1, "tokens": 16, "read": 64},
+    None: {
+        "chunk_size": 512,
+        "global_size": 64,
+        "stride": 8,
+        "capacity": 512,
+        "cycles": 2,
+        "tokens": 64,
+        "read": 1024,
+    },
+    "full": {
+        "chunk_size": 2048,
+        "global_size": 512,
+        "stride": 8,
+        "capacity": 2048,
+        "cycles": 1,
+        "tokens": 64,
+        "read": 4096,
+    },
+    "small": {
+        "chunk_size": 32,
+        "global_size": 4,
+        "stride": 4,
+        "capacity": 16,
+        "cycles": 1,
+        "tokens": 16,
+        "read": 64,
+    },
 }
-CONTEXTS = {None: [256, 1024, 4096, 16384, 131072], "full": [1024, 4096, 16384, 131072], "small": [16, 64, 16384, 32768]}
+CONTEXTS = {
+    None: [256, 1024, 4096, 16384, 131072],
+    "full": [1024, 4096, 16384, 131072],
+    "small": [16, 64, 16384, 32768],
+}
 LEAST = {"global_size": 0}  # everything else: 1
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--small", dest="size", action="store_const", const="small", help="a tiny random model")
-    size.add_argument("--full", dest="size", action="store_const", const="full", help="the paper's memory sizes")
+    size.add_argument(
+        "--small", dest="size", action="store_const", const="small", help="a tiny random model"
+    )
+    size.add_argument(
+        "--full", dest="size", action="store_const", const="full", help="the paper's memory sizes"
+    )
     decoder = parser.add_mutually_exclusive_group()
-    decoder.add_argument("--model", metavar="FOLDER", help="a plain decoder (default: models/smollm2_135m; else its shape at random)")
+    decoder.add_argument(
+        "--model",
+        metavar="FOLDER",
+        help="a plain decoder (default: models/smollm2_135m; else its shape at random)",
+    )
     decoder.add_argument("--backbone", choices=BACKBONES, help="a shape with random weights")
     parser.add_argument("--layers", type=int, metavar="N", help="of --backbone (default: all)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--contexts", type=int, nargs="+", metavar="N", help="tokens before the first one measured")
-    length.add_argument("--pair", action="store_true", help="ours after 131072 tokens, full attention after 1024, nothing else")
+    length.add_argument(
+        "--contexts", type=int, nargs="+", metavar="N", help="tokens before the first one measured"
+    )
+    length.add_argument(
+        "--pair",
+        action="store_true",
+        help="ours after 131072 tokens, full attention after 1024, nothing else",
+    )
     helps = {
         "chunk_size": "C, text tokens a chunk and steps a cycle",
         "global_size": "m, global slots; 0: none",
@@ -83,18 +127,37 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "read": "contexts up to so many tokens are read, longer ones filled with noise",
     }
     for name, text in helps.items():
-        kind = {"chunk_size": "C", "global_size": "M", "stride": "S", "capacity": "K"}.get(name, "N")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, metavar=kind, help=f"{text} (default: {SIZES[None][name]})")
+        kind = {"chunk_size": "C", "global_size": "M", "stride": "S", "capacity": "K"}.get(
+            name, "N"
+        )
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            metavar=kind,
+            help=f"{text} (default: {SIZES[None][name]})",
+        )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
     add_device(parser)
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
     if options.backbone is not None and options.size == "small":
-        raise UserError(f"--backbone: {options.backbone} given with --small, which has a decoder of its own")
+        raise UserError(
+            f"--backbone: {options.backbone} given with --small, which has a decoder of its own"
+        )
     if options.layers is not None:
         most = BACKBONES[options.backbone]["num_hidden_layers"] if options.backbone else 0
         if not 1 <= options.layers <= most:
-            allowed = f"1 to {most} are allowed for {options.backbone}" if most else "--backbone NAME is needed with it"
+            allowed = (
+                f"1 to {most} are allowed for {options.backbone}"
+                if most
+                else "--backbone NAME is needed with it"
+            )
             raise UserError(f"--layers: {options.layers} given, {allowed}")
     options.contexts = sorted(set(options.contexts or CONTEXTS[options.size]))
     for name, usual in SIZES[options.size].items():
@@ -104,7 +167,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value, least = getattr(options, name), LEAST.get(name, 1)
         value = min(value) if isinstance(value, list) else value
         if value < least:
-            raise UserError(f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed")
+            raise UserError(
+                f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed"
+            )
     settle_device(options)
     report.make_folder(options.out)
     return options
@@ -121,17 +186,29 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     decoder = decoder.to(device, getattr(torch, options.dtype)).eval()
     model = measure_decode.plug_in(decoder, comet)
 
-    tokens = {"comet": options.cycles * options.chunk_size, "full_attention": options.tokens, "in_place": options.tokens}
+    tokens = {
+        "comet": options.cycles * options.chunk_size,
+        "full_attention": options.tokens,
+        "in_place": options.tokens,
+    }
     contexts = [PAIR_CONTEXT] if options.pair else options.contexts
-    wanted = [(what, n) for what in FULL_ATTENTION for n in ([FLOOR_CONTEXT] if options.pair else contexts)]
-    kept, skipped = measure_decode.affordable(wanted, measure_decode.token_bytes(decoder), measure_decode.free_bytes(device))
+    wanted = [
+        (what, n)
+        for what in FULL_ATTENTION
+        for n in ([FLOOR_CONTEXT] if options.pair else contexts)
+    ]
+    kept, skipped = measure_decode.affordable(
+        wanted, measure_decode.token_bytes(decoder), measure_decode.free_bytes(device)
+    )
     room = measure_decode.WARM_UP + options.tokens
     with Bar(len(contexts) * tokens["comet"] + len(kept) * options.tokens) as bar:
         bar.live.auto_refresh = False  # a thread that draws would count as ours
         bar.name("reading, filling")
         bar.refresh()
         lanes = [measure_decode.open_lane("comet", model, n, options.read, room) for n in contexts]
-        lanes += [measure_decode.open_lane(what, decoder, n, options.read, room) for what, n in kept]
+        lanes += [
+            measure_decode.open_lane(what, decoder, n, options.read, room) for what, n in kept
+        ]
         bar.name("decoding")
         for done in measure_decode.measure(lanes, tokens, options.cycles * SLICES, device):
             bar.add(done)
@@ -147,8 +224,13 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
         "machine": machine,
         "cycles": options.cycles,
         "read": options.read,
-        "verdict": verdict(found, report.time_key(common["clock"]), () if options.pair else FULL_ATTENTION),
-        "floor": {"context": FLOOR_CONTEXT, "ratio": decoding_floor(model.config, FLOOR_CONTEXT, with_head=True)},
+        "verdict": verdict(
+            found, report.time_key(common["clock"]), () if options.pair else FULL_ATTENTION
+        ),
+        "floor": {
+            "context": FLOOR_CONTEXT,
+            "ratio": decoding_floor(model.config, FLOOR_CONTEXT, with_head=True),
+        },
         "skipped": skipped,
         "lengths": found,
     }
@@ -181,7 +263,11 @@ def summary(lane: Lane, clock: str) -> dict[str, Any]:
     for kind in KINDS:
         times = [ms for ms, step in zip(single, lane.steps, strict=True) if step[0] == kind]
         if times:
-            kinds[kind] = {"steps": len(times), "median_ms": statistics.median(times), "share": sum(times) / sum(single)}
+            kinds[kind] = {
+                "steps": len(times),
+                "median_ms": statistics.median(times),
+                "share": sum(times) / sum(single),
+            }
     return {
         "what": lane.what,
         "length": lane.length,
@@ -202,9 +288,14 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
 
 
-def verdict(found: list[dict[str, Any]], key: str, rivals: Sequence[str] = FULL_ATTENTION) -> dict[str, Any]:
+def verdict(
+    found: list[dict[str, Any]], key: str, rivals: Sequence[str] = FULL_ATTENTION
+) -> dict[str, Any]:
     """Is ours flat, and from which context on is it cheaper than each of `rivals`."""
-    curves = {what: [(one["length"], one[key]) for one in found if one["what"] == what] for what in ("comet", *rivals)}
+    curves = {
+        what: [(one["length"], one[key]) for one in found if one["what"] == what]
+        for what in ("comet", *rivals)
+    }
     flat = report.flatness(found, (key, "cache_bytes"))
     return {
         "flat_from": report.FLAT_FROM,
@@ -219,7 +310,11 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     with torch.inference_mode():
         result = {"command": " ".join(["python benchmarks/decode.py", *argv]), **benchmark(options)}
-    parts = [options.backbone or options.size, "pair" if options.pair else None, "cuda" if options.device == "cuda" else None]
+    parts = [
+        options.backbone or options.size,
+        "pair" if options.pair else None,
+        "cuda" if options.device == "cuda" else None,
+    ]
     name = "-".join(["decode", *filter(None, parts)])
     report.write_json(options.out / f"{name}.json", result)
     if not options.pair:

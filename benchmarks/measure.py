@@ -15,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # the reference lives there: it is for tests
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "tests")
+)  # the reference lives there: it is for tests
 
 import torch
 from process_memory import resident
@@ -59,7 +61,9 @@ def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> C
 def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
     """Ours and the reference, with the same weights and the same full memory; each call reads chunks of C tokens and goes on from there."""
     model = CometForCausalLM(shape.comet()).to(device, dtype).eval()
-    full = RowClock(stride=shape.stride, global_slots=shape.global_size, temporary_slots=shape.capacity)
+    full = RowClock(
+        stride=shape.stride, global_slots=shape.global_size, temporary_slots=shape.capacity
+    )
     cache, reference = noise_cache(model, full), SlotsInFull(model)
     for i, memory in enumerate(cache.memories):
         reference.states[i], reference.temporary[i] = memory.state.clone(), memory.temporary.clone()  # type: ignore[union-attr]
@@ -73,7 +77,9 @@ def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
 
     def operations(slots: str, tokens: int) -> flops.Operations:
         sizes = fixed_chunks(tokens, shape.chunk)
-        return flops.reading(model.config, tokens, sizes, flops.start(model.config, full=True), logits=0, slots=slots)
+        return flops.reading(
+            model.config, tokens, sizes, flops.start(model.config, full=True), logits=0, slots=slots
+        )
 
     return {
         "comet": Reader(model, comet, partial(operations, "recomputed")),
@@ -91,7 +97,10 @@ def sliding_window(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
 
     def operations(tokens: int) -> flops.Operations:
         sizes = fixed_chunks(tokens, shape.chunk)
-        return sum((flops.full_attention(model.config, n, reader.columns, logits=0) for n in sizes), flops.Operations())
+        return sum(
+            (flops.full_attention(model.config, n, reader.columns, logits=0) for n in sizes),
+            flops.Operations(),
+        )
 
     return Reader(model, read, operations)
 
@@ -109,7 +118,9 @@ def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
 
 def make_reader(what: str, shape: Shape, device: str, dtype: torch.dtype) -> Reader:
     plain = {"sliding_window": sliding_window, "full_attention": full_attention}
-    return plain[what](shape, device, dtype) if what in plain else readers(shape, device, dtype)[what]
+    return (
+        plain[what](shape, device, dtype) if what in plain else readers(shape, device, dtype)[what]
+    )
 
 
 def memory_now(device: str) -> float:
@@ -120,7 +131,15 @@ def memory_peak(device: str) -> float:
     return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM")
 
 
-def achieved(reader: Reader, tokens: int, seconds: float, chunk: int, device: str, dtype: torch.dtype, clock: str) -> dict[str, Any]:
+def achieved(
+    reader: Reader,
+    tokens: int,
+    seconds: float,
+    chunk: int,
+    device: str,
+    dtype: torch.dtype,
+    clock: str,
+) -> dict[str, Any]:
     """Operations a second of a reading, and of its linear layers alone on one chunk more, as shares of a plain matrix product's.
 
     tokens, seconds: what was read, and how long it took by `clock`. Rates are in operations a second, a multiply-add being two.
@@ -137,7 +156,9 @@ def achieved(reader: Reader, tokens: int, seconds: float, chunk: int, device: st
     }
 
 
-def measure_length(what: str, shape: Shape, length: int, device: str, dtype: torch.dtype, clock: str) -> dict[str, Any]:
+def measure_length(
+    what: str, shape: Shape, length: int, device: str, dtype: torch.dtype, clock: str
+) -> dict[str, Any]:
     """Time and peak memory of reading `length` tokens: full attention in one call, the others PIECE chunks a call, as from a stream."""
     read = make_reader(what, shape, device, dtype)
     piece = length if what == "full_attention" else PIECE * shape.chunk
@@ -157,15 +178,21 @@ def measure_length(what: str, shape: Shape, length: int, device: str, dtype: tor
         "processor_ms_per_token": processor / length * 1e3,
         "peak_mib": peak,
         "reading_mib": peak - before,
-        "achieved": achieved(read, length, (wall, processor)[CLOCKS.index(clock)], shape.chunk, device, dtype, clock),
+        "achieved": achieved(
+            read, length, (wall, processor)[CLOCKS.index(clock)], shape.chunk, device, dtype, clock
+        ),
     }
 
 
-def measure_ratio(shape: Shape, rounds: int, device: str, dtype: torch.dtype, clock: str) -> dict[str, Any]:
+def measure_ratio(
+    shape: Shape, rounds: int, device: str, dtype: torch.dtype, clock: str
+) -> dict[str, Any]:
     """Seconds a chunk of both, side by side; the order swaps each round. Ratios are medians over the rounds."""
     both = readers(shape, device, dtype)
     ids = text(shape.chunk, device)
-    logits = [read(ids) for read in both.values()]  # warm-up; same weights, memory and text: the same logits
+    logits = [
+        read(ids) for read in both.values()
+    ]  # warm-up; same weights, memory and text: the same logits
     difference = ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in both}
     for k in range(rounds):
@@ -173,14 +200,25 @@ def measure_ratio(shape: Shape, rounds: int, device: str, dtype: torch.dtype, cl
         for name in list(both)[:: -1 if k % 2 else 1]:
             found[name].append(timed(partial(both[name], ids), device))
     pairs = list(zip(found["comet"], found["slots_in_full"], strict=True))
-    seconds = {name: statistics.median(times[CLOCKS.index(clock)] for times in found[name]) for name in both}
+    seconds = {
+        name: statistics.median(times[CLOCKS.index(clock)] for times in found[name])
+        for name in both
+    }
     return {
         "rounds": rounds,
         "logits_differ": difference,
         "wall_ratio": statistics.median(ours[0] / other[0] for ours, other in pairs),
         "processor_ratio": statistics.median(ours[1] / other[1] for ours, other in pairs),
-        "seconds": {name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]} for name, times in found.items()},
-        "achieved": {name: achieved(both[name], shape.chunk, seconds[name], shape.chunk, device, dtype, clock) for name in both},
+        "seconds": {
+            name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]}
+            for name, times in found.items()
+        },
+        "achieved": {
+            name: achieved(
+                both[name], shape.chunk, seconds[name], shape.chunk, device, dtype, clock
+            )
+            for name in both
+        },
     }
 
 
@@ -196,7 +234,9 @@ def main(job: dict[str, Any]) -> None:
     if job["what"] == "ratio":
         result = measure_ratio(shape, job["rounds"], job["device"], dtype, job["clock"])
     else:
-        result = measure_length(job["what"], shape, job["length"], job["device"], dtype, job["clock"])
+        result = measure_length(
+            job["what"], shape, job["length"], job["device"], dtype, job["clock"]
+        )
     print(json.dumps(result))
 
 

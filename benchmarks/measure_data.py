@@ -22,12 +22,12 @@ import numpy as np
 from process_memory import resident
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from comet_pl.errors import run_cli
 from comet_pl.config.schema import ScrollsData
+from comet_pl.errors import run_cli
 from data.jsonl import find
+from data.scrolls import ScrollsDataModule, ScrollsSource, tasks
 from data.text.packing import pack, padding_share
 from data.text.tokenized import cached
-from data.scrolls import ScrollsDataModule, ScrollsSource, tasks
 
 CHUNK, STRIDE = 2048, 8  # of the paper; where chunks end changes no cost
 ENDLESS = 1 << 40  # steps
@@ -36,7 +36,12 @@ ENDLESS = 1 << 40  # steps
 def data_of(job: dict[str, Any], **more: Any) -> ScrollsData:
     """The data section of a job."""
     names = ("root", "max_length", "batch_size", "shuffle_window", "cache")
-    return ScrollsData(**{name: job[name] for name in names}, packing="documents", num_workers=job["workers"], **more)
+    return ScrollsData(
+        **{name: job[name] for name in names},
+        packing="documents",
+        num_workers=job["workers"],
+        **more,
+    )
 
 
 def training_files(root: str) -> list[Path]:
@@ -65,7 +70,6 @@ class Clock:
 
 def ours(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Tokens are those kept: a document over max_length is tokenised whole and cut."""
-    import datasets  # noqa: F401 - on both sides before the clock starts
 
     source = ScrollsSource(data_of(job), tokenizer, "train")
     clock = Clock()
@@ -122,7 +126,13 @@ class _OneEpoch:
 
 def stream(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """baseline_mib: after imports and tokenizer; peak_mib: the highest of this process, workers apart."""
-    found = {"baseline_mib": resident("VmRSS"), "baseline_shared_mib": proportional(os.getpid()), "texts": 0, "batches": 0, "tokens": 0}
+    found = {
+        "baseline_mib": resident("VmRSS"),
+        "baseline_shared_mib": proportional(os.getpid()),
+        "texts": 0,
+        "batches": 0,
+        "tokens": 0,
+    }
     clock = Clock()
     module = data_module(job, tokenizer, streaming=True)
     module.windows = _OneEpoch(module.windows)
@@ -138,10 +148,12 @@ def stream(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str,
 
 def first_batch(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Seconds from making the data module to having a batch."""
-    import datasets  # noqa: F401 - counts among the imports, in both ways
 
     before = time.time() - job["started"]
-    waits = {name: _first(job, tokenizer, streaming) for name, streaming in (("streamed", True), ("cached", False))}
+    waits = {
+        name: _first(job, tokenizer, streaming)
+        for name, streaming in (("streamed", True), ("cached", False))
+    }
     return {"imports_and_tokenizer": before, **waits}
 
 
@@ -154,8 +166,17 @@ def _first(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, streaming: b
     return seconds
 
 
-def data_module(job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, streaming: bool) -> ScrollsDataModule:
-    return ScrollsDataModule(data_of(job, streaming=streaming), tokenizer, seed=0, chunk_size=CHUNK, stride=STRIDE, max_steps=ENDLESS)
+def data_module(
+    job: dict[str, Any], tokenizer: PreTrainedTokenizerBase, streaming: bool
+) -> ScrollsDataModule:
+    return ScrollsDataModule(
+        data_of(job, streaming=streaming),
+        tokenizer,
+        seed=0,
+        chunk_size=CHUNK,
+        stride=STRIDE,
+        max_steps=ENDLESS,
+    )
 
 
 def proportional(pid: int) -> float:

@@ -28,7 +28,11 @@ from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, plan_row
 
 ROOT = Path(__file__).resolve().parents[1]
 USUAL_MODEL = ROOT / "models" / "smollm2_135m"
-KINDS = ("text", "compression", "closing")  # what a step processes: 1 token; 2; the end of a chunk, the memory update and 1 token
+KINDS = (
+    "text",
+    "compression",
+    "closing",
+)  # what a step processes: 1 token; 2; the end of a chunk, the memory update and 1 token
 WARM_UP = 3  # steps of each lane before the clock starts
 SHARE = 0.8  # of the free memory that the caches may take
 TINY = {
@@ -78,7 +82,9 @@ BACKBONES: dict[str, dict[str, Any]] = {  # the shapes of conf/backbone
 
 def random_decoder(shape: dict[str, Any]) -> PreTrainedModel:
     """A decoder of this shape with random weights: what decoding costs does not depend on them."""
-    config = AutoConfig.for_model(**shape, tie_word_embeddings=True, max_position_embeddings=1 << 18)
+    config = AutoConfig.for_model(
+        **shape, tie_word_embeddings=True, max_position_embeddings=1 << 18
+    )
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
@@ -91,11 +97,17 @@ def load_decoder(path: Path | str) -> PreTrainedModel:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        decoder = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
+        decoder = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation="sdpa"
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model: {path} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+        raise UserError(
+            f"--model: {path} cannot be loaded: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from None
     if isinstance(decoder, CometForCausalLM):
-        raise UserError(f"--model: {path} is a CoMeT folder; a plain decoder is needed, memory is plugged in here")
+        raise UserError(
+            f"--model: {path} is a CoMeT folder; a plain decoder is needed, memory is plugged in here"
+        )
     return decoder.eval()
 
 
@@ -106,7 +118,10 @@ def plug_in(decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM
         UserError: a decoder that is not supported, impossible sizes.
     """
     logging.set_verbosity_error()  # resizing the embedding warns of what is wanted
-    own = {id(part.weight) for part in (decoder.get_input_embeddings(), decoder.get_output_embeddings())}
+    own = {
+        id(part.weight)
+        for part in (decoder.get_input_embeddings(), decoder.get_output_embeddings())
+    }
     shared = {id(weight): weight for weight in decoder.parameters() if id(weight) not in own}
     try:
         return CometForCausalLM.from_decoder(copy.deepcopy(decoder, shared), comet).eval()
@@ -125,13 +140,17 @@ class InPlaceLayer(DynamicLayer):
         self.room = room
         self.buffers: list[Tensor] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.buffers:
             self.lazy_initialization(key_states, value_states)
             rows, heads, _, width = key_states.shape
-            self.buffers = [key_states.new_empty(rows, heads, end + self.room, width) for _ in range(2)]
+            self.buffers = [
+                key_states.new_empty(rows, heads, end + self.room, width) for _ in range(2)
+            ]
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
@@ -146,20 +165,28 @@ def empty_cache(decoder: PreTrainedModel, in_place: bool, room: int) -> DynamicC
     return cache
 
 
-def filled_attention_cache(decoder: PreTrainedModel, length: int, in_place: bool, room: int) -> DynamicCache:
+def filled_attention_cache(
+    decoder: PreTrainedModel, length: int, in_place: bool, room: int
+) -> DynamicCache:
     """As after `length` tokens, noise in it: what stands in a cache does not change what a step costs."""
     cache, config = empty_cache(decoder, in_place, room), decoder.config
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, length, head)
     for i in range(config.num_hidden_layers):
-        cache.update(*(torch.randn(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2)), i)
+        cache.update(
+            *(torch.randn(shape, dtype=decoder.dtype, device=decoder.device) for _ in range(2)), i
+        )
     return cache
 
 
 def clock_after(model: CometForCausalLM, length: int) -> RowClock:
     """The clock that reading `length` tokens in one go would leave."""
     config = model.config
-    sizes = {"chunk_size": config.chunk_size, "global_size": config.global_size, "capacity": config.temporary_capacity}
+    sizes = {
+        "chunk_size": config.chunk_size,
+        "global_size": config.global_size,
+        "capacity": config.temporary_capacity,
+    }
     return plan_row(RowClock(stride=config.compression_stride or NO_STRIDE), length, **sizes)[1]
 
 
@@ -167,7 +194,9 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of what a cache holds; room for later tokens does not count."""
     if isinstance(cache, CometCache):
         return cache.nbytes
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(
+        t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)
+    )
 
 
 def token_bytes(decoder: PreTrainedModel) -> int:
@@ -186,7 +215,9 @@ def free_bytes(device: str) -> float:
     return float(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
 
 
-def affordable(wanted: Sequence[tuple[str, int]], a_token: int, free: float) -> tuple[list[tuple[str, int]], list[dict[str, Any]]]:
+def affordable(
+    wanted: Sequence[tuple[str, int]], a_token: int, free: float
+) -> tuple[list[tuple[str, int]], list[dict[str, Any]]]:
     """Splits (side, length) of full attention into those whose caches fit into the free memory together, first come first served, and the
     others with the reason."""
     kept, skipped, left = [], [], free * SHARE
@@ -226,7 +257,9 @@ class Lane:
 
     def feed(self, ids: Tensor) -> None:
         """Reads ids (1, n) and chooses the next token; the new rows are no answer."""
-        logits = self.model(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.model(
+            ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
         self.next_id = logits[:, -1, : text_vocabulary(self.model)].argmax(-1, keepdim=True)
 
     def step(self) -> None:
@@ -239,7 +272,11 @@ class Lane:
 
 
 def text_vocabulary(model: PreTrainedModel) -> int:
-    return model.config.first_new_id if isinstance(model, CometForCausalLM) else model.config.vocab_size
+    return (
+        model.config.first_new_id
+        if isinstance(model, CometForCausalLM)
+        else model.config.vocab_size
+    )
 
 
 def open_lane(what: str, model: PreTrainedModel, length: int, read: int, room: int) -> Lane:
@@ -249,7 +286,9 @@ def open_lane(what: str, model: PreTrainedModel, length: int, read: int, room: i
     """
     filled = length > read
     if isinstance(model, CometForCausalLM):
-        cache: Cache = noise_cache(model, clock_after(model, length), length) if filled else CometCache()
+        cache: Cache = (
+            noise_cache(model, clock_after(model, length), length) if filled else CometCache()
+        )
     elif filled:
         cache = filled_attention_cache(model, length, what == "in_place", room)
     else:
@@ -262,7 +301,9 @@ def open_lane(what: str, model: PreTrainedModel, length: int, read: int, room: i
     return lane
 
 
-def measure(lanes: Sequence[Lane], tokens: dict[str, int], slices: int, device: str) -> Iterator[int]:
+def measure(
+    lanes: Sequence[Lane], tokens: dict[str, int], slices: int, device: str
+) -> Iterator[int]:
     """Runs every lane for its side's `tokens`, a slice of each in turn and in alternating order, so that what else happens on the machine
     meets all of them. Yields the number of tokens just done."""
     for lane in lanes:

@@ -60,7 +60,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     def step(windows: list[Window], targets: int) -> float:
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            parameter.grad = (
+                torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+            )
         read = recompute.read_chunks if job["recompute"] == "chunk" else read_windows
         loss = 0.0
         for part in read(model, windows, targets):
@@ -74,10 +76,24 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     model_mib = resident("VmRSS")
     losses: list[float] = []
     wall, processor = timed(lambda: losses.append(step(windows, targets)), "cpu")
-    process_mib = resident("VmHWM") - model_mib  # before the count of tensors, which keeps books of its own
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]))
+    process_mib = (
+        resident("VmHWM") - model_mib
+    )  # before the count of tensors, which keeps books of its own
+    norm = torch.linalg.vector_norm(
+        torch.stack(
+            [torch.linalg.vector_norm(p.grad.double()) for p in parameters if p.grad is not None]
+        )
+    )
     known = [tensor for p in parameters for tensor in (p, p.grad) if tensor is not None]
-    with LiveBytes([*known, *model.buffers(), windows[0].input_ids, windows[0].attention_mask, windows[0].shift_labels]) as live:
+    with LiveBytes(
+        [
+            *known,
+            *model.buffers(),
+            windows[0].input_ids,
+            windows[0].attention_mask,
+            windows[0].shift_labels,
+        ]
+    ) as live:
         step(windows, targets)
     return {
         "what": job["recompute"],
@@ -89,7 +105,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "boundaries_mib": Watched.most / MIB,
         "loss": losses[-1],
         "grad_norm": float(norm),
-        "operations": flops.training_step(model.config, [flops.Row.of(model.config, job["length"])]).total,  # nothing counts twice
+        "operations": flops.training_step(
+            model.config, [flops.Row.of(model.config, job["length"])]
+        ).total,  # nothing counts twice
         "product_rate": product_rate("cpu", torch.float32, job["clock"]),
     }
 
@@ -109,7 +127,9 @@ def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
     def slots_in_full(windows: list[Window], targets: int) -> None:
         (window,) = windows
         logits = SlotsInFull(model).read(window.input_ids, window.chunk_sizes[0])
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), window.shift_labels, ignore_index=IGNORED, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), window.shift_labels, ignore_index=IGNORED, reduction="sum"
+        )
         (loss / targets).backward()
 
     both: dict[str, Callable[..., None]] = {"comet": comet, "slots_in_full": slots_in_full}
@@ -118,11 +138,17 @@ def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
     for k in range(-1, job["pairs"]):  # the first round warms up, and shows that both do the same
         for name in list(both)[:: -1 if k % 2 else 1]:
             model.zero_grad()
-            seconds = timed(lambda one=both[name], given=step if k >= 0 else warm: one(*given), "cpu")
+            seconds = timed(
+                lambda one=both[name], given=step if k >= 0 else warm: one(*given), "cpu"
+            )
             if k >= 0:
                 found[name].append(seconds)
             norms[name] = float(
-                torch.linalg.vector_norm(torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]))
+                torch.linalg.vector_norm(
+                    torch.stack(
+                        [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
+                    )
+                )
             )
             gc.collect()
     pairs = list(zip(found["comet"], found["slots_in_full"], strict=True))
@@ -130,7 +156,10 @@ def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
         "length": job["length"],
         "wall_ratio": statistics.median(ours[0] / other[0] for ours, other in pairs),
         "processor_ratio": statistics.median(ours[1] / other[1] for ours, other in pairs),
-        "seconds": {name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]} for name, times in found.items()},
+        "seconds": {
+            name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]}
+            for name, times in found.items()
+        },
         "grad_norms_differ": abs(norms["comet"] / norms["slots_in_full"] - 1),
     }
 

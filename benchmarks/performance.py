@@ -59,7 +59,13 @@ def share(value: float | None, digits: int = 0) -> str:
 
 
 def met(verdict: Result | None) -> str:
-    return ABSENT if verdict is None or verdict["met"] is None else "met" if verdict["met"] else "missed"
+    return (
+        ABSENT
+        if verdict is None or verdict["met"] is None
+        else "met"
+        if verdict["met"]
+        else "missed"
+    )
 
 
 def judged(verdict: Result) -> str:
@@ -82,7 +88,9 @@ def machine(result: Result) -> str:
 
 
 def memory_shape(shape: Result) -> str:
-    memory = f"C={shape['chunk']}, m={shape['global_size']}, s={shape['stride']}, K={shape['capacity']}"
+    memory = (
+        f"C={shape['chunk']}, m={shape['global_size']}, s={shape['stride']}, K={shape['capacity']}"
+    )
     return f"{shape['layers']} layers x {shape['hidden']}, {memory}"
 
 
@@ -97,19 +105,46 @@ def prefill_ratio(result: Result) -> Iterator[str]:
     yield ""
     yield from table(
         ("", "measured", "floor", "at most"),
-        [("time, CoMeT / slots in full", f"{ratio['value']:.3f} ({met(ratio)})", f"{ratio['floor']:.3f}", f"{ratio['bound']:.3f}")],
-    )
-    ways = [(name, rates.get(what)) for what, name in report.NAMES.items() if what in ("comet", "slots_in_full")]
-    yield from table(
-        ("at that shape", "GFLOP/s", "share of a plain product", "in the linear layers", "plain product, GFLOP/s"),
         [
-            (name, number(one["rate"] / 1e9, 1), share(one["share"]), share(one["linear"]["share"]), number(one["product_rate"] / 1e9, 1))
+            (
+                "time, CoMeT / slots in full",
+                f"{ratio['value']:.3f} ({met(ratio)})",
+                f"{ratio['floor']:.3f}",
+                f"{ratio['bound']:.3f}",
+            )
+        ],
+    )
+    ways = [
+        (name, rates.get(what))
+        for what, name in report.NAMES.items()
+        if what in ("comet", "slots_in_full")
+    ]
+    yield from table(
+        (
+            "at that shape",
+            "GFLOP/s",
+            "share of a plain product",
+            "in the linear layers",
+            "plain product, GFLOP/s",
+        ),
+        [
+            (
+                name,
+                number(one["rate"] / 1e9, 1),
+                share(one["share"]),
+                share(one["linear"]["share"]),
+                number(one["product_rate"] / 1e9, 1),
+            )
             if one
             else (name, *[ABSENT] * 4)
             for name, one in ways
         ],
     )
-    found = f"{share(linear['value'])}, wanted: {linear['bound']:.0%} ({met(linear)})" if linear else ABSENT
+    found = (
+        f"{share(linear['value'])}, wanted: {linear['bound']:.0%} ({met(linear)})"
+        if linear
+        else ABSENT
+    )
     yield f"CoMeT's linear layers against a plain matrix product of the same process: {found}."
 
 
@@ -125,9 +160,20 @@ def prefill(result: Result) -> Iterator[str]:
         found = [one for one in result["lengths"] if one["what"] == what]
         for one in found:
             rate = one.get("achieved")
-            of_product = (share(rate["share"]), share(rate["linear"]["share"])) if rate else (ABSENT, ABSENT)
+            of_product = (
+                (share(rate["share"]), share(rate["linear"]["share"])) if rate else (ABSENT, ABSENT)
+            )
             times = (f"{one[key]:.3f}", f"{1e3 / one[key]:,.0f}")
-            rows.append((name, f"{one['length']:,}", *times, f"{one['peak_mib']:,.0f}", f"{one['reading_mib']:,.0f}", *of_product))
+            rows.append(
+                (
+                    name,
+                    f"{one['length']:,}",
+                    *times,
+                    f"{one['peak_mib']:,.0f}",
+                    f"{one['reading_mib']:,.0f}",
+                    *of_product,
+                )
+            )
         if not found:
             rows.append((name, *[ABSENT] * 7))
     against = result.get("against_full_attention")
@@ -146,7 +192,17 @@ def prefill(result: Result) -> Iterator[str]:
             )
         )
     yield from table(
-        ("", "tokens", "ms/token", "tokens/s", "peak MiB", "of it by reading", "share of a plain product", "linear layers"), rows
+        (
+            "",
+            "tokens",
+            "ms/token",
+            "tokens/s",
+            "peak MiB",
+            "of it by reading",
+            "share of a plain product",
+            "linear layers",
+        ),
+        rows,
     )
     flat = result["flatness"]
     if flat:
@@ -164,8 +220,15 @@ def reading(result: Result) -> Iterator[str]:
     clock = f"{result['clock']} time for ms a token"
     yield f"{result['parameters'] / 1e6:,.1f} million weights, {memory_shape(result['shape'])}; {clock}."
     yield ""
-    minutes, times = last["seconds"] / 60, (number(found["first_ms"], 3), number(found["last_ms"], 3))
-    held = (number(last["process_mib"], 0), number(result["cache_bytes"] / 2**20, 1), number(result["full_attention_bytes"] / 2**20, 0))
+    minutes, times = (
+        last["seconds"] / 60,
+        (number(found["first_ms"], 3), number(found["last_ms"], 3)),
+    )
+    held = (
+        number(last["process_mib"], 0),
+        number(result["cache_bytes"] / 2**20, 1),
+        number(result["full_attention_bytes"] / 2**20, 0),
+    )
     yield from table(
         (
             "tokens read",
@@ -184,7 +247,10 @@ def reading(result: Result) -> Iterator[str]:
 
 def decode(result: Result) -> Iterator[str]:
     comet, clock = result["comet"], result["clock"]
-    names = {"full_attention": "full attention", "in_place": "full attention with its cache in place"}
+    names = {
+        "full_attention": "full attention",
+        "in_place": "full attention with its cache in place",
+    }
     sizes = f"C={comet['chunk_size']}, m={comet['global_size']}, s={comet['compression_stride']}, K={comet['temporary_capacity']}"
     yield f"{result['model']}, {sizes}; {clock} time, head included; CoMeT's mean over {result['cycles']} cycle(s) of C tokens."
     yield ""
@@ -192,11 +258,15 @@ def decode(result: Result) -> Iterator[str]:
     found = {(one["what"], one["length"]): one for one in result["lengths"]}
     rows = []
     for n in sorted({length for _, length in found}):
-        ours, full, in_place = (found.get((what, n)) for what in ("comet", "full_attention", "in_place"))
+        ours, full, in_place = (
+            found.get((what, n)) for what in ("comet", "full_attention", "in_place")
+        )
         times = [number(one and one[key], 1) for one in (ours, full, in_place)]
         caches = [number(one and one["cache_bytes"] / 2**20, 1) for one in (ours, full)]
         closing = number(ours and ours["closing_ms"], 0)
-        rows.append((f"{n:,}{' (noise)' if ours and ours['filled'] else ''}", *times, closing, *caches))
+        rows.append(
+            (f"{n:,}{' (noise)' if ours and ours['filled'] else ''}", *times, closing, *caches)
+        )
     heads = (
         "after so many tokens",
         "CoMeT, ms/token",
@@ -211,7 +281,12 @@ def decode(result: Result) -> Iterator[str]:
     if bound:
         limits = number(bound["floor"]), number(bound["bound"])
         yield from table(
-            (f"CoMeT after {bound['after']:,} tokens / full attention after {bound['context']:,}", "measured", "floor by bytes", "at most"),
+            (
+                f"CoMeT after {bound['after']:,} tokens / full attention after {bound['context']:,}",
+                "measured",
+                "floor by bytes",
+                "at most",
+            ),
             [(names[what], judged(one), *limits) for what, one in bound["ratios"].items()],
         )
     else:
@@ -231,10 +306,29 @@ def training(result: Result) -> Iterator[str]:
     yield ""
     rows = []
     for one in result["lengths"]:
-        times = (number(one["seconds"]), f"{one['length'] / one['seconds']:,.0f}", share(one.get("share")))
-        rows.append((one["what"], f"{one['length']:,}", *times, *(number(one[name], 1) for name in MEMORIES)))
-    heads: Sequence[str] = ("`train.recompute`", "tokens", "seconds a step", "tokens/s", "share of a plain product")
-    yield from table([*heads, "MiB of tensors", "MiB of the process", "boundaries between chunks"], rows)
+        times = (
+            number(one["seconds"]),
+            f"{one['length'] / one['seconds']:,.0f}",
+            share(one.get("share")),
+        )
+        rows.append(
+            (
+                one["what"],
+                f"{one['length']:,}",
+                *times,
+                *(number(one[name], 1) for name in MEMORIES),
+            )
+        )
+    heads: Sequence[str] = (
+        "`train.recompute`",
+        "tokens",
+        "seconds a step",
+        "tokens/s",
+        "share of a plain product",
+    )
+    yield from table(
+        [*heads, "MiB of tensors", "MiB of the process", "boundaries between chunks"], rows
+    )
     yield "The share counts the operations of `none`. Forward passes, with one backward pass that counts as two: none 1, cell 2, chunk 3."
     yield ""
     if "ratio" in result:
@@ -255,7 +349,11 @@ def training(result: Result) -> Iterator[str]:
     )
     names = ("tensors_mib", "process_mib", "seconds_to_cell", "seconds_to_none")
     yield from table(
-        heads, [(f"{one['length']:,}", *(number(one[name]) for name in names), f"{one['differs']:.0e}") for one in found["ratios"]]
+        heads,
+        [
+            (f"{one['length']:,}", *(number(one[name]) for name in names), f"{one['differs']:.0e}")
+            for one in found["ratios"]
+        ],
     )
     start, grown = f"from {found['flat_from']:,} tokens on", found["growth"]["beyond_boundaries"]
     yield f"- Memory of chunk against cell {start}: at most {found['less']['allowed']} wanted ({met(found['less'])})."
@@ -267,12 +365,17 @@ def training(result: Result) -> Iterator[str]:
 def startup(result: Result) -> Iterator[str]:
     yield f"Seconds, the quickest of {result['rounds']} rounds on a warm disk."
     yield ""
-    names = {"beyond": "`import comet_pl` beyond torch and transformers", "first step": "first step of `python train.py conf=passkey`"}
+    names = {
+        "beyond": "`import comet_pl` beyond torch and transformers",
+        "first step": "first step of `python train.py conf=passkey`",
+    }
     rows = []
     for case, seconds in result["seconds"].items():
         verdict = result["verdicts"].get(case)
         bound = f"{verdict['bound']:g} ({met(verdict)})" if verdict else ""
-        rows.append((names.get(case, case), number(seconds["wall"]), number(seconds["processor"]), bound))
+        rows.append(
+            (names.get(case, case), number(seconds["wall"]), number(seconds["processor"]), bound)
+        )
     yield from table(("", "wall", "processor", "at most"), rows)
 
 
@@ -282,22 +385,44 @@ def pipeline(result: Result) -> Iterator[str]:
     yield ""
     rows = []
     for row in result["arrangements"]:
-        seconds = (number(row["wall"]["step"]), number(row["wall"]["step_speedup"]), number(row["processor"]["step_speedup"]))
-        name = {"alone": "one process", "at_the_same_time": "two, each its own text"}.get(row["what"], f"`{row['what']}`")
-        rows.append((name, *seconds, number(row["predicted"]) if "predicted" in row else "", share(row["others"])))
-    yield from table(("", "seconds", "speed-up", "by processor time", "simulated", "taken by other programs"), rows)
+        seconds = (
+            number(row["wall"]["step"]),
+            number(row["wall"]["step_speedup"]),
+            number(row["processor"]["step_speedup"]),
+        )
+        name = {"alone": "one process", "at_the_same_time": "two, each its own text"}.get(
+            row["what"], f"`{row['what']}`"
+        )
+        rows.append(
+            (
+                name,
+                *seconds,
+                number(row["predicted"]) if "predicted" in row else "",
+                share(row["others"]),
+            )
+        )
+    yield from table(
+        ("", "seconds", "speed-up", "by processor time", "simulated", "taken by other programs"),
+        rows,
+    )
     verdict = result["verdict"][result["clock"]]
     ceiling = f"two independent processes give {verdict['ceiling']:.2f}"
     yield f"- `layer_level`: {verdict['speedup']:.2f}; {ceiling}, at least {verdict['bound']:.2f} wanted ({met(verdict)})."
     ranks = next(row["ranks"] for row in result["arrangements"] if row["what"] == "layer_level")
-    talk = max(sum(rank[name] for name in ("transfer", "sending", "flushing")) / rank["seconds"] for rank in ranks)
+    talk = max(
+        sum(rank[name] for name in ("transfer", "sending", "flushing")) / rank["seconds"]
+        for rank in ranks
+    )
     yield f"- A rank's time in communication, `layer_level`: at most {talk:.1%}."
     agreement = result["agreement"]
     apart = f"{agreement['loss_differs']:.0e} and {agreement['gradients_differ']:.0e}"
     yield f"- Loss and gradients against one process: {apart} apart, allowed {agreement['tolerance']:.0e} ({met(agreement)})."
     yield ""
     peaks = {(one["ranks"], one["recompute"]): max(one["mib"]) for one in result["memory"]}
-    rows = [(str(p), *(number(peaks.get((p, how)), 0) for how in (False, True))) for p in sorted({p for p, _ in peaks})]
+    rows = [
+        (str(p), *(number(peaks.get((p, how)), 0) for how in (False, True)))
+        for p in sorted({p for p, _ in peaks})
+    ]
     yield from table(("ranks", "peak activations of the fullest, MiB", "recomputed"), rows)
 
 
@@ -305,23 +430,54 @@ def data(result: Result) -> Iterator[str]:
     through, first = result["throughput"], result["first_batch"]
     yield f"Rows of {result['corpora'].get('given', result['corpora']['generated'])['bytes'] / 1e6:,.0f} MB, {result['workers']} workers."
     yield ""
-    rows = [(name, f"{through[f'{what}_tokens_per_s']:,.0f}", number(through[f"{what}_mb_per_s"])) for what, name in SIDES.items()]
+    rows = [
+        (name, f"{through[f'{what}_tokens_per_s']:,.0f}", number(through[f"{what}_mb_per_s"]))
+        for what, name in SIDES.items()
+    ]
     yield from table(("tokenise and pack", "tokens/s", "MB/s"), rows)
     rows = [
-        (f"{one['corpus']}, {one['bytes'] / 1e6:,.0f} MB", number(one["above_mib"], 0), number(one["all_above_mib"], 0))
+        (
+            f"{one['corpus']}, {one['bytes'] / 1e6:,.0f} MB",
+            number(one["above_mib"], 0),
+            number(one["all_above_mib"], 0),
+        )
         for one in result["memory"]
     ]
-    yield from table(("memory while streaming, MiB above imports and tokenizer", "main process", "all processes"), rows)
+    yield from table(
+        (
+            "memory while streaming, MiB above imports and tokenizer",
+            "main process",
+            "all processes",
+        ),
+        rows,
+    )
     yield f"- Time of plain `datasets.map` / ours: {through['ratio']:.2f}."
     yield f"- First batch: streamed {first['streamed']:.1f} s, cached {first['cached']:.1f} s."
 
 
-SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # title, file, command, lines
+SECTIONS: list[
+    tuple[str, str, str, Callable[[Result], Iterator[str]]]
+] = [  # title, file, command, lines
     ("Reading", "prefill", "python benchmarks/prefill.py --threads 1 --rounds 5", prefill),
-    ("Reading, Qwen3-4B's layer", "prefill-4b", "python benchmarks/prefill.py --only-4b --threads 1 --rounds 5", prefill_ratio),
+    (
+        "Reading, Qwen3-4B's layer",
+        "prefill-4b",
+        "python benchmarks/prefill.py --only-4b --threads 1 --rounds 5",
+        prefill_ratio,
+    ),
     ("Reading on a GPU", "prefill-cuda", "python benchmarks/prefill.py --device cuda", prefill),
-    ("Reading on a GPU, Qwen3-4B's layer", "prefill-4b-cuda", "python benchmarks/prefill.py --only-4b --device cuda", prefill_ratio),
-    ("Reading a million tokens", "reading-small", "python benchmarks/reading.py conf=passkey FILE... --name small", reading),
+    (
+        "Reading on a GPU, Qwen3-4B's layer",
+        "prefill-4b-cuda",
+        "python benchmarks/prefill.py --only-4b --device cuda",
+        prefill_ratio,
+    ),
+    (
+        "Reading a million tokens",
+        "reading-small",
+        "python benchmarks/reading.py conf=passkey FILE... --name small",
+        reading,
+    ),
     (
         "Reading books with SmolLM2-135M",
         "reading-smollm2",
@@ -329,8 +485,18 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # t
         reading,
     ),
     ("Decoding", "decode", "python benchmarks/decode.py", decode),
-    ("Decoding with the paper's memory", "decode-full-pair", "python benchmarks/decode.py --full --pair", decode),
-    ("Decoding, Qwen3-0.6B's shape", "decode-qwen3_0_6b-pair", "python benchmarks/decode.py --full --backbone qwen3_0_6b --pair", decode),
+    (
+        "Decoding with the paper's memory",
+        "decode-full-pair",
+        "python benchmarks/decode.py --full --pair",
+        decode,
+    ),
+    (
+        "Decoding, Qwen3-0.6B's shape",
+        "decode-qwen3_0_6b-pair",
+        "python benchmarks/decode.py --full --backbone qwen3_0_6b --pair",
+        decode,
+    ),
     (
         "Decoding, Qwen3-4B's shape",
         "decode-qwen3_4b-pair",
@@ -339,7 +505,12 @@ SECTIONS: list[tuple[str, str, str, Callable[[Result], Iterator[str]]]] = [  # t
     ),
     ("Decoding on a GPU", "decode-cuda", "python benchmarks/decode.py --device cuda", decode),
     ("A training step", "training", "python benchmarks/training.py", training),
-    ("A training step, the ratio at the paper's shape", "training-full", "python benchmarks/training.py --full", training),
+    (
+        "A training step, the ratio at the paper's shape",
+        "training-full",
+        "python benchmarks/training.py --full",
+        training,
+    ),
     ("Start-up", "startup", "python benchmarks/startup.py", startup),
     ("Two processes share a text", "pipeline", "python benchmarks/pipeline.py", pipeline),
     ("Data", "data", "python benchmarks/data.py", data),
@@ -364,18 +535,36 @@ def page(results: Path) -> str:
             continue
         try:
             result = json.loads(file.read_text(encoding="utf-8"))
-            lines += ["```bash", result["command"], "```", machine(result), "", *section(result), ""]
+            lines += [
+                "```bash",
+                result["command"],
+                "```",
+                machine(result),
+                "",
+                *section(result),
+                "",
+            ]
         except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise UserError(f"{file}: not a result of `{command}`: {type(error).__name__} {error}") from None
+            raise UserError(
+                f"{file}: not a result of `{command}`: {type(error).__name__} {error}"
+            ) from None
         pictures = [f"{name}.png", f"{name}-simulated.png"]
-        lines += [f"![{title}](../benchmarks/results/{picture})\n" for picture in pictures if (results / picture).exists()]
+        lines += [
+            f"![{title}](../benchmarks/results/{picture})\n"
+            for picture in pictures
+            if (results / picture).exists()
+        ]
     return "\n".join(lines).rstrip() + "\n"
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=PAGE, metavar="FILE", help="default: docs/performance.md"
+    )
     options = parser.parse_args(argv)
     if not options.results.is_dir():
         raise UserError(f"--results: {options.results} is no folder")

@@ -37,7 +37,7 @@ from torch import Tensor
 
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.evaluation.results import PLAIN, Bar
+from comet_pl.progress import PLAIN, Bar
 
 HERE = Path(__file__).resolve().parent
 MEMORY = {"chunk_size": 256, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}
@@ -49,21 +49,53 @@ Loss = Callable[[Tensor], float]
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("books", type=Path, nargs="+", metavar="BOOK", help="text files, UTF-8")
-    parser.add_argument("--model", metavar="FOLDER", help="the plain decoder (default: models/smollm2_135m)")
-    parser.add_argument("--ckpt", type=Path, metavar="RUN", help="a run, a checkpoint or a saved folder, fine-tuned from that decoder")
-    parser.add_argument("--pieces", type=int, default=24, metavar="N", help="of all books together (default: 24)")
-    parser.add_argument("--tokens", type=int, default=1024, metavar="N", help="a piece (default: 1024)")
-    parser.add_argument("--chunk-size", type=int, metavar="C", help=f"default: that of --ckpt, else {MEMORY['chunk_size']}")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the fresh memory's weights (default: 0)")
+    parser.add_argument(
+        "--model", metavar="FOLDER", help="the plain decoder (default: models/smollm2_135m)"
+    )
+    parser.add_argument(
+        "--ckpt",
+        type=Path,
+        metavar="RUN",
+        help="a run, a checkpoint or a saved folder, fine-tuned from that decoder",
+    )
+    parser.add_argument(
+        "--pieces", type=int, default=24, metavar="N", help="of all books together (default: 24)"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=1024, metavar="N", help="a piece (default: 1024)"
+    )
+    parser.add_argument(
+        "--chunk-size",
+        type=int,
+        metavar="C",
+        help=f"default: that of --ckpt, else {MEMORY['chunk_size']}",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the fresh memory's weights (default: 0)",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
     for name, least in (("pieces", 2), ("tokens", 2), ("chunk_size", 1), ("threads", 1)):
         value = getattr(options, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed")
+            raise UserError(
+                f"--{name.replace('_', '-')}: {value} given, a whole number >= {least} is needed"
+            )
     if options.model is None and not USUAL_MODEL.is_dir():
-        raise UserError(f"--model: {USUAL_MODEL.relative_to(ROOT)} is not there; `make smollm2` makes it, or give another folder")
+        raise UserError(
+            f"--model: {USUAL_MODEL.relative_to(ROOT)} is not there; `make smollm2` makes it, or give another folder"
+        )
     report.make_folder(options.out)
     return options
 
@@ -83,7 +115,9 @@ def cut_pieces(books: Sequence[Path], tokenizer: Any, count: int, size: int) -> 
         UserError: a book that cannot be read, or is shorter than a piece; more books than pieces.
     """
     if count < len(books):
-        raise UserError(f"--pieces: {count} given for {len(books)} books, one for each is needed at least")
+        raise UserError(
+            f"--pieces: {count} given for {len(books)} books, one for each is needed at least"
+        )
     pieces = []
     for k, book in enumerate(books):
         try:
@@ -92,7 +126,9 @@ def cut_pieces(books: Sequence[Path], tokenizer: Any, count: int, size: int) -> 
             raise UserError(f"BOOK: {book} cannot be read: {error}") from None
         ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if len(ids) < size:
-            raise UserError(f"BOOK: {book} has {len(ids)} tokens, a piece takes {size}; a longer book or fewer --tokens are needed")
+            raise UserError(
+                f"BOOK: {book} has {len(ids)} tokens, a piece takes {size}; a longer book or fewer --tokens are needed"
+            )
         share = count * (k + 1) // len(books) - count * k // len(books)
         pieces += [ids[None, start : start + size] for start in starts(len(ids), size, share)]
     return pieces
@@ -108,7 +144,9 @@ def load_tokenizer(path: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model: {path}: no tokenizer can be loaded: {(str(error).splitlines() or ['?'])[0]}") from None
+        raise UserError(
+            f"--model: {path}: no tokenizer can be loaded: {(str(error).splitlines() or ['?'])[0]}"
+        ) from None
 
 
 def fine_tuned(path: Path, vocabulary: int) -> Any:
@@ -129,7 +167,9 @@ def fine_tuned(path: Path, vocabulary: int) -> Any:
 
 def in_chunks(model: Any, size: int) -> Loss:
     """Reads each piece in chunks of `size` tokens, from empty memory."""
-    return lambda ids: model(ids, labels=ids, chunk_sizes=fixed_chunks(ids.shape[1], size), use_cache=False).loss.item()
+    return lambda ids: model(
+        ids, labels=ids, chunk_sizes=fixed_chunks(ids.shape[1], size), use_cache=False
+    ).loss.item()
 
 
 def neutral(decoder: Any, off: Any, ids: Tensor) -> float:
@@ -148,13 +188,19 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     tokenizer, decoder = load_tokenizer(path), load_decoder(path)
     pieces = cut_pieces(options.books, tokenizer, options.pieces, options.tokens)
     tuned = fine_tuned(options.ckpt, decoder.config.vocab_size) if options.ckpt else None
-    memory = {key: getattr(tuned.config, key) for key in MEMORY} if tuned is not None else dict(MEMORY)
+    memory = (
+        {key: getattr(tuned.config, key) for key in MEMORY} if tuned is not None else dict(MEMORY)
+    )
     memory["chunk_size"] = size = options.chunk_size or memory["chunk_size"]
 
     torch.manual_seed(options.seed)
     fresh = plug_in(decoder, memory)
-    off = plug_in(decoder, {"chunk_size": options.tokens, "global_size": 0, "compression_stride": None})
-    losses: dict[str, Loss] = {"plain": lambda ids: decoder(ids, labels=ids, use_cache=False).loss.item()}
+    off = plug_in(
+        decoder, {"chunk_size": options.tokens, "global_size": 0, "compression_stride": None}
+    )
+    losses: dict[str, Loss] = {
+        "plain": lambda ids: decoder(ids, labels=ids, use_cache=False).loss.item()
+    }
     losses["memories off"] = in_chunks(off, options.tokens)
     for name, model in (("plugged in", fresh), ("fine-tuned", tuned)):
         if model is not None:
@@ -216,10 +262,29 @@ def plot(result: dict[str, Any]) -> Figure:
         axes = figure.subplots()
         for y, one in enumerate(others):
             differences = [a - b for a, b in zip(one["losses"], plain["losses"], strict=True)]
-            axes.plot(differences, [y] * len(differences), "o", color="tab:blue", alpha=0.25, markersize=4, markeredgewidth=0)
-            axes.errorbar(one["difference"], y, xerr=one["difference_error"], fmt="D", color="tab:blue", capsize=4, markersize=5)
+            axes.plot(
+                differences,
+                [y] * len(differences),
+                "o",
+                color="tab:blue",
+                alpha=0.25,
+                markersize=4,
+                markeredgewidth=0,
+            )
+            axes.errorbar(
+                one["difference"],
+                y,
+                xerr=one["difference_error"],
+                fmt="D",
+                color="tab:blue",
+                capsize=4,
+                markersize=5,
+            )
         axes.axvline(0, color="tab:red", linewidth=1)
-        axes.set_yticks(range(len(others)), [f"{one['name']}\nperplexity {one['perplexity']:.2f}" for one in others])
+        axes.set_yticks(
+            range(len(others)),
+            [f"{one['name']}\nperplexity {one['perplexity']:.2f}" for one in others],
+        )
         axes.invert_yaxis()
         axes.margins(y=0.2)
         axes.set(xlabel="loss minus the plain decoder's, nats a token; dots: pieces; diamond: mean")
@@ -232,15 +297,27 @@ def plot(result: dict[str, Any]) -> Figure:
 def show(result: dict[str, Any]) -> None:
     console = Console()
     table = report.new_table(
-        f"{result['pieces']} pieces of {result['tokens']} tokens", "", "perplexity", "loss, nats a token", "minus plain"
+        f"{result['pieces']} pieces of {result['tokens']} tokens",
+        "",
+        "perplexity",
+        "loss, nats a token",
+        "minus plain",
     )
     for one in result["models"]:
-        loss, more = (f"{one[key]:{sign}.4f} +/- {one[f'{key}_error']:.4f}" for key, sign in (("loss", ""), ("difference", "+")))
-        table.add_row(one["name"], f"{one['perplexity']:.3f}", loss, more if one["name"] != "plain" else "")
+        loss, more = (
+            f"{one[key]:{sign}.4f} +/- {one[f'{key}_error']:.4f}"
+            for key, sign in (("loss", ""), ("difference", "+"))
+        )
+        table.add_row(
+            one["name"], f"{one['perplexity']:.3f}", loss, more if one["name"] != "plain" else ""
+        )
     console.print(table)
     law = result["law_5"]
     allowed = f"allowed {law['allowed']:.0e}: {'met' if law['met'] else 'MISSED'}"
-    console.print(f"memories off: logits differ from plain by {law['logits_differ']:.1e} of the largest, {allowed}", **PLAIN)
+    console.print(
+        f"memories off: logits differ from plain by {law['logits_differ']:.1e} of the largest, {allowed}",
+        **PLAIN,
+    )
 
 
 @torch.inference_mode()
@@ -248,7 +325,9 @@ def main(argv: list[str]) -> None:
     options = parse(argv)
     result = {"command": " ".join(["python benchmarks/perplexity.py", *argv]), **benchmark(options)}
     report.write_json(options.out / "perplexity.json", result)
-    report.write(options.out / "perplexity.png", lambda file: plot(result).savefig(file, format="png"))
+    report.write(
+        options.out / "perplexity.png", lambda file: plot(result).savefig(file, format="png")
+    )
     show(result)
 
 

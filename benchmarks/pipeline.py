@@ -51,32 +51,65 @@ TRANSFERS = (0.1, 0.5, 1.0, 2.0)  # forward cells that a message takes, besides 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a small model, a short text, one round")
-    parser.add_argument("--rounds", type=int, metavar="N", help="how often each arrangement runs (default: 5; --small: 1)")
+    parser.add_argument(
+        "--small", action="store_true", help="a small model, a short text, one round"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="how often each arrangement runs (default: 5; --small: 1)",
+    )
     parser.add_argument("--layers", type=int, metavar="L", help="default: 12; --small: 3")
-    parser.add_argument("--chunks", type=int, metavar="T", help="of the text (default: 16; --small: 8)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--chunks", type=int, metavar="T", help="of the text (default: 16; --small: 8)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
-    for name, small, usual, least in (("rounds", 1, 5, 1), ("layers", SMALL.layers, SHAPE.layers, 1), ("chunks", 8, 16, 2)):
+    for name, small, usual, least in (
+        ("rounds", 1, 5, 1),
+        ("layers", SMALL.layers, SHAPE.layers, 1),
+        ("chunks", 8, 16, 2),
+    ):
         if getattr(options, name) is None:
             setattr(options, name, small if options.small else usual)
         if getattr(options, name) < least:
-            raise UserError(f"--{name}: {getattr(options, name)} given, a whole number >= {least} is needed")
+            raise UserError(
+                f"--{name}: {getattr(options, name)} given, a whole number >= {least} is needed"
+            )
     report.make_folder(options.out)
     return options
 
 
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     """All measurements, with what they depend on."""
-    job = Job(replace(SMALL if options.small else SHAPE, layers=options.layers), options.chunks, options.rounds)
+    job = Job(
+        replace(SMALL if options.small else SHAPE, layers=options.layers),
+        options.chunks,
+        options.rounds,
+    )
     machine = report.machine("cpu")
     both_ranks = measure(job)
     transfer = min(ping for entry in both_ranks[0] for ping in entry["pings"])
     steps = [combine(entries, transfer) for entries in zip(*both_ranks, strict=True)]
     times = cell_times(job, steps, transfer)
     found = findings(job, steps, times)
-    memory = [one for ranks in ((1, 2) if options.small else (1, 2, 4, 8)) for one in memory_of(job, ranks)]
-    rows = simulations(times, (64,) if options.small else tuple(SIMULATED_CHUNKS), (2, 4, 8) if options.small else SIMULATED_RANKS)
+    memory = [
+        one
+        for ranks in ((1, 2) if options.small else (1, 2, 4, 8))
+        for one in memory_of(job, ranks)
+    ]
+    rows = simulations(
+        times,
+        (64,) if options.small else tuple(SIMULATED_CHUNKS),
+        (2, 4, 8) if options.small else SIMULATED_RANKS,
+    )
     return {
         "machine": machine,
         "backend": "gloo",
@@ -105,7 +138,11 @@ def combine(entries: tuple[dict[str, Any], ...], transfer: float) -> dict[str, A
     forward, seconds, reduced = (max(wall[k] for wall in walls) for k in (1, 2, 3))
     events = [entry["events"] for entry in ran]
     chain = longest_chain(events, [times[2] for times in processor], transfer)
-    chain_forward = longest_chain([e["events"][: e["forward_events"]] for e in ran], [times[1] for times in processor], transfer)
+    chain_forward = longest_chain(
+        [e["events"][: e["forward_events"]] for e in ran],
+        [times[1] for times in processor],
+        transfer,
+    )
     capacity = (os.cpu_count() or 1) * (max(entry["wall"][3] for entry in ran) - start)
     others = max(0.0, entries[0]["busy"] - sum(entry["own"] for entry in entries)) / capacity
     step = {
@@ -113,16 +150,31 @@ def combine(entries: tuple[dict[str, Any], ...], transfer: float) -> dict[str, A
         "what": what,
         "wall": {"step": seconds, "forward": forward, "reduced": reduced},
         # Adding up gradients is no message that is waited for: the processor time of the rank that took the most.
-        "processor": {"step": chain, "forward": chain_forward, "reduced": chain + max(times[3] - times[2] for times in processor)},
+        "processor": {
+            "step": chain,
+            "forward": chain_forward,
+            "reduced": chain + max(times[3] - times[2] for times in processor),
+        },
         "others": others,
         "pings": [ping for entry in entries for ping in entry["pings"]],
-        "raw": {"marks": ["start", "forward", "step", "reduced"], "wall": walls, "processor": processor},  # of each rank
+        "raw": {
+            "marks": ["start", "forward", "step", "reduced"],
+            "wall": walls,
+            "processor": processor,
+        },  # of each rank
     }
     if what in SCHEDULES:
         idle = [
-            {"waited": entry["waited"], "seconds": wall[2], **share} for entry, wall, share in zip(ran, walls, shares(events), strict=True)
+            {"waited": entry["waited"], "seconds": wall[2], **share}
+            for entry, wall, share in zip(ran, walls, shares(events), strict=True)
         ]
-        step |= {"ranks": idle, **{key: max(entry[key] for entry in ran) for key in ("loss_differs", "gradients_differ")}}
+        step |= {
+            "ranks": idle,
+            **{
+                key: max(entry[key] for entry in ran)
+                for key in ("loss_differs", "gradients_differ")
+            },
+        }
     return step
 
 
@@ -148,14 +200,24 @@ def findings(job: Job, steps: list[dict[str, Any]], times: dict[str, float]) -> 
     """Speed-ups by both clocks, what they had to be, and where the ranks' time went."""
     shape = 2, job.shape.layers, job.chunks
     model = {"backward": times["backward_cells"], "transfer": times["transfer_cells"]}
-    ceiling = {clock: 2 * best(steps, ALONE, clock) / best(steps, BOTH, clock) for clock in ("wall", "processor")}
+    ceiling = {
+        clock: 2 * best(steps, ALONE, clock) / best(steps, BOTH, clock)
+        for clock in ("wall", "processor")
+    }
     found = []
     for what in ARRANGEMENTS:
-        chosen = min((step for step in steps if step["what"] == what), key=lambda step: step["wall"]["step"])
+        chosen = min(
+            (step for step in steps if step["what"] == what), key=lambda step: step["wall"]["step"]
+        )
         row: dict[str, Any] = {"what": what, "others": chosen["others"]}
         for clock in ("wall", "processor"):
-            row[clock] = {part: best(steps, what, clock, part) for part in ("step", "forward", "reduced")}
-            row[clock] |= {f"{part}_speedup": best(steps, ALONE, clock, part) / row[clock][part] for part in ("step", "forward", "reduced")}
+            row[clock] = {
+                part: best(steps, what, clock, part) for part in ("step", "forward", "reduced")
+            }
+            row[clock] |= {
+                f"{part}_speedup": best(steps, ALONE, clock, part) / row[clock][part]
+                for part in ("step", "forward", "reduced")
+            }
         if what in SCHEDULES:
             timeline = simulate(what, *shape, **model)
             row["predicted"] = timeline.speedup
@@ -164,13 +226,18 @@ def findings(job: Job, steps: list[dict[str, Any]], times: dict[str, float]) -> 
             row["predicted_wait"] = idle_before_the_end(timeline)
         found.append(row)
     piped = [step for step in steps if step["what"] in SCHEDULES]
-    agreement = {key: max(step[key] for step in piped) for key in ("loss_differs", "gradients_differ")}
-    quiet = all(row["others"] <= QUIET for row in found if row["what"] in (ALONE, BOTH, "layer_level"))
+    agreement = {
+        key: max(step[key] for step in piped) for key in ("loss_differs", "gradients_differ")
+    }
+    quiet = all(
+        row["others"] <= QUIET for row in found if row["what"] in (ALONE, BOTH, "layer_level")
+    )
     return {
         "arrangements": found,
         "verdict": verdict(found, ceiling),
         "clock": "wall" if quiet else "processor",  # the one that decides
-        "agreement": agreement | {"tolerance": TOLERANCE, "met": max(agreement.values()) <= TOLERANCE},
+        "agreement": agreement
+        | {"tolerance": TOLERANCE, "met": max(agreement.values()) <= TOLERANCE},
     }
 
 
@@ -197,21 +264,42 @@ def idle_before_the_end(timeline: Timeline) -> list[float]:
 def memory_of(job: Job, ranks: int) -> Iterator[dict[str, Any]]:
     """Peak memory of the ranks of a layer_level pipeline, with and without recomputation."""
     for recompute in track((False, True), description=f"memory of {ranks} rank(s)", transient=True):
-        yield {"ranks": ranks, "recompute": recompute, "mib": [count / 2**20 for count in peak_memory(job, ranks, recompute)]}
+        yield {
+            "ranks": ranks,
+            "recompute": recompute,
+            "mib": [count / 2**20 for count in peak_memory(job, ranks, recompute)],
+        }
 
 
 # ---- what is simulated
 
 
-def simulations(times: dict[str, float], chunks: tuple[int, ...], ranks: tuple[int, ...]) -> list[dict[str, Any]]:
+def simulations(
+    times: dict[str, float], chunks: tuple[int, ...], ranks: tuple[int, ...]
+) -> list[dict[str, Any]]:
     """Efficiency (speed-up / P) by schedule for every number of chunks, transfer time and P."""
-    plan = [(T, transfer, P) for T in chunks for transfer in (times["transfer_cells"], *TRANSFERS) for P in ranks]
+    plan = [
+        (T, transfer, P)
+        for T in chunks
+        for transfer in (times["transfer_cells"], *TRANSFERS)
+        for P in ranks
+    ]
     rows = []
     for T, transfer, P in track(plan, description="simulating", transient=True):
-        timelines = compare(P, SIMULATED_LAYERS, T, backward=times["backward_cells"], transfer=transfer)
+        timelines = compare(
+            P, SIMULATED_LAYERS, T, backward=times["backward_cells"], transfer=transfer
+        )
         efficiency = {timeline.schedule: timeline.speedup / P for timeline in timelines}
         winner = max(efficiency, key=lambda name: round(efficiency[name], 6))  # the first of equals
-        rows.append({"chunks": T, "transfer_cells": transfer, "ranks": P, "efficiency": efficiency, "best": winner})
+        rows.append(
+            {
+                "chunks": T,
+                "transfer_cells": transfer,
+                "ranks": P,
+                "efficiency": efficiency,
+                "best": winner,
+            }
+        )
     return rows
 
 

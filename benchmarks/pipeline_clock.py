@@ -12,7 +12,9 @@ from typing import NamedTuple
 class Event(NamedTuple):
     """What a rank did with a message: start and end on the clock that all ranks share, and in processor time since its step began."""
 
-    kind: str  # send, receive (the wait for it), flush (the wait until all that was sent has arrived)
+    kind: (
+        str  # send, receive (the wait for it), flush (the wait until all that was sent has arrived)
+    )
     link: str  # memory, gradient
     wall: tuple[float, float]
     processor: tuple[float, float]
@@ -37,7 +39,10 @@ def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
                 sent.setdefault((rank, event.link), []).append(event.wall[0])
     found = []
     for rank, own in enumerate(events):
-        share, received = dict.fromkeys(("neighbour", "transfer", "sending", "flushing"), 0.0), {"memory": 0, "gradient": 0}
+        share, received = (
+            dict.fromkeys(("neighbour", "transfer", "sending", "flushing"), 0.0),
+            {"memory": 0, "gradient": 0},
+        )
         for event in own:
             start, end = event.wall
             if event.kind == "send":
@@ -54,7 +59,9 @@ def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
     return found
 
 
-def longest_chain(events: Sequence[Sequence[Event]], totals: Sequence[float], transfer: float) -> float:
+def longest_chain(
+    events: Sequence[Sequence[Event]], totals: Sequence[float], transfer: float
+) -> float:
     """The longest chain of what waits for what, in processor time: the step's wall time if no other program took a processor.
 
     Args:
@@ -69,9 +76,14 @@ def longest_chain(events: Sequence[Sequence[Event]], totals: Sequence[float], tr
         event = events[rank][position[rank]]
         clock = clocks[rank] + event.processor[1] - spent[rank]
         if event.kind == "send":
-            sent.setdefault((rank, event.link), []).append(clocks[rank] + event.processor[0] - spent[rank])
+            sent.setdefault((rank, event.link), []).append(
+                clocks[rank] + event.processor[0] - spent[rank]
+            )
         elif event.kind == "receive":
-            messages, k = sent.get((sender(rank, event.link, len(events)), event.link), []), received.get((rank, event.link), 0)
+            messages, k = (
+                sent.get((sender(rank, event.link, len(events)), event.link), []),
+                received.get((rank, event.link), 0),
+            )
             if k == len(messages):
                 return False
             received[rank, event.link] = k + 1
@@ -86,4 +98,6 @@ def longest_chain(events: Sequence[Sequence[Event]], totals: Sequence[float], tr
             while position[rank] < len(own) and advance(rank):
                 moved = True
     assert position == [len(own) for own in events], "a message is received that nobody sent"
-    return max(clock + total - before for clock, total, before in zip(clocks, totals, spent, strict=True))
+    return max(
+        clock + total - before for clock, total, before in zip(clocks, totals, spent, strict=True)
+    )

@@ -11,16 +11,30 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-COLOURS = {"layer_level": "tab:blue", "interleaved": "tab:green", "chunk_level": "tab:red", "layer_stages": "tab:purple"}
+COLOURS = {
+    "layer_level": "tab:blue",
+    "interleaved": "tab:green",
+    "chunk_level": "tab:red",
+    "layer_stages": "tab:purple",
+}
 CLOCKS = {"wall": "wall time", "processor": "processor time along the longest chain"}
 NAMES = {"alone": "one process", "at_the_same_time": "two, each its own"}
-PARTS = {"computing": "tab:blue", "waiting for a neighbour that computes": "lightgrey", "communication": "tab:orange"}
+PARTS = {
+    "computing": "tab:blue",
+    "waiting for a neighbour that computes": "lightgrey",
+    "communication": "tab:orange",
+}
 
 
 def parts(rank: dict[str, float]) -> dict[str, float]:
     """Where a rank's time went, in seconds; their sum is the step as the rank saw it."""
-    idle, communication = rank["neighbour"], sum(rank[name] for name in ("transfer", "sending", "flushing"))
-    return dict(zip(PARTS, (rank["seconds"] - idle - communication, idle, communication), strict=True))
+    idle, communication = (
+        rank["neighbour"],
+        sum(rank[name] for name in ("transfer", "sending", "flushing")),
+    )
+    return dict(
+        zip(PARTS, (rank["seconds"] - idle - communication, idle, communication), strict=True)
+    )
 
 
 def piped(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -35,7 +49,9 @@ def write_plots(folder: Path, name: str, result: dict[str, Any]) -> None:
     with matplotlib.rc_context({"font.size": 10}):
         charts = {name: plot(result), f"{name}-simulated": plot_simulated(result)}
     for file, chart in charts.items():
-        report.write(folder / f"{file}.png", lambda path, chart=chart: chart.savefig(path, format="png"))
+        report.write(
+            folder / f"{file}.png", lambda path, chart=chart: chart.savefig(path, format="png")
+        )
 
 
 def plot(result: dict[str, Any]) -> Figure:
@@ -46,15 +62,32 @@ def plot(result: dict[str, Any]) -> Figure:
     verdict = result["verdict"][clock]
     for x, row in enumerate(rows):
         speed.bar(x, row[clock]["step_speedup"], color=COLOURS[row["what"]], width=0.6)
-        speed.plot([x - 0.4, x + 0.4], [row["predicted"]] * 2, color="black", label="simulated, ideal machine" if not x else None)
-    speed.axhline(verdict["ceiling"], color="grey", linestyle=":", label="ceiling: two independent processes")
+        speed.plot(
+            [x - 0.4, x + 0.4],
+            [row["predicted"]] * 2,
+            color="black",
+            label="simulated, ideal machine" if not x else None,
+        )
+    speed.axhline(
+        verdict["ceiling"], color="grey", linestyle=":", label="ceiling: two independent processes"
+    )
     at = [row["what"] for row in rows].index("layer_level")
-    speed.plot([at - 0.4, at + 0.4], [verdict["bound"]] * 2, color="black", linestyle="--", label="what layer_level has to reach")
+    speed.plot(
+        [at - 0.4, at + 0.4],
+        [verdict["bound"]] * 2,
+        color="black",
+        linestyle="--",
+        label="what layer_level has to reach",
+    )
     speed.set_xticks(range(len(rows)), [row["what"] for row in rows])
     speed.set(ylabel=f"speed-up ({clock} time)", ylim=(0, 2.9))
     speed.legend(frameon=False, fontsize=8, loc="upper left")
 
-    bars = [(f"{row['what']}, rank {rank}", parts(one)) for row in rows for rank, one in enumerate(row["ranks"])]
+    bars = [
+        (f"{row['what']}, rank {rank}", parts(one))
+        for row in rows
+        for rank, one in enumerate(row["ranks"])
+    ]
     for y, (_, spent) in enumerate(bars):
         left = 0.0
         for part, colour in PARTS.items():
@@ -63,14 +96,32 @@ def plot(result: dict[str, Any]) -> Figure:
     time.set_yticks(range(len(bars)), [label for label, _ in bars])
     time.invert_yaxis()
     time.set(xlabel="seconds")
-    time.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, columnspacing=1)
+    time.legend(
+        frameon=False,
+        fontsize=8,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.15),
+        ncols=3,
+        columnspacing=1,
+    )
 
     for recompute, label in ((False, "all kept"), (True, "recomputed")):
-        points = [(one["ranks"], max(one["mib"])) for one in result["memory"] if one["recompute"] == recompute]
+        points = [
+            (one["ranks"], max(one["mib"]))
+            for one in result["memory"]
+            if one["recompute"] == recompute
+        ]
         memory.plot(*zip(*points, strict=True), marker="o", label=f"activations {label}")
-        memory.plot([p for p, _ in points], [points[0][1] / p for p, _ in points], color="grey", linestyle=":")
+        memory.plot(
+            [p for p, _ in points],
+            [points[0][1] / p for p, _ in points],
+            color="grey",
+            linestyle=":",
+        )
     counts = sorted({one["ranks"] for one in result["memory"]})
-    memory.set(xscale="log", yscale="log", xlabel="ranks P", ylabel="peak of a rank, MiB (dotted: 1 / P)")
+    memory.set(
+        xscale="log", yscale="log", xlabel="ranks P", ylabel="peak of a rank, MiB (dotted: 1 / P)"
+    )
     memory.set_xticks(counts, [str(n) for n in counts])
     memory.minorticks_off()
     memory.legend(frameon=False, fontsize=8)
@@ -87,14 +138,25 @@ def plot(result: dict[str, Any]) -> Figure:
 def plot_simulated(result: dict[str, Any]) -> Figure:
     """Efficiency against P: a row a length of text, a column a transfer time."""
     rows = result["simulated"]["rows"]
-    lengths, transfers = sorted({row["chunks"] for row in rows}), sorted({row["transfer_cells"] for row in rows})
-    figure = Figure(figsize=(3 * len(transfers), 0.8 + 2.8 * len(lengths)), layout="constrained", dpi=100)
+    lengths, transfers = (
+        sorted({row["chunks"] for row in rows}),
+        sorted({row["transfer_cells"] for row in rows}),
+    )
+    figure = Figure(
+        figsize=(3 * len(transfers), 0.8 + 2.8 * len(lengths)), layout="constrained", dpi=100
+    )
     panels = figure.subplots(len(lengths), len(transfers), sharex=True, sharey=True, squeeze=False)
     for line, chunks in zip(panels, lengths, strict=True):
         for axes, transfer in zip(line, transfers, strict=True):
-            seen = [row for row in rows if (row["chunks"], row["transfer_cells"]) == (chunks, transfer)]
+            seen = [
+                row for row in rows if (row["chunks"], row["transfer_cells"]) == (chunks, transfer)
+            ]
             for name, colour in COLOURS.items():
-                points = [(row["ranks"], row["efficiency"][name]) for row in seen if name in row["efficiency"]]
+                points = [
+                    (row["ranks"], row["efficiency"][name])
+                    for row in seen
+                    if name in row["efficiency"]
+                ]
                 axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=name)
             measured = " (measured here)" if transfer == result["times"]["transfer_cells"] else ""
             axes.set_title(f"{chunks} chunks, transfer {transfer:.2g} cells{measured}", fontsize=8)
@@ -117,7 +179,13 @@ def plot_simulated(result: dict[str, Any]) -> Figure:
 def show(result: dict[str, Any]) -> None:
     """The tables and the verdicts."""
     console = Console()
-    for table in (time_table(result), speed_table(result), wait_table(result), memory_table(result), *winner_tables(result)):
+    for table in (
+        time_table(result),
+        speed_table(result),
+        wait_table(result),
+        memory_table(result),
+        *winner_tables(result),
+    ):
         console.print(table)
     for clock, verdict in result["verdict"].items():
         least, ceiling, predicted = verdict["least"], verdict["ceiling"], verdict["predicted"]
@@ -125,7 +193,11 @@ def show(result: dict[str, Any]) -> None:
             f"layer_level, {CLOCKS[clock]}: speed-up {verdict['speedup']:.3f}; bound = {least} * (ceiling / 2) * predicted = "
             f"{least} * ({ceiling:.3f} / 2) * {predicted:.3f} = {verdict['bound']:.3f}: {'met' if verdict['met'] else 'MISSED'}"
         )
-    disturbed = "; other programs took more than 5 % of the processors even in the best rounds" if result["clock"] != "wall" else ""
+    disturbed = (
+        "; other programs took more than 5 % of the processors even in the best rounds"
+        if result["clock"] != "wall"
+        else ""
+    )
     console.print(f"  ({CLOCKS[result['clock']]} decides{disturbed})")
     agreement = result["agreement"]
     console.print(
@@ -136,31 +208,66 @@ def show(result: dict[str, Any]) -> None:
 
 def time_table(result: dict[str, Any]) -> Table:
     title = f"a step of {result['chunks']} chunks x {result['shape']['layers']} layers, seconds, best of {result['rounds']}"
-    table = report.new_table(title, "", "step", "forward", "sum of gradients", "processor time", "taken by others")
+    table = report.new_table(
+        title, "", "step", "forward", "sum of gradients", "processor time", "taken by others"
+    )
     for row in result["arrangements"]:
         wall = row["wall"]
-        cells = (wall["step"], wall["forward"], wall["reduced"] - wall["step"], row["processor"]["step"])
-        table.add_row(NAMES.get(row["what"], row["what"]), *(f"{x:.3f}" for x in cells), f"{row['others']:.0%}")
+        cells = (
+            wall["step"],
+            wall["forward"],
+            wall["reduced"] - wall["step"],
+            row["processor"]["step"],
+        )
+        table.add_row(
+            NAMES.get(row["what"], row["what"]),
+            *(f"{x:.3f}" for x in cells),
+            f"{row['others']:.0%}",
+        )
     return table
 
 
 def speed_table(result: dict[str, Any]) -> Table:
-    heads = ("step", "processor time", "simulated", "with sum of gradients", "forward only", "simulated")
+    heads = (
+        "step",
+        "processor time",
+        "simulated",
+        "with sum of gradients",
+        "forward only",
+        "simulated",
+    )
     table = report.new_table("speed-up over one process", "", *heads)
     for row in piped(result):
         wall, by_processor = row["wall"], row["processor"]["step_speedup"]
-        found = (wall["step_speedup"], by_processor, row["predicted"], wall["reduced_speedup"], wall["forward_speedup"])
+        found = (
+            wall["step_speedup"],
+            by_processor,
+            row["predicted"],
+            wall["reduced_speedup"],
+            wall["forward_speedup"],
+        )
         table.add_row(row["what"], *(f"{x:.2f}" for x in (*found, row["predicted_forward"])))
     return table
 
 
 def wait_table(result: dict[str, Any]) -> Table:
     """Shares of each rank's time in the best round. Waiting and communication: by the messages' times, not by the simulator."""
-    heads = ("rank", "computing", "waits for neighbour", "simulated", "communi- cation", "Ring. seconds")
-    table = report.new_table("where a rank's time goes; communication: transfers, sending", "", *heads)
+    heads = (
+        "rank",
+        "computing",
+        "waits for neighbour",
+        "simulated",
+        "communi- cation",
+        "Ring. seconds",
+    )
+    table = report.new_table(
+        "where a rank's time goes; communication: transfers, sending", "", *heads
+    )
     for row in piped(result):
         for rank, (one, idle) in enumerate(zip(row["ranks"], row["predicted_wait"], strict=True)):
-            computing, neighbour, communication = (seconds / one["seconds"] for seconds in parts(one).values())
+            computing, neighbour, communication = (
+                seconds / one["seconds"] for seconds in parts(one).values()
+            )
             cells = (computing, neighbour, idle, communication, one["waited"] / one["seconds"])
             table.add_row(row["what"], str(rank), *(f"{x:.1%}" for x in cells))
     return table
@@ -172,7 +279,9 @@ def memory_table(result: dict[str, Any]) -> Table:
     peaks = {(one["ranks"], one["recompute"]): max(one["mib"]) for one in result["memory"]}
     for ranks in sorted({ranks for ranks, _ in peaks}):
         cells = [(peaks[ranks, how], peaks[ranks, how] / peaks[1, how]) for how in (False, True)]
-        table.add_row(str(ranks), *(text for peak, share in cells for text in (f"{peak:.1f}", f"{share:.2f}")))
+        table.add_row(
+            str(ranks), *(text for peak, share in cells for text in (f"{peak:.1f}", f"{share:.2f}"))
+        )
     return table
 
 
@@ -189,6 +298,8 @@ def winner_tables(result: dict[str, Any]) -> list[Table]:
         for ranks in sorted({row["ranks"] for row in rows}):
             seen = [row for row in rows if (row["chunks"], row["ranks"]) == (chunks, ranks)]
             seen.sort(key=lambda row: row["transfer_cells"])
-            table.add_row(str(ranks), *(f"{row['best']} {row['efficiency'][row['best']]:.2f}" for row in seen))
+            table.add_row(
+                str(ranks), *(f"{row['best']} {row['efficiency'][row['best']]:.2f}" for row in seen)
+            )
         tables.append(table)
     return tables

@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))  # processes under a watchdog: they are for tests
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "tests")
+)  # processes under a watchdog: they are for tests
 
 import torch
 import torch.distributed as dist
@@ -28,11 +30,11 @@ from shapes import TEXT_VOCABULARY, Shape
 from torch import Tensor
 
 from comet_pl import CometForCausalLM
-from comet_pl.training.lit_module import read_windows
 from comet_pl.parallel.p2p import Channel, Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.strategy import LayerPipelineStrategy
+from comet_pl.training.lit_module import read_windows
 from comet_pl.training.windows import Window, count_targets, cut_windows
 
 ALONE, BOTH = "alone", "at_the_same_time"  # one process; two that know nothing of each other
@@ -57,7 +59,12 @@ class Job:
 
     def text(self) -> tuple[list[Window], int]:
         """(its one window, the number of targets)"""
-        ids = torch.randint(0, TEXT_VOCABULARY, (1, self.chunks * self.shape.chunk), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            0,
+            TEXT_VOCABULARY,
+            (1, self.chunks * self.shape.chunk),
+            generator=torch.Generator().manual_seed(0),
+        )
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         return cut_windows(batch, self.shape.chunk, None), count_targets(batch)
 
@@ -83,7 +90,9 @@ def now() -> tuple[float, float]:
 def machine_busy() -> float:
     """Seconds that all processors of the machine have worked so far, for whomever."""
     try:
-        user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:])
+        user, nice, system, _, _, *rest = map(
+            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        )
     except OSError:
         return float("nan")  # no /proc on this system: no number rather than a wrong one
     return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
@@ -100,12 +109,19 @@ class Log:
         self.events, self.start = [], now()[1]
 
     def end(self) -> list[Event]:
-        events, self.events = self.events, []  # what comes later, as a ping-pong, is no part of the step
+        events, self.events = (
+            self.events,
+            [],
+        )  # what comes later, as a ping-pong, is no part of the step
         return events
 
     def add(self, kind: str, link: str, before: tuple[float, float]) -> None:
         after = now()
-        self.events.append(Event(kind, link, (before[0], after[0]), (before[1] - self.start, after[1] - self.start)))
+        self.events.append(
+            Event(
+                kind, link, (before[0], after[0]), (before[1] - self.start, after[1] - self.start)
+            )
+        )
 
 
 class LoggedChannel(Channel):
@@ -148,14 +164,23 @@ def _measure(job: Job) -> list[dict[str, Any]]:
     """One entry a round and arrangement: times, events, how far loss and gradients lie from those of one process."""
     dist.init_process_group("gloo", timeout=PATIENCE)
     me, log = dist.get_rank(), Log()
-    ends = {"to_next": "memory", "from_previous": "memory", "gradient_to_previous": "gradient", "gradient_from_next": "gradient"}
+    ends = {
+        "to_next": "memory",
+        "from_previous": "memory",
+        "gradient_to_previous": "gradient",
+        "gradient_from_next": "gradient",
+    }
     ring = Ring.build([[0, 1]])
     ring = Ring(**{end: LoggedChannel(getattr(ring, end), link, log) for end, link in ends.items()})
     model, (windows, targets) = job.model(), job.text()
     parameters, strategy = list(model.parameters()), LayerPipelineStrategy()
 
     def read(what: str) -> Iterator[Tensor | None]:
-        return read_windows(model, windows, targets) if what in (ALONE, BOTH) else Pipeline(ring, me, 2, what).read(model, windows, targets)
+        return (
+            read_windows(model, windows, targets)
+            if what in (ALONE, BOTH)
+            else Pipeline(ring, me, 2, what).read(model, windows, targets)
+        )
 
     def step(what: str) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
@@ -169,11 +194,19 @@ def _measure(job: Job) -> list[dict[str, Any]]:
                 part.backward()
                 loss += part.detach()
         clock.append(now())
-        found: dict[str, Any] = {"waited": ring.seconds - waited, "events": log.end(), "forward_events": forward_events, "loss": loss}
+        found: dict[str, Any] = {
+            "waited": ring.seconds - waited,
+            "events": log.end(),
+            "forward_events": forward_events,
+            "loss": loss,
+        }
         if what not in (ALONE, BOTH):
             strategy.sum_gradients(parameters)
         clock.append(now())
-        return found | {"wall": [wall for wall, _ in clock], "processor": [processor for _, processor in clock]}
+        return found | {
+            "wall": [wall for wall, _ in clock],
+            "processor": [processor for _, processor in clock],
+        }
 
     first = step(BOTH)["loss"]  # nobody's first time counts
     expected = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
@@ -190,7 +223,11 @@ def _measure(job: Job) -> list[dict[str, Any]]:
         entry |= {"own": now()[1] - processor, "busy": machine_busy() - busy}
         if what not in (ALONE, BOTH):
             dist.all_reduce(entry["loss"])
-            apart = [_apart(p.grad, gradient) for p, gradient in zip(parameters, expected, strict=True) if p.grad is not None]
+            apart = [
+                _apart(p.grad, gradient)
+                for p, gradient in zip(parameters, expected, strict=True)
+                if p.grad is not None
+            ]
             entry |= {"loss_differs": _apart(entry["loss"], first), "gradients_differ": max(apart)}
         found.append(entry)
     return found
@@ -198,7 +235,10 @@ def _measure(job: Job) -> list[dict[str, Any]]:
 
 def _apart(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected entry."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
+    return float(
+        (found - expected).abs().max()
+        / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    )
 
 
 def message_shape(job: Job) -> tuple[int, int, int]:
@@ -236,7 +276,9 @@ def _peak_memory(job: Job, recompute: bool) -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     known = [tensor for p in model.parameters() for tensor in (p, p.grad) if tensor is not None]
-    with LiveBytes([*known, *model.buffers(), windows[0].input_ids, windows[0].shift_labels]) as live:
+    with LiveBytes(
+        [*known, *model.buffers(), windows[0].input_ids, windows[0].shift_labels]
+    ) as live:
         for loss in Pipeline(ring, me, ranks).read(model, windows, targets):
             if loss is not None:
                 loss.backward()

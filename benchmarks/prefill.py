@@ -47,18 +47,61 @@ DTYPES = ("float32", "bfloat16", "float16")
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--small", dest="size", action="store_const", const="small", help="everything at a sixteenth of the paper's shape")
-    size.add_argument("--full", dest="size", action="store_const", const="full", help="lengths at the paper's shape")
-    size.add_argument("--only-4b", dest="size", action="store_const", const="4b", help="nothing but the ratio at Qwen3-4B's layer")
+    size.add_argument(
+        "--small",
+        dest="size",
+        action="store_const",
+        const="small",
+        help="everything at a sixteenth of the paper's shape",
+    )
+    size.add_argument(
+        "--full",
+        dest="size",
+        action="store_const",
+        const="full",
+        help="lengths at the paper's shape",
+    )
+    size.add_argument(
+        "--only-4b",
+        dest="size",
+        action="store_const",
+        const="4b",
+        help="nothing but the ratio at Qwen3-4B's layer",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens to read")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="chunks of each that make the ratio (default: 3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="default here: %(default)s")
-    parser.add_argument("--full-attention-to", type=int, metavar="N", help="the longest text it reads (default: 65536; cuda: 262144)")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="chunks of each that make the ratio (default: 3)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=torch.get_num_threads(),
+        metavar="N",
+        help="default here: %(default)s",
+    )
+    parser.add_argument(
+        "--full-attention-to",
+        type=int,
+        metavar="N",
+        help="the longest text it reads (default: 65536; cuda: 262144)",
+    )
     add_device(parser)
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
     if options.size == "4b" and (options.lengths or options.full_attention_to):
-        raise UserError("--only-4b: given with --lengths or --full-attention-to, but it reads no lengths")
+        raise UserError(
+            "--only-4b: given with --lengths or --full-attention-to, but it reads no lengths"
+        )
     if options.lengths is None:
         options.lengths = [1024, 4096] if options.size == "small" else [16384, 32768, 262144]
     settle_device(options)
@@ -68,14 +111,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         value = min(value) if isinstance(value, list) else value
         if value < 1:
-            raise UserError(f"--{name.replace('_', '-')}: {value} given, a whole number >= 1 is needed")
+            raise UserError(
+                f"--{name.replace('_', '-')}: {value} given, a whole number >= 1 is needed"
+            )
     report.make_folder(options.out)
     return options
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     """--device and --dtype."""
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="auto: cuda where there is one (default: cpu)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda", "auto"),
+        default="cpu",
+        help="auto: cuda where there is one (default: cpu)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, bfloat16 on cuda")
 
 
@@ -107,7 +157,9 @@ def run_job(script: str, job: dict[str, Any], named: str) -> dict[str, Any]:
     """
     threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     command = [sys.executable, str(HERE / script), json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | threads, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | threads, check=False
+    )
     if done.returncode:
         why = (done.stderr.strip().splitlines() or ["killed, most likely for want of memory"])[-1]
         raise UserError(f"measuring {named} ended with status {done.returncode}: {why}")
@@ -123,11 +175,23 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     common, machine = conditions(options), report.machine(options.device)
 
     lengths = sorted(set(options.lengths))
-    limits = {"slots_in_full": STEADY_TO, "sliding_window": STEADY_TO, "full_attention": options.full_attention_to}
-    jobs: list[dict[str, Any]] = [{"what": "ratio", "shape": ratio_shape.name, "rounds": options.rounds}]
+    limits = {
+        "slots_in_full": STEADY_TO,
+        "sliding_window": STEADY_TO,
+        "full_attention": options.full_attention_to,
+    }
+    jobs: list[dict[str, Any]] = [
+        {"what": "ratio", "shape": ratio_shape.name, "rounds": options.rounds}
+    ]
     for what in WAYS:
-        jobs += [{"what": what, "shape": lengths_shape.name, "length": n} for n in lengths if n <= limits.get(what, n)]
-    ratio, *found = [measure(job | common) for job in track(jobs, description="measuring", transient=True)]
+        jobs += [
+            {"what": what, "shape": lengths_shape.name, "length": n}
+            for n in lengths
+            if n <= limits.get(what, n)
+        ]
+    ratio, *found = [
+        measure(job | common) for job in track(jobs, description="measuring", transient=True)
+    ]
 
     return {
         **common,
@@ -145,19 +209,34 @@ def ratio_alone(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """The ratio at one shape, with what it depends on."""
     common, machine = conditions(options), report.machine(options.device)
     ratio = measure({"what": "ratio", "shape": shape.name, "rounds": options.rounds} | common)
-    return {**common, "machine": machine, **verdicts(ratio, shape, common["clock"]), "shapes": {shape.name: vars(shape)}}
+    return {
+        **common,
+        "machine": machine,
+        **verdicts(ratio, shape, common["clock"]),
+        "shapes": {shape.name: vars(shape)},
+    }
 
 
 def conditions(options: argparse.Namespace) -> dict[str, Any]:
     """What all jobs of a run have in common."""
     clock = report.clock_of(options.device, options.threads)
-    return {"threads": options.threads, "device": options.device, "dtype": options.dtype, "clock": clock}
+    return {
+        "threads": options.threads,
+        "device": options.device,
+        "dtype": options.dtype,
+        "clock": clock,
+    }
 
 
 def verdicts(ratio: dict[str, Any], shape: Shape, clock: str) -> dict[str, Any]:
     """{"ratio", "linear_rate"}: what measure.py found about the ratio, and whether both bounds are met."""
     value, least = ratio[f"{clock}_ratio"], floor(shape)
-    verdict = {"value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
+    verdict = {
+        "value": value,
+        "floor": least,
+        "bound": MARGIN * least,
+        "met": value <= MARGIN * least,
+    }
     rate = ratio["achieved"]["comet"]["linear"]["share"]
     return {
         "ratio": {"shape": shape.name, **verdict, "formula": FORMULA, **ratio},
@@ -165,7 +244,9 @@ def verdicts(ratio: dict[str, Any], shape: Shape, clock: str) -> dict[str, Any]:
     }
 
 
-def against_full_attention(found: list[dict[str, Any]], furthest: int, clock: str) -> dict[str, Any]:
+def against_full_attention(
+    found: list[dict[str, Any]], furthest: int, clock: str
+) -> dict[str, Any]:
     """Where CoMeT becomes cheaper than full attention, and by how much: at the longest text that full attention read, and at `furthest`
     tokens, if that is more.
 
@@ -173,23 +254,36 @@ def against_full_attention(found: list[dict[str, Any]], furthest: int, clock: st
     texts that were read. Memory is what reading adds to the process.
     """
     key = report.time_key(clock)
-    ours, full = ({one["length"]: one for one in found if one["what"] == what} for what in ("comet", "full_attention"))
+    ours, full = (
+        {one["length"]: one for one in found if one["what"] == what}
+        for what in ("comet", "full_attention")
+    )
     verdict: dict[str, Any] = {"cheaper_from": None, "longest": None, "extrapolated": None}
     if full:
-        verdict["cheaper_from"] = crossover(*([(n, one[key]) for n, one in side.items()] for side in (ours, full)))
+        verdict["cheaper_from"] = crossover(
+            *([(n, one[key]) for n, one in side.items()] for side in (ours, full))
+        )
         verdict["longest"] = ratios(max(full.items())[1], ours[max(full)], key)
     if len(full) > 1 and furthest > max(full):
         (n, low), (n2, high) = sorted(full.items())[-2:]
         step = (furthest - n2) / (n2 - n)
         line = {name: high[name] + step * (high[name] - low[name]) for name in MEASURED}
         how = f"a straight line through {n:,} and {n2:,} tokens"
-        verdict["extrapolated"] = {**line, **ratios(line | {"length": furthest}, ours[furthest], key), "how": how}
+        verdict["extrapolated"] = {
+            **line,
+            **ratios(line | {"length": furthest}, ours[furthest], key),
+            "how": how,
+        }
     return verdict
 
 
 def ratios(full: dict[str, Any], ours: dict[str, Any], key: str) -> dict[str, Any]:
     """How many times what ours takes."""
-    return {"length": full["length"], "time": full[key] / ours[key], "memory": full["reading_mib"] / ours["reading_mib"]}
+    return {
+        "length": full["length"],
+        "time": full[key] / ours[key],
+        "memory": full["reading_mib"] / ours["reading_mib"],
+    }
 
 
 def main(argv: list[str]) -> None:
@@ -197,7 +291,9 @@ def main(argv: list[str]) -> None:
     command = " ".join(["python benchmarks/prefill.py", *argv])
 
     def file(name: str | None) -> str:
-        return "-".join(["prefill", *filter(None, [name, "cuda" if options.device == "cuda" else None])])
+        return "-".join(
+            ["prefill", *filter(None, [name, "cuda" if options.device == "cuda" else None])]
+        )
 
     if options.size != "4b":
         result = {"command": command, **benchmark(options)}

@@ -34,7 +34,9 @@ def product_rate(device: str, dtype: torch.dtype, clock: str) -> float:
     return 2 * n**3 / min(seconds[1:])
 
 
-def linear_layers(model: nn.Module, run: Callable[[], Any], device: str, clock: str) -> dict[str, float]:
+def linear_layers(
+    model: nn.Module, run: Callable[[], Any], device: str, clock: str
+) -> dict[str, float]:
     """What the linear layers of the decoder do while `run` runs: {"operations", "seconds", "rate"}."""
     operations, marks = 0, []
 
@@ -53,13 +55,21 @@ def linear_layers(model: nn.Module, run: Callable[[], Any], device: str, clock: 
         marks.append(mark())
         operations += 2 * out.numel() * module.in_features
 
-    layers = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and any(part in name for part in LAYERS)]
-    hooks = [layer.register_forward_pre_hook(before) for layer in layers] + [layer.register_forward_hook(after) for layer in layers]
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(part in name for part in LAYERS)
+    ]
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers] + [
+        layer.register_forward_hook(after) for layer in layers
+    ]
     try:
         timed(run, device)
     finally:
         for hook in hooks:
             hook.remove()
     pairs = list(zip(marks[::2], marks[1::2], strict=True))
-    seconds = sum(start.elapsed_time(end) / 1e3 if device == "cuda" else end - start for start, end in pairs)
+    seconds = sum(
+        start.elapsed_time(end) / 1e3 if device == "cuda" else end - start for start, end in pairs
+    )
     return {"operations": operations, "seconds": seconds, "rate": operations / seconds}

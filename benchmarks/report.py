@@ -22,10 +22,23 @@ from comet_pl.errors import UserError
 NAMES = {"comet": "CoMeT", "slots_in_full": "slots in full", "full_attention": "full attention"}
 NAMES |= {"sliding_window": "sliding window, sinks"}
 EXTRAPOLATED = "extrapolated"  # drawn as one line more
-COLOURS = {"comet": "tab:blue", "slots_in_full": "tab:orange", "full_attention": "tab:red", "in_place": "tab:pink"}
+COLOURS = {
+    "comet": "tab:blue",
+    "slots_in_full": "tab:orange",
+    "full_attention": "tab:red",
+    "in_place": "tab:pink",
+}
 COLOURS |= {"sliding_window": "tab:green", EXTRAPOLATED: "tab:red"}
-COLOURS |= {"chunk": "tab:blue", "cell": "tab:orange", "none": "tab:red", "boundaries": "tab:gray"}  # of training.py
-FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory of the lengths from here on may differ by this share
+COLOURS |= {
+    "chunk": "tab:blue",
+    "cell": "tab:orange",
+    "none": "tab:red",
+    "boundaries": "tab:gray",
+}  # of training.py
+FLAT_FROM, FLAT_WITHIN = (
+    16384,
+    0.05,
+)  # peak memory of the lengths from here on may differ by this share
 
 
 def clock_of(device: str, threads: int) -> str:
@@ -41,17 +54,32 @@ def time_key(clock: str) -> str:
 
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on, without the machine's name."""
-    facts: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     processor = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        models = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = models[0] if models else processor
-    facts |= {"system": platform.system(), "processor": processor, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
+    facts |= {
+        "system": platform.system(),
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+    }
     facts |= {"cpu_kernels": torch.backends.cpu.get_cpu_capability()}
     return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def flatness(lengths: list[dict[str, Any]], keys: Sequence[str] = ("peak_mib", "reading_mib")) -> dict[str, float] | None:
+def flatness(
+    lengths: list[dict[str, Any]], keys: Sequence[str] = ("peak_mib", "reading_mib")
+) -> dict[str, float] | None:
     """How far CoMeT's figures at FLAT_FROM tokens and more lie apart: (highest - lowest) / lowest; None with fewer than two of them."""
     found = [one for one in lengths if one["what"] == "comet" and one["length"] >= FLAT_FROM]
     if len({one["length"] for one in found}) < 2:
@@ -63,7 +91,9 @@ def flatness(lengths: list[dict[str, Any]], keys: Sequence[str] = ("peak_mib", "
     return spread
 
 
-def crossover(ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float]]) -> dict[str, Any] | None:
+def crossover(
+    ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float]]
+) -> dict[str, Any] | None:
     """The context from which on ours stays cheaper.
 
     Args:
@@ -79,7 +109,10 @@ def crossover(ours: Sequence[tuple[int, float]], full: Sequence[tuple[int, float
     if not gaps:
         return None
     if not dearer:
-        return {"tokens": gaps[0][0], "how": "at most: ours is cheaper at the shortest context already"}
+        return {
+            "tokens": gaps[0][0],
+            "how": "at most: ours is cheaper at the shortest context already",
+        }
     i, how = dearer[-1], "interpolated linearly"
     if i == len(gaps) - 1:
         i, how = i - 1, "extrapolated linearly"
@@ -116,7 +149,9 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     write(path, lambda file: file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8"))
 
 
-def write_plot(path: Path, result: dict[str, Any], draw: Callable[[dict[str, Any]], Figure] | None = None) -> None:
+def write_plot(
+    path: Path, result: dict[str, Any], draw: Callable[[dict[str, Any]], Figure] | None = None
+) -> None:
     """What `draw` makes of the result (None: `plot`), as a PNG."""
     with matplotlib.rc_context({"font.size": 10}):
         chart = (draw or plot)(result)
@@ -130,7 +165,12 @@ def plot(result: dict[str, Any]) -> Figure:
     panels = ((time, f"ms a token ({result['clock']} time)"), ("peak_mib", "peak memory, MiB"))
     for axes, (key, label) in zip(figure.subplots(1, 2), panels, strict=True):
         curves(
-            axes, [*result["lengths"], *beyond(result)], NAMES | {EXTRAPOLATED: "full attention, extrapolated"}, key, label, "tokens read"
+            axes,
+            [*result["lengths"], *beyond(result)],
+            NAMES | {EXTRAPOLATED: "full attention, extrapolated"},
+            key,
+            label,
+            "tokens read",
         )
     figure.axes[0].legend(frameon=False)
     ratio = result["ratio"]
@@ -146,16 +186,32 @@ def beyond(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Full attention's last measured point and the extrapolated one, as a curve of their own."""
     one = result["against_full_attention"]["extrapolated"]
     measured = [found for found in result["lengths"] if found["what"] == "full_attention"]
-    return [point | {"what": EXTRAPOLATED} for point in (max(measured, key=lambda found: found["length"]), one)] if one else []
+    return (
+        [
+            point | {"what": EXTRAPOLATED}
+            for point in (max(measured, key=lambda found: found["length"]), one)
+        ]
+        if one
+        else []
+    )
 
 
-def curves(axes: Axes, found: Sequence[Mapping[str, Any]], names: Mapping[str, str], key: str, label: str, xlabel: str) -> None:
+def curves(
+    axes: Axes,
+    found: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    key: str,
+    label: str,
+    xlabel: str,
+) -> None:
     """A line for each of `names` that was found: `key` against "length", both axes logarithmic with plain numbers."""
     for what, name in names.items():
         points = sorted((one["length"], one[key]) for one in found if one["what"] == what)
         if points:
             style = {"linestyle": "--", "fillstyle": "none"} if what == EXTRAPOLATED else {}
-            axes.plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS[what], **style)
+            axes.plot(
+                *zip(*points, strict=True), marker="o", label=name, color=COLOURS[what], **style
+            )
     ticks = sorted({one["length"] for one in found})
     axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
     axes.set_xticks(ticks, [short(n) for n in ticks])
@@ -175,19 +231,39 @@ def show(result: dict[str, Any]) -> None:
     """The table and the verdicts."""
     console = Console()
     title = f"{result['lengths_shape']} shape, {result['device']}, {result['dtype']}, {result['threads']} thread(s)"
-    table = new_table(title, "", "tokens", "ms/token", "cpu ms/token", "peak MiB", "by reading", "of product", "linear")
+    table = new_table(
+        title,
+        "",
+        "tokens",
+        "ms/token",
+        "cpu ms/token",
+        "peak MiB",
+        "by reading",
+        "of product",
+        "linear",
+    )
     for one in result["lengths"]:
         numbers = (one["ms_per_token"], one["processor_ms_per_token"])
         memory, rate = (one["peak_mib"], one["reading_mib"]), one["achieved"]
         shares = (f"{rate['share']:.0%}", f"{rate['linear']['share']:.0%}")
-        table.add_row(NAMES[one["what"]], f"{one['length']:,}", *(f"{x:.4f}" for x in numbers), *(f"{x:.0f}" for x in memory), *shares)
+        table.add_row(
+            NAMES[one["what"]],
+            f"{one['length']:,}",
+            *(f"{x:.4f}" for x in numbers),
+            *(f"{x:.0f}" for x in memory),
+            *shares,
+        )
     console.print(table)
-    console.print("  (of product: operations a second as a share of a plain matrix product's; linear: in the linear layers alone)")
+    console.print(
+        "  (of product: operations a second as a share of a plain matrix product's; linear: in the linear layers alone)"
+    )
     show_ratio(result)
     flat = result["flatness"]
     if flat is not None:
         met = "met" if flat["peak_mib"] <= FLAT_WITHIN else "MISSED"
-        console.print(f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}")
+        console.print(
+            f"peak memory from {FLAT_FROM:,} tokens on differs by {flat['peak_mib']:.1%}, allowed {FLAT_WITHIN:.0%}: {met}"
+        )
         console.print(f"  (what reading adds to the process differs by {flat['reading_mib']:.1%})")
     for line in against_full_attention(result):
         console.print(line)
@@ -205,7 +281,9 @@ def show_ratio(result: dict[str, Any]) -> None:
         f"wanted {linear['bound']:.0%}: {'met' if linear['met'] else 'MISSED'}"
     )
     if not ratio["shape"].startswith("paper"):
-        console.print("  (at this size what does not grow with the shape, Python above all, counts for more than the operations)")
+        console.print(
+            "  (at this size what does not grow with the shape, Python above all, counts for more than the operations)"
+        )
     console.print(f"floor: {ratio['formula']}", style="dim")
 
 

@@ -71,7 +71,9 @@ SHAPES = {
         Shape("paper", 1024, 16, 8, 128, 3072, chunk=2048, global_size=512, capacity=2048),
         Shape("quarter", 256, 8, 4, 64, 768, chunk=512, global_size=128, capacity=512),
         Shape("sixteenth", 64, 4, 2, 32, 192, chunk=128, global_size=32, capacity=128),
-        Shape("paper-4b", 2560, 32, 8, 128, 9728, chunk=2048, global_size=512, capacity=2048, layers=1),
+        Shape(
+            "paper-4b", 2560, 32, 8, 128, 9728, chunk=2048, global_size=512, capacity=2048, layers=1
+        ),
     )
 }
 
@@ -88,7 +90,9 @@ def operations(shape: Shape) -> tuple[int, int]:
     Head, norms, gates and adapters are left out: the last two are below 0.02 % of the paper's shape.
     """
     config = shape.comet()
-    ours, in_full = (flops.cell(config, flops.whole_chunk(config), slots) for slots in ("recomputed", "in_full"))
+    ours, in_full = (
+        flops.cell(config, flops.whole_chunk(config), slots) for slots in ("recomputed", "in_full")
+    )
     return (ours.total - ours.memory) // 2, (in_full.total - in_full.memory) // 2
 
 

@@ -29,13 +29,17 @@ class SinkLayer(DynamicLayer):
         super().__init__()
         self.sinks, self.window = sinks, window
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """What the call sees; what it leaves behind is less."""
         keys, values = super().update(key_states, value_states)
         forgotten = keys.shape[2] - self.sinks - self.window
         if forgotten > 0:
             behind = self.sinks + forgotten
-            self.keys, self.values = (torch.cat([x[:, :, : self.sinks], x[:, :, behind:]], 2) for x in (keys, values))
+            self.keys, self.values = (
+                torch.cat([x[:, :, : self.sinks], x[:, :, behind:]], 2) for x in (keys, values)
+            )
         return keys, values
 
 
@@ -53,7 +57,13 @@ class Call:
 
 
 def lower_right(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """The kernels that CoMeT's cells use: transformers' own sdpa would take a mask here. (B, H, W, h) -> (B, W, H, h)."""
     assert attention_mask is None
@@ -83,11 +93,16 @@ class SinkReader:
         if full:
             shape = (1, config.num_key_value_heads, self.columns, config.head_dim)
             for i in range(config.num_hidden_layers):
-                self.cache.update(*(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)), i)
+                self.cache.update(
+                    *(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)),
+                    i,
+                )
             self.read = self.columns
 
     def __call__(self, ids: Tensor, logits_to_keep: int = 1) -> Tensor:
         """(1, N) -> logits (1, logits_to_keep, V); 0: all N."""
         positions = torch.arange(self.read, self.read + ids.shape[1], device=ids.device)[None]
         self.read += ids.shape[1]
-        return self.model(ids, position_ids=positions, past_key_values=self.cache, logits_to_keep=logits_to_keep).logits
+        return self.model(
+            ids, position_ids=positions, past_key_values=self.cache, logits_to_keep=logits_to_keep
+        ).logits

@@ -51,13 +51,20 @@ def start(case: str) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as said:
         root = [f"run.root={folder}"] if case == "first step" else []
         begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *arguments, *root], cwd=HERE.parent, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(
+            [sys.executable, *arguments, *root],
+            cwd=HERE.parent,
+            stdout=subprocess.DEVNULL,
+            stderr=said,
+        )
         _, ended, used = os.wait4(process.pid, 0)  # of this process alone
         wall = time.perf_counter() - begin
         process.returncode = os.waitstatus_to_exitcode(ended)
         if process.returncode != status:
             said.seek(0)
-            raise UserError(f"{case}: ended with status {process.returncode}: {(said.read().strip().splitlines() or [''])[-1]}")
+            raise UserError(
+                f"{case}: ended with status {process.returncode}: {(said.read().strip().splitlines() or [''])[-1]}"
+            )
     return wall, used.ru_utime + used.ru_stime
 
 
@@ -70,26 +77,42 @@ def benchmark(rounds: int) -> dict[str, Any]:
             seconds = start(case)
             if i:
                 times.append(seconds)
-    best = {case: {"wall": min(w for w, _ in times), "processor": min(p for _, p in times)} for case, times in found.items()}
+    best = {
+        case: {"wall": min(w for w, _ in times), "processor": min(p for _, p in times)}
+        for case, times in found.items()
+    }
     bare, ours = best["torch and transformers"], best["comet_pl"]
     best["beyond"] = {clock: ours[clock] - bare[clock] for clock in bare}
-    verdicts = {case: {"bound": bound, "met": best[case]["wall"] <= bound} for case, bound in BOUNDS.items()}
+    verdicts = {
+        case: {"bound": bound, "met": best[case]["wall"] <= bound} for case, bound in BOUNDS.items()
+    }
     return {"machine": machine, "rounds": rounds, "seconds": best, "verdicts": verdicts}
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
     if options.rounds < 1:
         raise UserError(f"--rounds: {options.rounds} given, a whole number >= 1 is needed")
     report.make_folder(options.out)
-    result = {"command": " ".join(["python benchmarks/startup.py", *argv]), **benchmark(options.rounds)}
+    result = {
+        "command": " ".join(["python benchmarks/startup.py", *argv]),
+        **benchmark(options.rounds),
+    }
     report.write_json(options.out / "startup.json", result)
     for case, seconds in result["seconds"].items():
         bound = f", at most {BOUNDS[case]:g} s wanted" if case in BOUNDS else ""
-        print(f"{case:24s}{seconds['wall']:6.2f} s ({seconds['processor']:.2f} s of processor time){bound}")
+        print(
+            f"{case:24s}{seconds['wall']:6.2f} s ({seconds['processor']:.2f} s of processor time){bound}"
+        )
     print(f"written: {options.out / 'startup.json'}")
 
 

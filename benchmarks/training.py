@@ -34,8 +34,8 @@ from shapes import SHAPES as PREFILL_SHAPES
 from shapes import Shape
 
 from comet_pl.analysis import flops
-from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.config.schema import RECOMPUTE
+from comet_pl.errors import Parser, UserError, run_cli
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -49,7 +49,11 @@ RATIO_SHAPES = {None: "quarter", "small": "sixteenth", "full": "paper"}
 PAIRS = {None: 5, "small": 1, "full": 1}
 RATIO_CHUNKS = 16  # 32k tokens of the paper's
 MARGIN = 1.10  # ours may take this much more than the floor
-FLAT_FROM = {None: 8192, "full": 8192, "small": 1024}  # tokens: 16 chunks, as 32k tokens of the paper's
+FLAT_FROM = {
+    None: 8192,
+    "full": 8192,
+    "small": 1024,
+}  # tokens: 16 chunks, as 32k tokens of the paper's
 LESS = 0.6  # memory of chunk against cell, from FLAT_FROM on
 GROWS = 0.15  # memory of chunk beyond the boundaries may grow by this share, from FLAT_FROM on
 SAME = 1e-5  # loss and gradient norm, relative
@@ -58,16 +62,43 @@ SAME = 1e-5  # loss and gradient norm, relative
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--small", dest="size", action="store_const", const="small", help="a smaller model, shorter texts")
-    size.add_argument("--full", dest="size", action="store_const", const="full", help="the ratio at the paper's shape")
+    size.add_argument(
+        "--small",
+        dest="size",
+        action="store_const",
+        const="small",
+        help="a smaller model, shorter texts",
+    )
+    size.add_argument(
+        "--full",
+        dest="size",
+        action="store_const",
+        const="full",
+        help="the ratio at the paper's shape",
+    )
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="tokens of the text")
-    parser.add_argument("--pairs", type=int, metavar="N", help="steps of the ratio, both ways in turn (default: 5; with --full, 1)")
+    parser.add_argument(
+        "--pairs",
+        type=int,
+        metavar="N",
+        help="steps of the ratio, both ways in turn (default: 5; with --full, 1)",
+    )
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="default: 1")
-    parser.add_argument("--out", type=Path, default=HERE / "results", metavar="DIR", help="default: benchmarks/results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=HERE / "results",
+        metavar="DIR",
+        help="default: benchmarks/results",
+    )
     options = parser.parse_args(argv)
     options.lengths = sorted(set(options.lengths or LENGTHS[options.size]))
     options.pairs = PAIRS[options.size] if options.pairs is None else options.pairs
-    for name, value in (("lengths", min(options.lengths)), ("pairs", options.pairs), ("threads", options.threads)):
+    for name, value in (
+        ("lengths", min(options.lengths)),
+        ("pairs", options.pairs),
+        ("threads", options.threads),
+    ):
         if value < 1:
             raise UserError(f"--{name}: {value} given, a whole number >= 1 is needed")
     report.make_folder(options.out)
@@ -84,24 +115,49 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     shape, machine = SHAPES[options.size], report.machine("cpu")
     clock = report.clock_of("cpu", options.threads)
     common = {"threads": options.threads, "clock": clock, "shape": dataclasses.asdict(shape)}
-    jobs = [{"recompute": what, "length": length, **common} for length in options.lengths for what in RECOMPUTE]
+    jobs = [
+        {"recompute": what, "length": length, **common}
+        for length in options.lengths
+        for what in RECOMPUTE
+    ]
     ratio_shape = PREFILL_SHAPES[RATIO_SHAPES[options.size]]
-    ratio = {"recompute": "ratio", "length": RATIO_CHUNKS * ratio_shape.chunk, "pairs": options.pairs}
+    ratio = {
+        "recompute": "ratio",
+        "length": RATIO_CHUNKS * ratio_shape.chunk,
+        "pairs": options.pairs,
+    }
     ratio = common | ratio | {"shape": dataclasses.asdict(ratio_shape)}
-    against, *found = [measure(job) for job in track([ratio, *jobs], description="measuring", transient=True)]
+    against, *found = [
+        measure(job) for job in track([ratio, *jobs], description="measuring", transient=True)
+    ]
     value, least = against[f"{clock}_ratio"], floor(ratio_shape)
-    against |= {"shape": ratio_shape.name, "value": value, "floor": least, "bound": MARGIN * least, "met": value <= MARGIN * least}
+    against |= {
+        "shape": ratio_shape.name,
+        "value": value,
+        "floor": least,
+        "bound": MARGIN * least,
+        "met": value <= MARGIN * least,
+    }
     for one in found:
         one["seconds"] = one[clock]
         one["share"] = one["operations"] / one["seconds"] / one["product_rate"]
-    return {**common, "machine": machine, "ratio": against, "verdict": verdict(found, FLAT_FROM[options.size]), "lengths": found}
+    return {
+        **common,
+        "machine": machine,
+        "ratio": against,
+        "verdict": verdict(found, FLAT_FROM[options.size]),
+        "lengths": found,
+    }
 
 
 def floor(shape: Shape) -> float:
     """The least that a step of RATIO_CHUNKS chunks can take of the same with slots in full, if both run at the same speed."""
     config = shape.comet()
     row = flops.Row.of(config, RATIO_CHUNKS * shape.chunk)
-    return flops.training_step(config, [row]).total / flops.training_step(config, [row], slots="in_full").total
+    return (
+        flops.training_step(config, [row]).total
+        / flops.training_step(config, [row], slots="in_full").total
+    )
 
 
 def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:
@@ -111,18 +167,34 @@ def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:
     ratios = []
     for n in lengths:
         none, cell, chunk = (cells[what, n] for what in RECOMPUTE)
-        apart = max(abs(one[key] / none[key] - 1) for one in (cell, chunk) for key in ("loss", "grad_norm"))
+        apart = max(
+            abs(one[key] / none[key] - 1) for one in (cell, chunk) for key in ("loss", "grad_norm")
+        )
         memory = {key: chunk[key] / cell[key] for key in ("tensors_mib", "process_mib")}
-        time = {f"seconds_to_{what}": chunk["seconds"] / cells[what, n]["seconds"] for what in ("none", "cell")}
+        time = {
+            f"seconds_to_{what}": chunk["seconds"] / cells[what, n]["seconds"]
+            for what in ("none", "cell")
+        }
         ratios.append({"length": n, **memory, **time, "differs": apart})
     long = [one for one in ratios if one["length"] >= flat_from]
-    beyond = [cells["chunk", one["length"]]["tensors_mib"] - cells["chunk", one["length"]]["boundaries_mib"] for one in long]
+    beyond = [
+        cells["chunk", one["length"]]["tensors_mib"]
+        - cells["chunk", one["length"]]["boundaries_mib"]
+        for one in long
+    ]
     growth = max(beyond) / min(beyond) - 1 if len(beyond) > 1 else None
     return {
         "flat_from": flat_from,
         "ratios": ratios,
-        "less": {"allowed": LESS, "met": all(one["tensors_mib"] <= LESS for one in long) if long else None},
-        "growth": {"beyond_boundaries": growth, "allowed": GROWS, "met": None if growth is None else growth < GROWS},
+        "less": {
+            "allowed": LESS,
+            "met": all(one["tensors_mib"] <= LESS for one in long) if long else None,
+        },
+        "growth": {
+            "beyond_boundaries": growth,
+            "allowed": GROWS,
+            "met": None if growth is None else growth < GROWS,
+        },
         "same": {"allowed": SAME, "met": all(one["differs"] <= SAME for one in ratios)},
     }
 
@@ -132,10 +204,24 @@ def plot(result: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=100)
     left, right = figure.subplots(1, 2)
     names = {what: f"recompute={what}" for what in RECOMPUTE}
-    between = [one | {"what": "boundaries", "tensors_mib": one["boundaries_mib"]} for one in result["lengths"] if one["boundaries_mib"]]
-    memory, both = "peak memory above the model, MiB", names | {"boundaries": "of chunk: the memory between chunks"}
+    between = [
+        one | {"what": "boundaries", "tensors_mib": one["boundaries_mib"]}
+        for one in result["lengths"]
+        if one["boundaries_mib"]
+    ]
+    memory, both = (
+        "peak memory above the model, MiB",
+        names | {"boundaries": "of chunk: the memory between chunks"},
+    )
     report.curves(left, [*result["lengths"], *between], both, "tensors_mib", memory, "tokens")
-    report.curves(right, result["lengths"], names, "seconds", f"a step, seconds ({result['clock']} time)", "tokens")
+    report.curves(
+        right,
+        result["lengths"],
+        names,
+        "seconds",
+        f"a step, seconds ({result['clock']} time)",
+        "tokens",
+    )
     left.legend(frameon=False, fontsize=8)
     shape = result["shape"]
     figure.suptitle(
@@ -149,11 +235,28 @@ def plot(result: dict[str, Any]) -> Figure:
 def show(result: dict[str, Any]) -> None:
     """The table and the verdicts."""
     console, found = Console(), result["verdict"]
-    heads = ("recompute", "tokens", "seconds", "MiB: tensors", "process", "boundaries", "of product")
+    heads = (
+        "recompute",
+        "tokens",
+        "seconds",
+        "MiB: tensors",
+        "process",
+        "boundaries",
+        "of product",
+    )
     table = report.new_table(f"a step, {result['clock']} time", *heads)
     for one in result["lengths"]:
-        memory = (f"{one[key]:,.1f}" if one[key] else "-" for key in ("tensors_mib", "process_mib", "boundaries_mib"))
-        table.add_row(one["what"], f"{one['length']:,}", f"{one['seconds']:.2f}", *memory, f"{one['share']:.0%}")
+        memory = (
+            f"{one[key]:,.1f}" if one[key] else "-"
+            for key in ("tensors_mib", "process_mib", "boundaries_mib")
+        )
+        table.add_row(
+            one["what"],
+            f"{one['length']:,}",
+            f"{one['seconds']:.2f}",
+            *memory,
+            f"{one['share']:.0%}",
+        )
     console.print(table)
     for one in found["ratios"]:
         console.print(

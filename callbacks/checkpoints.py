@@ -20,8 +20,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from comet_pl.errors import UserError, UserErrorOnAllRanks
 from comet_pl.config.schema import CheckpointConfig
+from comet_pl.errors import UserError, UserErrorOnAllRanks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -63,10 +63,17 @@ class RunCheckpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         checkpoint["comet"] = self.content
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.tells = trainer.is_global_zero
         try:
@@ -78,20 +85,31 @@ class RunCheckpoints(Checkpoint):
         if not validation_follows(trainer):
             self._step_done(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._keep_best(trainer)
             self._step_done(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if trainer.global_step > self.saved_step:  # the data ended before max_steps did
             self._save(trainer, "last.ckpt")
 
-    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
         """Nothing is saved: a step may be half done, or its batch read and lost."""
         self._restore_handlers()
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
         self._restore_handlers()
 
     def _step_done(self, trainer: lightning.Trainer) -> None:
@@ -100,7 +118,10 @@ class RunCheckpoints(Checkpoint):
         due = (
             step >= trainer.max_steps
             or (settings.every_steps is not None and step % settings.every_steps == 0)
-            or (settings.every_minutes is not None and time.monotonic() - self.saved_at >= 60 * settings.every_minutes)
+            or (
+                settings.every_minutes is not None
+                and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
+            )
         )
         number = self.signal
         if trainer.world_size > 1:  # clocks and signals differ: one rank's wish is all ranks' deed
@@ -115,7 +136,9 @@ class RunCheckpoints(Checkpoint):
     def _keep_best(self, trainer: lightning.Trainer) -> None:
         monitor, metrics = self.settings.monitor, trainer.callback_metrics
         if monitor not in metrics:
-            raise UserErrorOnAllRanks(f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}")
+            raise UserErrorOnAllRanks(
+                f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}"
+            )
         value, sign = float(metrics[monitor]), 1 if self.settings.mode == "min" else -1
         if value == value and (self.best is None or sign * value < sign * self.best):
             self.best = value
@@ -133,11 +156,16 @@ class RunCheckpoints(Checkpoint):
             raise KeyboardInterrupt
         self.signal = number
         if self.tells:
-            print("\nstopping after this step, with a checkpoint (once more: at once, without)", flush=True)
+            print(
+                "\nstopping after this step, with a checkpoint (once more: at once, without)",
+                flush=True,
+            )
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
-            if signal.getsignal(number) == self._on_signal:  # else Lightning has put back what was there before its own
+            if (
+                signal.getsignal(number) == self._on_signal
+            ):  # else Lightning has put back what was there before its own
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.handlers = {}
 
@@ -146,13 +174,17 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
     """At the end of a training batch: whether a validation comes before the next one."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None
-    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(
+        loop._data_fetcher
+    )
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes beside the target, then renames: a checkpoint is there whole or not at all. Reads tensors and plain types only."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         beside = target.with_name(f".{target.name}.part")
@@ -165,7 +197,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         finally:
             beside.unlink(missing_ok=True)
 
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
 
 
@@ -181,9 +215,13 @@ def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read, perhaps cut short: {error.strerror or error}") from None
+        raise UserError(
+            f"{path}: cannot be read, perhaps cut short: {error.strerror or error}"
+        ) from None
     except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
-        raise UserError(f"{path}: not a readable checkpoint: truncated, or something else") from None
+        raise UserError(
+            f"{path}: not a readable checkpoint: truncated, or something else"
+        ) from None
     if not isinstance(checkpoint, dict) or "comet" not in checkpoint:
         raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
     return checkpoint

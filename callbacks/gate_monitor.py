@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.utils.hooks import RemovableHandle
 
+from comet_pl.files import as_png, replace_file
 from comet_pl.training.lit_module import CometModule
-from comet_pl.evaluation.results import as_png, replace_file
 
 BINS = 64  # of [0, 1], in a histogram
 SATURATED = 0.999  # the sigmoid's slope g (1 - g) is then 1/250 of its greatest; a gate bias of 5 starts at 0.993
@@ -50,22 +50,33 @@ class GateMonitor(lightning.Callback):
     def __init__(self, folder: Path | None = None, every: int = 100):
         self.folder, self.every = folder, every
         self.logs = self.draws = False  # what becomes of the current step
-        self.step = torch.zeros(3, 0, 0)  # of the current step: number, sum and sum of squares of g, (3, L, T)
+        self.step = torch.zeros(
+            3, 0, 0
+        )  # of the current step: number, sum and sum of squares of g, (3, L, T)
         self.bins = torch.zeros(0, BINS)  # (L, BINS)
         self.since = torch.zeros(3, 0, 0)  # of the logged steps since the last figure
-        self.runs: list[list[Any]] = []  # of each layer: collapsed to "0", "1" or None; in how many logged steps in a row; is it reported
+        self.runs: list[
+            list[Any]
+        ] = []  # of each layer: collapsed to "0", "1" or None; in how many logged steps in a row; is it reported
         self.hook: RemovableHandle | None = None
 
     # ---- what is gathered
 
-    def on_train_batch_start(self, trainer: lightning.Trainer, pl_module: CometModule, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: CometModule, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         number = trainer.global_step + 1
         self.logs, self.draws = pl_module.logs_at(number), number % self.every == 0
         layers = len(pl_module.model.gates)
         if layers and (self.logs or self.draws):
-            self.step, self.bins = torch.zeros(3, layers, 0, dtype=torch.float64), torch.zeros(layers, BINS, dtype=torch.float64)
+            self.step, self.bins = (
+                torch.zeros(3, layers, 0, dtype=torch.float64),
+                torch.zeros(layers, BINS, dtype=torch.float64),
+            )
             pl_module.model.record_gates(True)
-            self.hook = pl_module.model.register_forward_hook(self._add)  # a step has a forward for each window
+            self.hook = pl_module.model.register_forward_hook(
+                self._add
+            )  # a step has a forward for each window
 
     def _add(self, model: nn.Module, inputs: Any, output: Any) -> None:
         for read, layers in model.gate_values():  # type: ignore[operator]
@@ -77,7 +88,14 @@ class GateMonitor(lightning.Callback):
             if self.draws:
                 self.bins += torch.stack([torch.histc(g.float(), BINS, 0, 1) for g in layers]).cpu()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: CometModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:  # type: ignore[override]
         if self.hook is None:
             return
         self.hook.remove()
@@ -122,7 +140,9 @@ class GateMonitor(lightning.Callback):
             )
             rank_zero_warn(line)
             if module.trainer.is_global_zero and module.logger is not None:
-                module.logger.experiment.add_text("gate/collapsed", line, global_step=module.global_step)  # type: ignore[attr-defined]
+                module.logger.experiment.add_text(
+                    "gate/collapsed", line, global_step=module.global_step
+                )  # type: ignore[attr-defined]
 
     def _histogram(self, module: CometModule, layer: int, counts: Tensor) -> None:
         if not (number := float(counts.sum())):
@@ -130,7 +150,15 @@ class GateMonitor(lightning.Callback):
         _, total, squares = self.step[:, layer].sum(1).tolist()
         edges = np.arange(1, BINS + 1) / BINS
         module.logger.experiment.add_histogram_raw(  # type: ignore[union-attr, attr-defined]
-            f"gate/layer_{layer}", 0.0, 1.0, number, total, squares, edges.tolist(), counts.tolist(), global_step=module.global_step
+            f"gate/layer_{layer}",
+            0.0,
+            1.0,
+            number,
+            total,
+            squares,
+            edges.tolist(),
+            counts.tolist(),
+            global_step=module.global_step,
         )
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
@@ -148,7 +176,9 @@ class GateMonitor(lightning.Callback):
         if self.folder is not None:
             replace_file(self.folder / "gates.png", as_png(figure), "run.root")
         if module.logger is not None:
-            module.logger.experiment.add_figure("gate/by_chunk", figure, global_step=trainer.global_step)  # type: ignore[attr-defined]
+            module.logger.experiment.add_figure(
+                "gate/by_chunk", figure, global_step=trainer.global_step
+            )  # type: ignore[attr-defined]
 
     # ---- a resumed run goes on counting
 
@@ -167,7 +197,9 @@ def half_life(mean: float) -> float:
 def moments(g: Tensor) -> Tensor:
     """(n, m, 1 or d) -> (3, n): number, sum and sum of squares of each row's values."""
     flat = g.flatten(1).to(torch.float32 if g.device.type == "mps" else torch.float64)
-    return torch.stack([torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)])
+    return torch.stack(
+        [torch.full_like(flat[:, 0], flat.shape[1]), flat.sum(1), flat.square().sum(1)]
+    )
 
 
 def widen(sums: Tensor, columns: int) -> Tensor:
@@ -190,7 +222,9 @@ def gate_map(means: np.ndarray, chunk_size: int) -> Figure:
     Args:
         means: (L, T), NaN where there was no gate, as in chunk 0. chunk_size: C, for the axis.
     """
-    figure = Figure(figsize=(7.5, 1.8 + 0.22 * max(4, min(40, len(means)))), layout="constrained", dpi=110)
+    figure = Figure(
+        figsize=(7.5, 1.8 + 0.22 * max(4, min(40, len(means)))), layout="constrained", dpi=110
+    )
     axes = figure.subplots()
     image = axes.imshow(means, aspect="auto", interpolation="nearest", cmap="viridis")
     axes.set_xlabel(f"chunk (text tokens read before it / {chunk_size})")

@@ -7,9 +7,9 @@ from typing import Any
 
 import lightning
 
-from comet_pl.training.lit_module import CometModule
+from comet_pl.files import as_json, as_png, replace_file
 from comet_pl.metrics.loss_by_position import LossByPosition, chunk_of_columns, curve, name
-from comet_pl.evaluation.results import as_json, as_png, replace_file
+from comet_pl.training.lit_module import CometModule
 
 
 class LengthReport(lightning.Callback):
@@ -28,10 +28,18 @@ class LengthReport(lightning.Callback):
         pl_module.model.record_losses()
 
     def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        pl_module: CometModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         size = pl_module.model.config.chunk_size
-        chunks = chunk_of_columns(batch["attention_mask"], size, batch.get("chunk_sizes"), batch.get("resets"))
+        chunks = chunk_of_columns(
+            batch["attention_mask"], size, batch.get("chunk_sizes"), batch.get("resets")
+        )
         assert pl_module.model.token_losses is not None
         self.metric.update(*pl_module.model.token_losses, chunks)
 
@@ -40,9 +48,19 @@ class LengthReport(lightning.Callback):
         buckets = self.metric.compute()
         if not buckets or not trainer.is_global_zero:
             return
-        pl_module.record({f"val/loss_by_chunk/{name(one)}": one["loss"] for one in buckets if one["loss"] is not None})
+        pl_module.record(
+            {
+                f"val/loss_by_chunk/{name(one)}": one["loss"]
+                for one in buckets
+                if one["loss"] is not None
+            }
+        )
         figure, step = curve(buckets), trainer.global_step
-        replace_file(self.folder / "length_report.json", as_json({"step": step, "buckets": buckets}, indent=2), "run.root")
+        replace_file(
+            self.folder / "length_report.json",
+            as_json({"step": step, "buckets": buckets}, indent=2),
+            "run.root",
+        )
         replace_file(self.folder / "length_report.png", as_png(figure), "run.root")
         if pl_module.logger is not None:
             pl_module.logger.experiment.add_figure("val/loss_by_chunk", figure, global_step=step)  # type: ignore[attr-defined]

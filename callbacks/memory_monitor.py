@@ -8,9 +8,9 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from comet_pl.training.lit_module import CometModule
 from comet_pl.analysis.memory import picture, read_memory
-from comet_pl.evaluation.results import as_png, replace_file
+from comet_pl.files import as_png, replace_file
+from comet_pl.training.lit_module import CometModule
 
 
 class MemoryMonitor(lightning.Callback):
@@ -25,7 +25,12 @@ class MemoryMonitor(lightning.Callback):
         self.ids: Tensor | None = None
 
     def on_validation_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if batch_idx == 0 and trainer.global_step % self.every == 0:
             self.ids = batch["input_ids"][:1, batch["attention_mask"][0].bool()]
@@ -35,12 +40,22 @@ class MemoryMonitor(lightning.Callback):
         if ids is None:
             return
         if trainer.world_size > 1:
-            ids = trainer.strategy.broadcast(ids.cpu()).to(pl_module.device)  # weights in shards: all ranks have to do the same
+            ids = trainer.strategy.broadcast(ids.cpu()).to(
+                pl_module.device
+            )  # weights in shards: all ranks have to do the same
         report = read_memory(pl_module.model, ids)
         if report is None or not trainer.is_global_zero:
             return
-        pl_module.record({f"memory/{tag}/layer_{i}": value for i, layer in enumerate(report.layers) for tag, value in layer.items()})
+        pl_module.record(
+            {
+                f"memory/{tag}/layer_{i}": value
+                for i, layer in enumerate(report.layers)
+                for tag, value in layer.items()
+            }
+        )
         figure = picture(report)
         replace_file(self.folder / "memory.png", as_png(figure), "run.root")
         if pl_module.logger is not None:
-            pl_module.logger.experiment.add_figure("memory/report", figure, global_step=trainer.global_step)  # type: ignore[attr-defined]
+            pl_module.logger.experiment.add_figure(
+                "memory/report", figure, global_step=trainer.global_step
+            )  # type: ignore[attr-defined]

@@ -8,8 +8,8 @@ import lightning
 from torch import Tensor
 
 from callbacks.predictions import Predictions
-from comet_pl.training.lit_module import CometModule
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
+from comet_pl.training.lit_module import CometModule
 from data.batches import IGNORED
 from data.passkey import DIGITS
 
@@ -25,15 +25,27 @@ class PasskeyHeatmap(lightning.Callback):
         self.train_length, self.predictions = train_length, predictions
         self.metric = PasskeyAccuracy()
 
-    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_epoch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         self.metric = PasskeyAccuracy().to(pl_module.device)
 
     def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        pl_module: CometModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if "length" in batch:
-            text = outputs["logits"][..., : pl_module.model.config.first_new_id]  # generation suppresses the new tokens
-            correct = exact_match(text, batch["labels"])[: len(batch["depth"])]  # a rank that has no more to read has a row without a depth
+            text = outputs["logits"][
+                ..., : pl_module.model.config.first_new_id
+            ]  # generation suppresses the new tokens
+            correct = exact_match(text, batch["labels"])[
+                : len(batch["depth"])
+            ]  # a rank that has no more to read has a row without a depth
             self.metric.update(batch["length"], batch["depth"], correct)
             if self.predictions:
                 facts = [{"length": batch["length"], "depth": depth} for depth in batch["depth"]]
@@ -43,12 +55,16 @@ class PasskeyHeatmap(lightning.Callback):
         if not self.metric.update_called:
             return
         cells = self.metric.compute()
-        accuracy = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
+        accuracy = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(
+            cell["n"] for cell in cells
+        )
         pl_module.log("val/accuracy", accuracy, prog_bar=True, logger=False)
         pl_module.record({"val/accuracy": accuracy})
         if trainer.is_global_zero and pl_module.logger is not None:
             writer = pl_module.logger.experiment  # type: ignore[attr-defined]
-            writer.add_figure("val/heatmap", heatmap(cells, self.train_length), global_step=trainer.global_step)
+            writer.add_figure(
+                "val/heatmap", heatmap(cells, self.train_length), global_step=trainer.global_step
+            )
 
 
 def exact_match(logits: Tensor, labels: Tensor, digits: int = DIGITS) -> Tensor:

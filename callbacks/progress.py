@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 class StepProgress(TQDMProgressBar):
     """Lightning's bar over optimizer steps instead of an epoch's batches. Where no terminal is: a line at each logged step."""
 
-    BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    BAR_FORMAT = (
+        "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,22 +34,37 @@ class StepProgress(TQDMProgressBar):
         )
 
     def init_validation_tqdm(self) -> Tqdm:
-        return Tqdm(desc="validation", disable=True) if not self.terminal else super().init_validation_tqdm()
+        return (
+            Tqdm(desc="validation", disable=True)
+            if not self.terminal
+            else super().init_validation_tqdm()
+        )
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """The bar spans all epochs."""
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if self.terminal and self.is_enabled:
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             self.train_progress_bar.update(step - self.train_progress_bar.n)
         elif self.is_enabled and pl_module.logs_at(step):
-            print(f"step {step}/{trainer.max_steps}", *(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()), flush=True)
+            print(
+                f"step {step}/{trainer.max_steps}",
+                *(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()),
+                flush=True,
+            )
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:  # type: ignore[override]
         values = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
-        shown = {"loss": "train/loss", "tokens/s": "train/tokens_per_s", "val_loss": "val/loss", "val_accuracy": "val/accuracy"}
+        shown = {
+            "loss": "train/loss",
+            "tokens/s": "train/tokens_per_s",
+            "val_loss": "val/loss",
+            "val_accuracy": "val/accuracy",
+        }
         return {label: _short(values[name]) for label, name in shown.items() if name in values}
 
 

@@ -21,14 +21,28 @@ class RandomState(lightning.Callback):
         self.seed = seed
         self.restored: list[dict[str, Any]] | None = None
 
-    def on_save_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         mine = random_state()
-        checkpoint["random_states"] = [trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)]
+        checkpoint["random_states"] = [
+            trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)
+        ]
 
-    def on_load_checkpoint(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        checkpoint: dict[str, Any],
+    ) -> None:
         self.restored = checkpoint["random_states"]
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """The last moment before the first step: making the loaders may have drawn numbers."""
         if self.restored is not None and trainer.global_rank < len(self.restored):
             set_random_state(self.restored[trainer.global_rank])

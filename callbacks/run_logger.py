@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from comet_pl.config.load import to_dict
-from comet_pl.experiment.run_folder import Run
 from comet_pl.config.schema import Config
+from comet_pl.experiment.run_folder import Run
 
 
 class RunLogger(TensorBoardLogger):
@@ -24,7 +24,9 @@ class RunLogger(TensorBoardLogger):
     """
 
     def __init__(self, folder: Path, purge_step: int):
-        super().__init__(folder, name="", version="", default_hp_metric=False, purge_step=purge_step)
+        super().__init__(
+            folder, name="", version="", default_hp_metric=False, purge_step=purge_step
+        )
 
     @property
     def log_dir(self) -> str:
@@ -42,12 +44,18 @@ class LogConfig(lightning.Callback):
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         if not trainer.is_global_zero or trainer.logger is None or self.run.checkpoint is not None:
             return
         writer = trainer.logger.experiment  # type: ignore[attr-defined]
         values = to_dict(self.config)
-        writer.add_text("config", f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}```", global_step=0)
+        writer.add_text(
+            "config",
+            f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}```",
+            global_step=0,
+        )
         for summary in hparams(flatten(values), {self.config.checkpoint.monitor: 0}):
             writer.file_writer.add_summary(summary)
 
@@ -59,5 +67,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | 
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = value if isinstance(value, (bool, int, float, str)) else str(value)
+            flat[prefix + name] = (
+                value if isinstance(value, (bool, int, float, str)) else str(value)
+            )
     return flat

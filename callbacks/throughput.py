@@ -40,7 +40,14 @@ class Throughput(lightning.Callback):
     def on_validation_end(self, *_: Any) -> None:
         self.since = time.monotonic()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: CometModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:  # type: ignore[override]
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.tokens += int(batch["attention_mask"].sum())
@@ -49,7 +56,11 @@ class Throughput(lightning.Callback):
         rate, tflops = self.tokens * copies, self.operations * copies / 1e12
         pl_module.log("train/tokens_per_s", rate, prog_bar=True, logger=False, batch_size=1)
         if pl_module.logs_at(trainer.global_step):
-            values = {"train/tokens_per_s": rate, "train/tflops": tflops, "memory/peak_gb": peak_bytes(pl_module.device) / 1e9}
+            values = {
+                "train/tokens_per_s": rate,
+                "train/tflops": tflops,
+                "memory/peak_gb": peak_bytes(pl_module.device) / 1e9,
+            }
             values["train/padding"] = 1 - float(batch["attention_mask"].float().mean())
             if pl_module.settings.peak_tflops is not None:
                 values["train/mfu"] = tflops / (pl_module.settings.peak_tflops * trainer.world_size)
@@ -63,19 +74,32 @@ def step_operations(module: CometModule, batch: dict[str, Any]) -> int:
     learning = Learning(settings.parameters, settings.lora_rank)
     total = 0
     for micro in split_rows(batch, settings.accumulate):
-        for window in cut_windows(micro, config.chunk_size, None):  # one; training_step cuts it itself
-            total += training_step(config, training_rows(window), settings.bptt_chunks, learning).total
+        for window in cut_windows(
+            micro, config.chunk_size, None
+        ):  # one; training_step cuts it itself
+            total += training_step(
+                config, training_rows(window), settings.bptt_chunks, learning
+            ).total
     return total
 
 
 def training_rows(window: Window) -> list[Row]:
     """The rows of a window in numbers."""
-    before = torch.nn.functional.pad((window.shift_labels != IGNORED).cumsum(1), (1, 0)).tolist()  # targets before each column
+    before = torch.nn.functional.pad(
+        (window.shift_labels != IGNORED).cumsum(1), (1, 0)
+    ).tolist()  # targets before each column
     rows = []
     for b, sizes in enumerate(window.chunk_sizes):
         ends = list(accumulate(sizes, initial=0))
         targets = [before[b][end] - before[b][begin] for begin, end in pairwise(ends)]
-        rows.append(Row(sizes, targets, window.resets and window.resets[b], window.strides and window.strides[b]))
+        rows.append(
+            Row(
+                sizes,
+                targets,
+                window.resets and window.resets[b],
+                window.strides and window.strides[b],
+            )
+        )
     return rows
 
 

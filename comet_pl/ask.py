@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TextStreamer
 
-from comet_pl.chat.open_model import add_options, check_target, open_conversation
 from comet_pl.chat.conversation import Conversation
+from comet_pl.chat.open_model import add_options, check_target, open_conversation
 from comet_pl.errors import Parser, UserError, run_cli
 
 
@@ -40,14 +40,40 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m comet_pl.ask", description="Answers from what python -m comet_pl.read has read.")
+    made = Parser(
+        prog="python -m comet_pl.ask",
+        description="Answers from what python -m comet_pl.read has read.",
+    )
     add_options(made)
-    made.add_argument("memory", metavar="MEMORY", nargs="?", help="a memory file; only --interactive can do without")
+    made.add_argument(
+        "memory",
+        metavar="MEMORY",
+        nargs="?",
+        help="a memory file; only --interactive can do without",
+    )
     made.add_argument("question", metavar="QUESTION", nargs="?", help="in quotes")
-    made.add_argument("--interactive", action="store_true", help="a conversation, a line at a time; Ctrl-C ends an answer, Ctrl-D all")
-    made.add_argument("--max-new-tokens", metavar="N", type=_count, default=256, help="longest answer (default: 256)")
-    made.add_argument("--temperature", metavar="T", type=_temperature, default=0.0, help="0: always the likeliest token (default)")
-    made.add_argument("--save", metavar="MEMORY", help="the memory after the last answer, to go on from")
+    made.add_argument(
+        "--interactive",
+        action="store_true",
+        help="a conversation, a line at a time; Ctrl-C ends an answer, Ctrl-D all",
+    )
+    made.add_argument(
+        "--max-new-tokens",
+        metavar="N",
+        type=_count,
+        default=256,
+        help="longest answer (default: 256)",
+    )
+    made.add_argument(
+        "--temperature",
+        metavar="T",
+        type=_temperature,
+        default=0.0,
+        help="0: always the likeliest token (default)",
+    )
+    made.add_argument(
+        "--save", metavar="MEMORY", help="the memory after the last answer, to go on from"
+    )
     return made
 
 
@@ -55,8 +81,6 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
     """Answers line by line until the input ends. Ctrl-C ends the answer, and the conversation goes on."""
     terminal = sys.stdin.isatty()
     if terminal:
-        import readline  # noqa: F401  (input() then has a history and can be edited)
-
         print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
     while True:
         try:

@@ -9,9 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from comet_pl.config.schema import (
+    AgentData,
+    Config,
+    PasskeyData,
+    ScrollsData,
+    StrategyConfig,
+    TextData,
+    UserBehaviorData,
+)
 from comet_pl.errors import UserError, first_line
 from comet_pl.experiment.run_folder import Run
-from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, StrategyConfig, TextData, UserBehaviorData
 
 if TYPE_CHECKING:
     import lightning
@@ -19,8 +27,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from comet_pl import CometForCausalLM
-    from comet_pl.training.lit_module import CometModule
     from comet_pl.parallel.strategy import LayerPipelineStrategy
+    from comet_pl.training.lit_module import CometModule
 
 FROM_SCRATCH = (
     "hidden_size",
@@ -48,7 +56,9 @@ def check_device(config: Config) -> None:
     here["gpu"] = here["cuda"] or here["mps"]
     if not here.get(asked, True):
         allowed = ", ".join(name for name, present in here.items() if present)
-        raise UserError(f"trainer.accelerator: {asked} given, but there is no such device here, allowed: {allowed}")
+        raise UserError(
+            f"trainer.accelerator: {asked} given, but there is no such device here, allowed: {allowed}"
+        )
     if config.train.compile and (asked == "cpu" or (asked == "auto" and not here["gpu"])):
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
@@ -77,12 +87,16 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}") from None
+            raise UserError(
+                f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}"
+            ) from None
     from data.batches import AGENT_TOKENS, train_tokenizer
 
     more = AGENT_TOKENS if isinstance(data, AgentData) else ()
     whole_words = isinstance(data, UserBehaviorData) and data.whole_words
-    return train_tokenizer(_data_module(data).texts(data), config.backbone.vocab_size, more, whole_words)
+    return train_tokenizer(
+        _data_module(data).texts(data), config.backbone.vocab_size, more, whole_words
+    )
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
@@ -113,7 +127,10 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
         dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
         try:
             return CometForCausalLM.from_pretrained(
-                backbone.path, comet=comet, attn_implementation=backbone.attn_implementation, dtype=dtype
+                backbone.path,
+                comet=comet,
+                attn_implementation=backbone.attn_implementation,
+                dtype=dtype,
             )
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise UserError(f"backbone.path: {backbone.path}: {first_line(error)}") from None
@@ -145,10 +162,18 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
     Raises:
         UserError: the data cannot be read or are impossible.
     """
-    more: dict[str, Any] = {"seed": config.seed, "accumulate": config.train.accumulate, "max_steps": config.trainer.max_steps}
+    more: dict[str, Any] = {
+        "seed": config.seed,
+        "accumulate": config.train.accumulate,
+        "max_steps": config.trainer.max_steps,
+    }
     if isinstance(config.data, TextData):
         model = config.model
-        more |= {"chunk_size": model.chunk_size, "stride": model.compression_stride, "max_epochs": config.trainer.max_epochs}
+        more |= {
+            "chunk_size": model.chunk_size,
+            "stride": model.compression_stride,
+            "max_epochs": config.trainer.max_epochs,
+        }
     return _data_module(config.data)(config.data, tokenizer, **more)
 
 
@@ -199,7 +224,11 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     quiet_lightning()
     t = config.trainer
     # A run that is shorter than the interval is validated at its end.
-    val_interval = min(t.val_check_interval, t.max_steps) if isinstance(t.val_check_interval, int) else t.val_check_interval
+    val_interval = (
+        min(t.val_check_interval, t.max_steps)
+        if isinstance(t.val_check_interval, int)
+        else t.val_check_interval
+    )
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput()]
     if config.monitor.gates:
         from callbacks.gate_monitor import GateMonitor
@@ -230,11 +259,15 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
-            max_epochs=1 if isinstance(config.data, TextData) else t.max_epochs,  # texts: all epochs in one pass of the loader
+            max_epochs=1
+            if isinstance(config.data, TextData)
+            else t.max_epochs,  # texts: all epochs in one pass of the loader
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
             val_check_interval=val_interval,
-            check_val_every_n_epoch=None if isinstance(val_interval, int) else 1,  # None: counted over all epochs
+            check_val_every_n_epoch=None
+            if isinstance(val_interval, int)
+            else 1,  # None: counted over all epochs
             log_every_n_steps=t.log_every_n_steps,
             logger=RunLogger(run.path, purge_step=run.step + 1 if run.checkpoint else 0),
             callbacks=callbacks,
@@ -274,9 +307,13 @@ def build_strategy(config: Config) -> str | LayerPipelineStrategy:
     """
     asked = asdict(config.strategy)
     if config.trainer.strategy != "layer_pipeline":
-        changed = [name for name, value in asked.items() if value != getattr(StrategyConfig(), name)]
+        changed = [
+            name for name, value in asked.items() if value != getattr(StrategyConfig(), name)
+        ]
         if changed:
-            raise UserError(f"strategy.{changed[0]}: given, but trainer.strategy is {config.trainer.strategy}; it needs layer_pipeline")
+            raise UserError(
+                f"strategy.{changed[0]}: given, but trainer.strategy is {config.trainer.strategy}; it needs layer_pipeline"
+            )
         return config.trainer.strategy
     from comet_pl.parallel.strategy import LayerPipelineStrategy
 
@@ -291,7 +328,9 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
     """
     strategy.check()
     if config.strategy.sharding != "none" and config.trainer.precision == "16-mixed":
-        raise UserError("trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; allowed: bf16-mixed, bf16-true")
+        raise UserError(
+            "trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; allowed: bf16-mixed, bf16-true"
+        )
     data, size = config.data, config.model.chunk_size
     length = data.max_length if isinstance(data, TextData) else data.train_length
     chunks = min(config.train.bptt_chunks or length, -(-length // size))
@@ -336,7 +375,9 @@ def device_of(config: Config) -> torch.device:
     return torch.device("cpu")
 
 
-def load_checkpoint(path: Path | str, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+def load_checkpoint(
+    path: Path | str, argv: list[str]
+) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """What eval.py and the notebook start from; see comet_pl/experiment/checkpoint.py."""
     from comet_pl.experiment.checkpoint import load_trained
 

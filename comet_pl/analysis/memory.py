@@ -14,10 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from comet_pl.model.cell import Cell
 from comet_pl.model.cache import LayerMemory
-from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.cell import Cell
 from comet_pl.model.chunk_batch import Step
+from comet_pl.model.modeling_comet import CometForCausalLM
 
 CHUNKS = 64  # of the text are read at most
 QUERIES = 8  # text tokens of a chunk whose attention is computed again
@@ -54,15 +54,22 @@ def read_memory(model: CometForCausalLM, ids: Tensor) -> MemoryReport | None:
     if chunks < 2:
         return None
     looks = [_Look(chunks - 1, ids.shape[1]) for _ in model.model.layers]
-    hooks = [cell.register_forward_pre_hook(look.at) for cell, look in zip(model.model.layers, looks, strict=True)]
+    hooks = [
+        cell.register_forward_pre_hook(look.at)
+        for cell, look in zip(model.model.layers, looks, strict=True)
+    ]
     try:
-        with torch.compiler.set_stance("force_eager"):  # of compiled cells the hooks would become a part
+        with torch.compiler.set_stance(
+            "force_eager"
+        ):  # of compiled cells the hooks would become a part
             model(ids, use_cache=False, logits_to_keep=1)
     finally:
         for hook in hooks:
             hook.remove()
     likeness = [slot_similarity(torch.stack(look.states)).numpy() for look in looks if look.states]
-    return MemoryReport([look.values() for look in looks], np.mean(likeness, 0) if likeness else None)
+    return MemoryReport(
+        [look.values() for look in looks], np.mean(likeness, 0) if likeness else None
+    )
 
 
 class _Look:
@@ -85,27 +92,49 @@ class _Look:
         self.seen += 1
         text = torch.nonzero(step.source[0] < self.columns)[:, 0]
         chosen = np.linspace(0, len(text) - 1, min(QUERIES, len(text))).round().astype(int)
-        self.shares.append(attention_shares(cell, hidden, memory, step, text[torch.from_numpy(chosen).to(text.device)]))
+        self.shares.append(
+            attention_shares(
+                cell, hidden, memory, step, text[torch.from_numpy(chosen).to(text.device)]
+            )
+        )
         state = memory.state if step.global_slots else None
         if state is not None:
-            followed = np.linspace(0, state.shape[1] - 1, min(SLOTS, state.shape[1])).round().astype(int)
+            followed = (
+                np.linspace(0, state.shape[1] - 1, min(SLOTS, state.shape[1])).round().astype(int)
+            )
             self.states.append(state[0, followed].float().cpu())
         if self.seen == self.last:  # here, as the weights of shards are whole in a forward
             if state is not None and cell.global_memory is not None:
-                self.slots |= {"state": state[0], "global": cell.adapt(cell.global_memory, state)[0]}
+                self.slots |= {
+                    "state": state[0],
+                    "global": cell.adapt(cell.global_memory, state)[0],
+                }
             if step.temporary_slots:
                 self.slots["temporary"] = memory.temporary[0, : step.temporary_slots]
 
     def values(self) -> dict[str, float]:
-        found = {f"norm_{name}": float(slots.float().norm(dim=-1).mean()) for name, slots in self.slots.items()}
-        found |= {f"rank_{name}": effective_rank(slots) for name, slots in self.slots.items() if name != "global"}
-        shares = torch.stack(self.shares).mean(0).tolist() if self.shares else []  # none: no memory at all
+        found = {
+            f"norm_{name}": float(slots.float().norm(dim=-1).mean())
+            for name, slots in self.slots.items()
+        }
+        found |= {
+            f"rank_{name}": effective_rank(slots)
+            for name, slots in self.slots.items()
+            if name != "global"
+        }
+        shares = (
+            torch.stack(self.shares).mean(0).tolist() if self.shares else []
+        )  # none: no memory at all
         return found | {
-            f"attention_{name}": share for name, share in zip(PARTS, shares, strict=False) if name == "own" or name in self.slots
+            f"attention_{name}": share
+            for name, share in zip(PARTS, shares, strict=False)
+            if name == "own" or name in self.slots
         }
 
 
-def attention_shares(cell: Cell, hidden: Tensor, memory: LayerMemory, step: Step, places: Tensor) -> Tensor:
+def attention_shares(
+    cell: Cell, hidden: Tensor, memory: LayerMemory, step: Step, places: Tensor
+) -> Tensor:
     """(3,) attention mass of own tokens on [global slots, temporary slots, own chunk], mean over heads and tokens; by explicit softmax.
 
     Args:
@@ -122,7 +151,14 @@ def attention_shares(cell: Cell, hidden: Tensor, memory: LayerMemory, step: Step
     scores = queries.to(wide) @ keys.to(wide).transpose(2, 3) * cell.scaling
     seen = torch.arange(step.columns, device=places.device) <= step.positions[0, places][:, None]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)
-    return torch.stack([part.sum() for part in mass.split([step.global_slots, step.temporary_slots, step.columns - step.past])]).cpu()
+    return torch.stack(
+        [
+            part.sum()
+            for part in mass.split(
+                [step.global_slots, step.temporary_slots, step.columns - step.past]
+            )
+        ]
+    ).cpu()
 
 
 def effective_rank(slots: Tensor) -> float:
@@ -159,16 +195,26 @@ def picture(report: MemoryReport) -> Figure:
             axis.get_major_locator().set_params(integer=True)
     else:
         likeness.set_axis_off()
-    likeness.set_title("Global memory over chunks" if report.similarity is not None else "no global memory", fontsize=11)
+    likeness.set_title(
+        "Global memory over chunks" if report.similarity is not None else "no global memory",
+        fontsize=11,
+    )
     bottom = np.zeros(len(report.layers))
     for part in PARTS:
         shares = np.array([layer.get(f"attention_{part}", 0.0) for layer in report.layers])
-        attention.bar(range(len(shares)), shares, bottom=bottom, label={"own": "own chunk"}.get(part, f"{part} memory"))
+        attention.bar(
+            range(len(shares)),
+            shares,
+            bottom=bottom,
+            label={"own": "own chunk"}.get(part, f"{part} memory"),
+        )
         bottom += shares
     attention.set_xlabel("layer")
     attention.set_ylim(0, 1)
     attention.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     attention.xaxis.get_major_locator().set_params(integer=True)
-    attention.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False)
+    attention.legend(
+        loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=9, frameon=False
+    )
     attention.set_title("Where a text token's attention goes", fontsize=11)
     return figure

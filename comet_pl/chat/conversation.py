@@ -30,14 +30,20 @@ MARKS = [f"\u2063{name}\u2063" for name in ("FIRST", "ANSWER", "NEXT")]
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of plain text: no special token is added, and none is read out of the text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Ids before and after what a user says and the model answers."""
     if tokenizer.chat_template is None:
-        first = tokenizer("")["input_ids"][:1]  # a token that begins every text, where the decoder was trained with one
-        return first if first == [tokenizer.bos_token_id] else [], encode(tokenizer, "\n\nAnswer:\n")
+        first = tokenizer("")["input_ids"][
+            :1
+        ]  # a token that begins every text, where the decoder was trained with one
+        return first if first == [tokenizer.bos_token_id] else [], encode(
+            tokenizer, "\n\nAnswer:\n"
+        )
     chat = [{"role": "user", "content": MARKS[0]}]
     before, _, after = _render(tokenizer, chat, add_generation_prompt=True).partition(MARKS[0])
     return _with_special(tokenizer, before), _with_special(tokenizer, after)
@@ -47,15 +53,24 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids between an answer and what the user says next; the stop token is the first of them."""
     if tokenizer.chat_template is None:
         return encode(tokenizer, BLANK)
-    chat = [{"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), MARKS, strict=True)]
-    return _with_special(tokenizer, _render(tokenizer, chat).partition(MARKS[1])[2].partition(MARKS[2])[0])
+    chat = [
+        {"role": role, "content": mark}
+        for role, mark in zip(("user", "assistant", "user"), MARKS, strict=True)
+    ]
+    return _with_special(
+        tokenizer, _render(tokenizer, chat).partition(MARKS[1])[2].partition(MARKS[2])[0]
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **more: Any) -> str:
     try:
-        return str(tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **more))
+        return str(
+            tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **more)
+        )
     except jinja2.TemplateError as error:
-        raise UserError(f"the tokenizer's chat template cannot be used: {first_line(error)}") from None
+        raise UserError(
+            f"the tokenizer's chat template cannot be used: {first_line(error)}"
+        ) from None
 
 
 def _with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -85,12 +100,17 @@ class Conversation:
         self.between = separator(self.tokenizer)
         self.opening = before if self.opening is None else self.opening
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+        ends = [
+            self.tokenizer.eos_token_id,
+            *(configured if isinstance(configured, list) else [configured]),
+        ]
         ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
         self.stops = list(dict.fromkeys(i for i in ends if i is not None))
 
     @torch.no_grad()
-    def read(self, pieces: Iterable[list[int]], count: Callable[[int], None] = lambda tokens: None) -> None:
+    def read(
+        self, pieces: Iterable[list[int]], count: Callable[[int], None] = lambda tokens: None
+    ) -> None:
         """Reads a document, a few chunks at a time.
 
         Args:
@@ -113,7 +133,9 @@ class Conversation:
             count(len(ids))
         self.opening = encode(self.tokenizer, BLANK)
 
-    def ask(self, question: str, max_new_tokens: int, temperature: float = 0.0, **more: Any) -> list[int]:
+    def ask(
+        self, question: str, max_new_tokens: int, temperature: float = 0.0, **more: Any
+    ) -> list[int]:
         """Ids of the answer, without a stop token.
 
         Args:
@@ -125,11 +147,26 @@ class Conversation:
         """
         ids = [*(self.opening or []), *encode(self.tokenizer, question), *self.after]
         columns = self.cache.get_seq_length() + len(ids)
-        greedy: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        greedy: dict[str, Any] = {
+            "do_sample": False,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
         choice = {"do_sample": True, "temperature": temperature} if temperature else greedy
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else next(iter(self.stops), 0)
-        ends: dict[str, Any] = {"eos_token_id": self.stops or None, "pad_token_id": pad, "max_new_tokens": max_new_tokens}
-        mask = torch.ones(1, columns, dtype=torch.long, device=self.model.device)  # of all columns: or generate() would count anew
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else next(iter(self.stops), 0)
+        )
+        ends: dict[str, Any] = {
+            "eos_token_id": self.stops or None,
+            "pad_token_id": pad,
+            "max_new_tokens": max_new_tokens,
+        }
+        mask = torch.ones(
+            1, columns, dtype=torch.long, device=self.model.device
+        )  # of all columns: or generate() would count anew
         with self._plainly():
             out: Any = self.model.generate(  # type: ignore[misc]
                 self._tensor(ids),
@@ -144,7 +181,9 @@ class Conversation:
         answer: list[int] = out[0, len(ids) :].tolist()
         if answer[-1] in self.stops:
             answer.pop()
-        self.opening = answer[self.cache.get_seq_length() - columns :] + self.between  # generate() does not feed its last token
+        self.opening = (
+            answer[self.cache.get_seq_length() - columns :] + self.between
+        )  # generate() does not feed its last token
         return answer
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
@@ -156,11 +195,15 @@ class Conversation:
         try:
             self.cache.save(path, notes={"opening": self.opening, **notes})
         except OSError as error:
-            raise UserError(f"--save: {path} cannot be written: {error.strerror or error}") from None
+            raise UserError(
+                f"--save: {path} cannot be written: {error.strerror or error}"
+            ) from None
 
     def _feed(self, ids: list[int]) -> None:
         with self._plainly():
-            self.model(self._tensor(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.model(
+                self._tensor(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
@@ -171,4 +214,6 @@ class Conversation:
         try:
             yield
         except (ValueError, MemoryError) as error:
-            raise UserError(f"{self.name}: {str(error).removeprefix('past_key_values: ')}") from None
+            raise UserError(
+                f"{self.name}: {str(error).removeprefix('past_key_values: ')}"
+            ) from None

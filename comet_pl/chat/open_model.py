@@ -17,16 +17,21 @@ import yaml
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from comet_pl.model.pretrained import check_built, kind
 from comet_pl.chat.conversation import Conversation
+from comet_pl.config.rules import convert, nearest
+from comet_pl.config.schema import ModelConfig
 from comet_pl.errors import UserError, first_line
+from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
 from comet_pl.model.cache import CometCache
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.config.schema import ModelConfig
-from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
-from comet_pl.config.rules import convert, nearest
+from comet_pl.model.pretrained import check_built, kind
 
-PLAIN_DECODER = {"chunk_size": 1024, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}
+PLAIN_DECODER = {
+    "chunk_size": 1024,
+    "global_size": 64,
+    "compression_stride": 8,
+    "temporary_capacity": 512,
+}
 """Memory of a decoder that has none."""
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SEED = 0  # of its random weights: the same in each process, or no process could use the memory of another
@@ -44,11 +49,22 @@ def add_options(parser: ArgumentParser) -> None:
         default=[],
         help=f"a key of CometConfig, such as chunk_size=2048; may be repeated (default: MODEL's own; for a plain decoder {keys})",
     )
-    parser.add_argument("--dtype", choices=DTYPES[:2], help="of the weights and the memory (default: as MODEL was saved)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, a GPU where there is one")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES[:2],
+        help="of the weights and the memory (default: as MODEL was saved)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: auto, a GPU where there is one",
+    )
 
 
-def open_conversation(options: Namespace, memory: str | None) -> tuple[Conversation, dict[str, Any]]:
+def open_conversation(
+    options: Namespace, memory: str | None
+) -> tuple[Conversation, dict[str, Any]]:
     """A conversation that starts empty, or goes on from a memory file, and the notes that its own memory file needs.
 
     Raises:
@@ -60,14 +76,22 @@ def open_conversation(options: Namespace, memory: str | None) -> tuple[Conversat
     if memory is not None:
         for option, given in (("--set", options.set), ("--dtype", options.dtype)):
             if given:
-                raise UserError(f"{option}: given, but {memory} goes on as it was begun; leave it out")
+                raise UserError(
+                    f"{option}: given, but {memory} goes on as it was begun; leave it out"
+                )
         cache, opening, asked = _load_memory(memory, device)
     loaded = load(options.model, asked["comet"], asked["dtype"])
     model = loaded.model.to(device)  # type: ignore[arg-type]
     model.config.rollover = True  # or an open chunk would grow for ever
-    notes = {"comet": loaded.comet, "dtype": str(model.dtype).removeprefix("torch."), "model": options.model}
+    notes = {
+        "comet": loaded.comet,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": options.model,
+    }
     name = options.model if memory is None else f"{memory} (made with {asked['model']})"
-    return Conversation(model, loaded.tokenizer, CometCache() if cache is None else cache, opening, name), notes
+    return Conversation(
+        model, loaded.tokenizer, CometCache() if cache is None else cache, opening, name
+    ), notes
 
 
 def memory_keys(texts: list[str]) -> dict[str, Any]:
@@ -83,13 +107,17 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
         if not sign:
             raise UserError(f"--set: {text!r} given, KEY=VALUE is needed")
         if name not in known:
-            raise UserError(f"--set: no key {name!r}{nearest(name, known)}; there are: {', '.join(known)}")
+            raise UserError(
+                f"--set: no key {name!r}{nearest(name, known)}; there are: {', '.join(known)}"
+            )
         try:
             given = yaml.safe_load(value)
         except yaml.YAMLError:
             given = value
         if name == "rollover":
-            raise UserError("--set: rollover is always true here, or a conversation would grow for ever")
+            raise UserError(
+                "--set: rollover is always true here, or a conversation would grow for ever"
+            )
         keys[name] = convert(given, hints[name], known[name].metadata, f"--set {name}")
     return keys
 
@@ -127,7 +155,11 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
             print(f"no {name} here: asks the Hugging Face hub for it", file=sys.stderr, flush=True)
             return _from_hugging_face(name, comet, dtype)
         path, _ = find_checkpoint(path)
-        return _from_checkpoint(path, comet, dtype) if path.is_file() else _from_hugging_face(str(path), comet, dtype)
+        return (
+            _from_checkpoint(path, comet, dtype)
+            if path.is_file()
+            else _from_hugging_face(str(path), comet, dtype)
+        )
     except UserError as error:
         raise UserError(str(error).replace("ckpt: ", "MODEL: ", 1)) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -136,7 +168,9 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
 
 
 def _from_checkpoint(path: Path, comet: dict[str, Any], dtype: str | None) -> Loaded:
-    model, tokenizer, _ = load_trained(path, [f"model.{key}={json.dumps(value)}" for key, value in comet.items()])
+    model, tokenizer, _ = load_trained(
+        path, [f"model.{key}={json.dumps(value)}" for key, value in comet.items()]
+    )
     return Loaded(model.to(getattr(torch, dtype)) if dtype else model, tokenizer, comet)
 
 
@@ -164,7 +198,9 @@ def check_target(path: str, force: bool | None = None) -> None:
     if target.is_dir():
         raise UserError(f"--save: {path} is a folder; a file is needed")
     if target.exists() and not force:
-        raise UserError(f"--save: {path} is there already; give another file{'' if force is None else ', or --force to replace it'}")
+        raise UserError(
+            f"--save: {path} is there already; give another file{'' if force is None else ', or --force to replace it'}"
+        )
     if not target.parent.is_dir():
         raise UserError(f"--save: there is no folder {target.parent}")
     if not os.access(target.parent, os.W_OK):
@@ -174,7 +210,9 @@ def check_target(path: str, force: bool | None = None) -> None:
 def _load_memory(path: str, device: torch.device) -> tuple[CometCache, list[int], dict[str, Any]]:
     """(cache, ids before the next text, how to load the model) of a memory file."""
     if not Path(path).is_file():
-        raise UserError(f"{path}: {'is a folder, a memory file is needed' if Path(path).is_dir() else 'no such memory file'}")
+        raise UserError(
+            f"{path}: {'is a folder, a memory file is needed' if Path(path).is_dir() else 'no such memory file'}"
+        )
     try:
         cache = CometCache.load(path, device=device)
     except ValueError as error:
@@ -185,11 +223,15 @@ def _load_memory(path: str, device: torch.device) -> tuple[CometCache, list[int]
             raise ValueError
         return cache, cache.notes["opening"], made
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: a cache, but not one that python -m comet_pl.read wrote") from None
+        raise UserError(
+            f"{path}: a cache, but not one that python -m comet_pl.read wrote"
+        ) from None
 
 
 def _device(asked: str) -> torch.device:
     here = torch.cuda.is_available()
     if asked == "cuda" and not here:
-        raise UserError("--device: cuda given, but there is no GPU that torch can use; allowed: auto, cpu")
+        raise UserError(
+            "--device: cuda given, but there is no GPU that torch can use; allowed: auto, cpu"
+        )
     return torch.device("cuda" if here and asked != "cpu" else "cpu")

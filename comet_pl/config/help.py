@@ -20,9 +20,18 @@ def render(command: str, conf_dir: Path) -> str:
     """The confs with the first comment line of each, and every key with default, type and meaning; as wide as the terminal, 100 to 160."""
     columns = max(100, shutil.get_terminal_size((140, 24)).columns)
     page = io.StringIO()
-    console = Console(file=page, width=min(columns, 160), color_system=None, highlight=False, emoji=False, markup=False)
+    console = Console(
+        file=page,
+        width=min(columns, 160),
+        color_system=None,
+        highlight=False,
+        emoji=False,
+        markup=False,
+    )
     usage = (
-        "train.py [conf=NAME] [key=value ...]" if command == "train" else "eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]"
+        "train.py [conf=NAME] [key=value ...]"
+        if command == "train"
+        else "eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]"
     )
     console.print(f"usage: python {usage}\n")
     for section, option in (("", "conf"), ("backbone", "backbone")):
@@ -31,7 +40,9 @@ def render(command: str, conf_dir: Path) -> str:
             table.add_row(f"{option}={name}", _first_comment(conf_dir / section / f"{name}.yaml"))
         console.print(table, "")
     default = load([], conf_dir=conf_dir)
-    console.print(f"Keys, with their values in conf={default.conf}; those of other kinds of data with their own defaults:\n")
+    console.print(
+        f"Keys, with their values in conf={default.conf}; those of other kinds of data with their own defaults:\n"
+    )
     table = _table("key", "default", "allowed", "meaning")
     for name, meaning in EVAL_KEYS.items() if command == "eval" else ():
         table.add_row(name, "", "text", meaning)
@@ -62,13 +73,21 @@ def _rows(table: Table, values: Any, prefix: str) -> None:
         value = getattr(values, one.name)
         if dataclasses.is_dataclass(value):
             continue
-        rules = {**one.metadata, "choices": tuple(DATA_KINDS)} if prefix + one.name == "data.kind" else one.metadata
-        table.add_row(prefix + one.name, _yaml(value), describe(hints[one.name], rules), one.metadata["help"])
+        rules = (
+            {**one.metadata, "choices": tuple(DATA_KINDS)}
+            if prefix + one.name == "data.kind"
+            else one.metadata
+        )
+        table.add_row(
+            prefix + one.name, _yaml(value), describe(hints[one.name], rules), one.metadata["help"]
+        )
 
 
 def _yaml(value: Any) -> str:
     """The value as one would write it on the command line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    )
 
 
 def _first_comment(file: Path) -> str:

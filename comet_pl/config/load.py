@@ -15,8 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.config.sources import Layer, command_line_layer, conf_layers, conf_names, in_a_line, read_arguments, read_file
-from comet_pl.errors import UserError
+from comet_pl.config.rules import convert, nearest
 from comet_pl.config.schema import (
     DATA_KINDS,
     BackboneConfig,
@@ -30,7 +29,16 @@ from comet_pl.config.schema import (
     TrainConfig,
     TrainerConfig,
 )
-from comet_pl.config.rules import convert, nearest
+from comet_pl.config.sources import (
+    Layer,
+    command_line_layer,
+    conf_layers,
+    conf_names,
+    in_a_line,
+    read_arguments,
+    read_file,
+)
+from comet_pl.errors import UserError
 
 __all__ = [
     "DATA_KINDS",
@@ -52,11 +60,19 @@ __all__ = [
     "to_dict",
 ]
 
-CONF_DIR = Path(__file__).resolve().parents[1] / "conf"
-EVAL_KEYS = {"ckpt": "checkpoint file, run folder or model folder to evaluate", "out": "folder for the results; default: the run's folder"}
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
+EVAL_KEYS = {
+    "ckpt": "checkpoint file, run folder or model folder to evaluate",
+    "out": "folder for the results; default: the run's folder",
+}
 
 
-def load(argv: list[str], command: str = "train", base: Mapping[str, Any] | None = None, conf_dir: Path = CONF_DIR) -> Config:
+def load(
+    argv: list[str],
+    command: str = "train",
+    base: Mapping[str, Any] | None = None,
+    conf_dir: Path = CONF_DIR,
+) -> Config:
     """The configuration that the arguments ask for. `--help` prints all there is and exits.
 
     Args:
@@ -97,8 +113,12 @@ def eval_paths(argv: list[str]) -> tuple[Path | None, Path | None]:
         return None, None
     given = read_arguments(argv)
     if not given.get("ckpt"):
-        raise UserError("ckpt: missing, give the checkpoint file or the run's folder: eval.py ckpt=PATH")
-    return Path(given["ckpt"]).expanduser(), Path(given["out"]).expanduser() if "out" in given else None
+        raise UserError(
+            "ckpt: missing, give the checkpoint file or the run's folder: eval.py ckpt=PATH"
+        )
+    return Path(given["ckpt"]).expanduser(), Path(
+        given["out"]
+    ).expanduser() if "out" in given else None
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -134,7 +154,9 @@ def _merge(layers: list[Layer], conf: str | None) -> Config:
     kind, layers = _data_kind(layers)
     schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
     places: dict[str, str] = {}  # dotted key -> where its value comes from
-    missing: dict[str, str] = {}  # the same, of keys that were left as ??? (OmegaConf would keep the default)
+    missing: dict[
+        str, str
+    ] = {}  # the same, of keys that were left as ??? (OmegaConf would keep the default)
     for layer in layers:
         _check_names(layer, schemas, kind)
         for key, value in _leaves(layer.values):
@@ -144,10 +166,17 @@ def _merge(layers: list[Layer], conf: str | None) -> Config:
                 missing[key] = layer.place(key)
     if missing:
         key, place = next(iter(missing.items()))
-        raise UserError(f"{key}: missing{f' ({place} leaves it open)' if place else ''}, give it as {key}=VALUE")
+        raise UserError(
+            f"{key}: missing{f' ({place} leaves it open)' if place else ''}, give it as {key}=VALUE"
+        )
     defaults = dataclasses.asdict(Config(data=DATA_KINDS[kind]()))
     try:
-        merged = OmegaConf.merge(*(OmegaConf.create(values) for values in (defaults, *(layer.values for layer in layers), {"conf": conf})))
+        merged = OmegaConf.merge(
+            *(
+                OmegaConf.create(values)
+                for values in (defaults, *(layer.values for layer in layers), {"conf": conf})
+            )
+        )
         values = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(in_a_line(error)) from None
@@ -172,9 +201,16 @@ def _data_kind(layers: list[Layer]) -> tuple[str, list[Layer]]:
         if not isinstance(new, str) or new not in DATA_KINDS:
             origin = f" ({place})" if (place := layer.place("data.kind")) else ""
             near = nearest(str(new), DATA_KINDS)
-            raise UserError(f"data.kind: {new!r} given{origin}, allowed: {', '.join(DATA_KINDS)}{near}")
+            raise UserError(
+                f"data.kind: {new!r} given{origin}, allowed: {', '.join(DATA_KINDS)}{near}"
+            )
         if new != kind:
-            kept = [dataclasses.replace(one, values={k: v for k, v in one.values.items() if k != "data"}) for one in kept]
+            kept = [
+                dataclasses.replace(
+                    one, values={k: v for k, v in one.values.items() if k != "data"}
+                )
+                for one in kept
+            ]
         kind = new
         kept.append(layer)
     return kind, kept
@@ -212,10 +248,19 @@ def _unknown(key: str, layer: Layer, schemas: dict[str, Any], kind: str) -> User
         return UserError(f"{key}: no such key any more{origin}; it is now {RENAMED[key]}")
     for other, schema in DATA_KINDS.items():
         if section == "data" and name in _names(schema):
-            return UserError(f"{key}: no key of data.kind={kind}{origin}; it belongs to data.kind={other}")
+            return UserError(
+                f"{key}: no key of data.kind={kind}{origin}; it belongs to data.kind={other}"
+            )
     known = [one for one, schema in schemas.items() if not dataclasses.is_dataclass(schema)]
-    known += [f"{one}.{leaf}" for one, schema in schemas.items() if dataclasses.is_dataclass(schema) for leaf in _names(schema)]
-    same = [one for one in known if one.split(".")[-1] == name]  # the right key without its section, or in the wrong one
+    known += [
+        f"{one}.{leaf}"
+        for one, schema in schemas.items()
+        if dataclasses.is_dataclass(schema)
+        for leaf in _names(schema)
+    ]
+    same = [
+        one for one in known if one.split(".")[-1] == name
+    ]  # the right key without its section, or in the wrong one
     near = f" (did you mean {same[0]}?)" if same else nearest(key, known)
     return UserError(f"{key}: no such key{origin}{near or '; --help lists all keys'}")
 
@@ -224,7 +269,9 @@ def _names(schema: Any) -> list[str]:
     return [one.name for one in dataclasses.fields(schema)]
 
 
-def _build(schema: Any, values: Any, prefix: str, schemas: dict[str, Any], places: dict[str, str]) -> Any:
+def _build(
+    schema: Any, values: Any, prefix: str, schemas: dict[str, Any], places: dict[str, str]
+) -> Any:
     """An instance of the schema from complete, resolved values, each converted and checked."""
     built = {}
     hints = {**get_type_hints(schema), **(schemas if schema is Config else {})}
@@ -233,7 +280,9 @@ def _build(schema: Any, values: Any, prefix: str, schemas: dict[str, Any], place
         if dataclasses.is_dataclass(hints[one.name]):
             built[one.name] = _build(hints[one.name], value, f"{name}.", schemas, places)
         else:
-            built[one.name] = convert(value, hints[one.name], one.metadata, name, places.get(name, ""))
+            built[one.name] = convert(
+                value, hints[one.name], one.metadata, name, places.get(name, "")
+            )
     return schema(**built)
 
 
@@ -241,15 +290,21 @@ def _check_together(config: Config, command: str) -> None:
     """What no single value shows."""
     b = config.backbone
     if command == "train" and config.resume and config.run.name is None:
-        raise UserError("resume: true given without run.name, so there is no run to go on with; add run.name=NAME")
+        raise UserError(
+            "resume: true given without run.name, so there is no run to go on with; add run.name=NAME"
+        )
     if b.path is None and b.num_attention_heads % b.num_key_value_heads:
         raise UserError(
             f"backbone.num_key_value_heads: {b.num_key_value_heads} given, it must divide num_attention_heads={b.num_attention_heads}"
         )
     if b.path is None and b.head_dim % 2:
-        raise UserError(f"backbone.head_dim: {b.head_dim} given, allowed: an even number (rotary embedding)")
+        raise UserError(
+            f"backbone.head_dim: {b.head_dim} given, allowed: an even number (rotary embedding)"
+        )
     if isinstance(config.data, PasskeyData) and config.eval.examples is None:
-        raise UserError("eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a cell)")
+        raise UserError(
+            "eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a cell)"
+        )
     if command == "train":
         _check_parameters(config)
         _check_recompute(config)
@@ -260,10 +315,20 @@ def _check_together(config: Config, command: str) -> None:
 def _check_parameters(config: Config) -> None:
     """train.parameters fits the model, and its companions have an effect."""
     train, default = config.train, TrainConfig()
-    lora = [name for name in ("lora_rank", "lora_alpha", "lora_dropout") if getattr(train, name) != getattr(default, name)]
+    lora = [
+        name
+        for name in ("lora_rank", "lora_alpha", "lora_dropout")
+        if getattr(train, name) != getattr(default, name)
+    ]
     if lora and "lora" not in train.parameters:
-        raise UserError(f"train.{lora[0]}: given, but train.parameters is {train.parameters}; it needs lora or memory+lora")
-    if "memory" in train.parameters and not config.model.global_size and config.model.compression_stride is None:
+        raise UserError(
+            f"train.{lora[0]}: given, but train.parameters is {train.parameters}; it needs lora or memory+lora"
+        )
+    if (
+        "memory" in train.parameters
+        and not config.model.global_size
+        and config.model.compression_stride is None
+    ):
         raise UserError(
             f"train.parameters: {train.parameters} given, but model.global_size=0 and model.compression_stride=null leave no memory to "
             "train, allowed: all, lora"
@@ -274,7 +339,9 @@ def _check_recompute(config: Config) -> None:
     """train.recompute fits the strategy, and its companion has an effect."""
     train = config.train
     if train.offload and train.recompute != "chunk":
-        raise UserError(f"train.offload: true given, but train.recompute is {train.recompute}; it needs chunk")
+        raise UserError(
+            f"train.offload: true given, but train.recompute is {train.recompute}; it needs chunk"
+        )
     if train.recompute == "chunk" and config.trainer.strategy == "layer_pipeline":
         raise UserError(
             "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices keep their own chunks, allowed: none, cell"
@@ -294,13 +361,19 @@ def _check_gate_penalty(config: Config) -> None:
     """There are gates, gradients reach them, and the target has an effect."""
     train, model = config.train, config.model
     if train.gate_target != TrainConfig().gate_target and not train.gate_pull:
-        raise UserError(f"train.gate_target: {train.gate_target} given, but train.gate_pull is 0; it needs a weight > 0")
+        raise UserError(
+            f"train.gate_target: {train.gate_target} given, but train.gate_pull is 0; it needs a weight > 0"
+        )
     for name in ("gate_pull", "gate_entropy"):
         given = f"train.{name}: {getattr(train, name)} given"
         if not getattr(train, name):
             continue
         if not model.global_size or model.gate == "none":
             key = "model.gate=none" if model.global_size else "model.global_size=0"
-            raise UserError(f"{given}, but {key} leaves no gates, allowed: 0, or another {key.split('=')[0]}")
+            raise UserError(
+                f"{given}, but {key} leaves no gates, allowed: 0, or another {key.split('=')[0]}"
+            )
         if train.bptt_chunks == 1:
-            raise UserError(f"{given}, but with train.bptt_chunks=1 no gradient reaches a gate, allowed: 0, or train.bptt_chunks >= 2")
+            raise UserError(
+                f"{given}, but with train.bptt_chunks=1 no gradient reaches a gate, allowed: 0, or train.bptt_chunks >= 2"
+            )

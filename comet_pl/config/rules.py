@@ -39,7 +39,9 @@ def describe(hint: Any, rules: Rules) -> str:
     """What a field accepts, in a few words: 'whole number >= 1 or null'."""
     if "needs" in rules:
         return rules["needs"]
-    bounds = " and ".join(f"{sign} {rules[rule]}" for rule, (sign, _) in BOUNDS.items() if rule in rules)
+    bounds = " and ".join(
+        f"{sign} {rules[rule]}" for rule, (sign, _) in BOUNDS.items() if rule in rules
+    )
     words = []
     for arm in arms(hint):
         if get_origin(arm) is list:
@@ -61,7 +63,12 @@ def as_type(value: Any, hint: Any) -> Any:
     """
     options = arms(hint)
     if len(options) > 1:
-        if isinstance(value, float) and {int, float} <= set(options) and value > 1 and value.is_integer():
+        if (
+            isinstance(value, float)
+            and {int, float} <= set(options)
+            and value > 1
+            and value.is_integer()
+        ):
             return int(value)  # a count (1e3); 1.0 stays the fraction "all"
         for option in sorted(options, key=lambda option: type(value) is not option):
             try:
@@ -109,7 +116,19 @@ def convert(value: Any, hint: Any, rules: Rules, key: str, place: str = "") -> A
             return result
         quotes = ""
     except TypeError:
-        quotes = " (a number is text only in quotes)" if isinstance(value, (int, float)) and str in arms(hint) else ""
-    shown = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
-    hints = nearest(value, rules["choices"]) if isinstance(value, str) and "choices" in rules else ""
-    raise UserError(f"{key}: {shown} given{origin}, allowed: {describe(hint, rules)}{quotes}{hints}")
+        quotes = (
+            " (a number is text only in quotes)"
+            if isinstance(value, (int, float)) and str in arms(hint)
+            else ""
+        )
+    shown = (
+        {None: "null", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else repr(value)
+    )
+    hints = (
+        nearest(value, rules["choices"]) if isinstance(value, str) and "choices" in rules else ""
+    )
+    raise UserError(
+        f"{key}: {shown} given{origin}, allowed: {describe(hint, rules)}{quotes}{hints}"
+    )

@@ -12,9 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.errors import UserError
-from comet_pl.config.schema import DATA_KINDS, Config
 from comet_pl.config.rules import arms, nearest
+from comet_pl.config.schema import DATA_KINDS, Config
+from comet_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,14 @@ class Layer:
 def conf_names(conf_dir: Path, section: str = "") -> list[str]:
     """The confs that can be named: conf=NAME or conf=FOLDER/NAME, or with section="backbone" backbone=NAME."""
     names = sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
-    folders = sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name)) if not section else []
-    return names + [f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)]
+    folders = (
+        sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name))
+        if not section
+        else []
+    )
+    return names + [
+        f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)
+    ]
 
 
 def _is_section(folder: str) -> bool:
@@ -46,7 +52,9 @@ def read_arguments(argv: list[str]) -> dict[str, str]:
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise UserError(f"{argument!r}: arguments are written key=value, without dashes, such as train.lr=1e-3 (--help lists the keys)")
+            raise UserError(
+                f"{argument!r}: arguments are written key=value, without dashes, such as train.lr=1e-3 (--help lists the keys)"
+            )
         if not text.strip():
             raise UserError(f"{key}=: no value given; write {key}=null for none")
         given[key] = text
@@ -61,7 +69,9 @@ def command_line_layer(given: dict[str, str]) -> Layer:
         for name in path:
             inner = inner.setdefault(name, {})
             if not isinstance(inner, dict):
-                raise UserError(f"{key}: given together with a value for the whole of {'.'.join(path)}")
+                raise UserError(
+                    f"{key}: given together with a value for the whole of {'.'.join(path)}"
+                )
         inner[leaf] = _parse(key, text)
     return Layer("", values)
 
@@ -69,7 +79,12 @@ def command_line_layer(given: dict[str, str]) -> Layer:
 def _parse(key: str, text: str) -> Any:
     """Where only text is expected it is taken as it stands (run.name=007); all else is read as yaml."""
     hints = [set(arms(hint)) for hint in hints_of(key)]
-    if hints and all(hint <= {str, type(None)} for hint in hints) and text not in ("null", "~") and text[0] not in "'\"":
+    if (
+        hints
+        and all(hint <= {str, type(None)} for hint in hints)
+        and text not in ("null", "~")
+        and text[0] not in "'\""
+    ):
         return text
     return read_yaml(key, text)
 
@@ -83,7 +98,9 @@ def read_yaml(key: str, text: str) -> Any:
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{key}: {text!r} cannot be read: {getattr(error, 'problem', None) or in_a_line(error)}") from None
+        raise UserError(
+            f"{key}: {text!r} cannot be read: {getattr(error, 'problem', None) or in_a_line(error)}"
+        ) from None
 
 
 def in_a_line(error: Exception) -> str:
@@ -94,7 +111,12 @@ def in_a_line(error: Exception) -> str:
 
 def hints_of(key: str) -> list[Any]:
     """The declared types of a dotted key: one, of a key of the data section one for each kind of data that has it; [] if it is unknown."""
-    return [hint for schema in _schemas(key) for name, hint in get_type_hints(schema).items() if name == key.split(".")[-1]]
+    return [
+        hint
+        for schema in _schemas(key)
+        for name, hint in get_type_hints(schema).items()
+        if name == key.split(".")[-1]
+    ]
 
 
 def _schemas(key: str) -> list[type]:
@@ -108,7 +130,9 @@ def _schemas(key: str) -> list[type]:
     return [schema] if dataclasses.is_dataclass(schema) and isinstance(schema, type) else []
 
 
-def conf_layers(name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, ...] = ()) -> Iterator[Layer]:
+def conf_layers(
+    name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, ...] = ()
+) -> Iterator[Layer]:
     """The layers of conf/<name>.yaml: those of its `defaults:` in order, then its own; 'backbone/small' holds that section's keys."""
     section, _, stem = name.rpartition("/")
     if not _is_section(section):
@@ -119,18 +143,24 @@ def conf_layers(name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, 
     if stem not in conf_names(conf_dir, section):
         where = f" ({asked_by})" if asked_by else ""
         names = conf_names(conf_dir, section)
-        raise UserError(f"{option}={stem}: no such conf{where}{nearest(stem, names)}; there are: {', '.join(names) or 'none'}")
+        raise UserError(
+            f"{option}={stem}: no such conf{where}{nearest(stem, names)}; there are: {', '.join(names) or 'none'}"
+        )
     layer = read_file(conf_dir / f"{name}.yaml", f"{conf_dir.name}/{name}.yaml")
     defaults = layer.values.pop("defaults", None) or []
     if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
-        raise UserError(f"{layer.place('defaults')}: defaults: a list of confs is needed, such as [backbone/small]")
+        raise UserError(
+            f"{layer.place('defaults')}: defaults: a list of confs is needed, such as [backbone/small]"
+        )
     for item in defaults:
         yield from conf_layers(item, conf_dir, layer.place("defaults"), (*path, name))
     if section:
         lines = {f"{section}.{key}": line for key, line in layer.lines.items()}
         layer = Layer(layer.name, {section: layer.values}, lines)
     if "conf" in layer.values:
-        raise UserError(f"{layer.place('conf')}: conf is chosen on the command line; use defaults: to build on another conf")
+        raise UserError(
+            f"{layer.place('conf')}: conf is chosen on the command line; use defaults: to build on another conf"
+        )
     yield layer
 
 
@@ -141,11 +171,15 @@ def read_file(file: Path, name: str) -> Layer:
         node = yaml.compose(text)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{name}:{node.start_mark.line + 1}: lines of 'key: value' are needed")
-        values: Any = OmegaConf.to_container(OmegaConf.create(text))  # OmegaConf's dialect: 1e-3 is a number, a key given twice an error
+        values: Any = OmegaConf.to_container(
+            OmegaConf.create(text)
+        )  # OmegaConf's dialect: 1e-3 is a number, a key given twice an error
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise UserError(
+            f"{name}: not a text file in UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 from comet_pl.evaluation.agent import evaluate_agent
 from comet_pl.evaluation.behavior import evaluate_behavior
 from comet_pl.evaluation.passkey import evaluate_passkey
+from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import evaluate_scrolls
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.evaluation.results import Results
-from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 
 EVALUATE = {
     PasskeyData: evaluate_passkey,
@@ -27,7 +27,9 @@ EVALUATE = {
 }
 
 
-def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, out: Path) -> dict[str, Any]:
+def evaluate(
+    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, out: Path
+) -> dict[str, Any]:
     """Evaluates on what config.data names, as config.eval says; writes the files into `out` and prints a table.
 
     Returns:
@@ -41,6 +43,8 @@ def evaluate(model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config
         model.compile_cells()
     try:
         with torch.no_grad():
-            return EVALUATE[type(config.data)](model.eval(), tokenizer, config, Results(out, config.data.kind))
+            return EVALUATE[type(config.data)](
+                model.eval(), tokenizer, config, Results(out, config.data.kind)
+            )
     finally:
         model.train(training)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.config.load import from_dict, load, to_dict
-from comet_pl.errors import UserError, first_line
 from comet_pl.config.schema import Config
+from comet_pl.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,13 +19,19 @@ if TYPE_CHECKING:
 SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 
 
-def checkpoint_content(config: Config, tokenizer: PreTrainedTokenizerBase, model: CometForCausalLM) -> dict[str, Any]:
+def checkpoint_content(
+    config: Config, tokenizer: PreTrainedTokenizerBase, model: CometForCausalLM
+) -> dict[str, Any]:
     """The checkpoint's key "comet": plain types from which everything but the weights can be built again.
 
     config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder may be gone); generation: how that
     decoder ends and samples its texts; tokenizer: tokenizer.json; special_tokens: their texts by role, and the chat template.
     """
-    special = {name: getattr(tokenizer, name) for name in SPECIAL if getattr(tokenizer, name, None) is not None}
+    special = {
+        name: getattr(tokenizer, name)
+        for name in SPECIAL
+        if getattr(tokenizer, name, None) is not None
+    }
     return {
         "config": to_dict(config),
         "model": model.config.to_json_string(use_diff=False),
@@ -40,7 +46,9 @@ def restore_tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"]
+    )
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -56,13 +64,20 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     for folder in (path / "checkpoints", path):
         for name in ("last.ckpt", "best.ckpt"):
             if (folder / name).is_file():
-                return folder / name, path.parent if folder == path and path.name == "checkpoints" else path
+                return (
+                    folder / name,
+                    path.parent if folder == path and path.name == "checkpoints" else path,
+                )
     if (path / "config.json").is_file():
         return path, path
-    raise UserError(f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json")
+    raise UserError(
+        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json"
+    )
 
 
-def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+def load_trained(
+    path: Path, argv: list[str]
+) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the command line's keys over it.
 
     LoRA and separately trained rows are merged: the weights are plain.
@@ -80,7 +95,9 @@ def load_trained(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
     return _from_checkpoint(path, argv)
 
 
-def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+def _from_checkpoint(
+    path: Path, argv: list[str]
+) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     import json
 
     from transformers import GenerationConfig
@@ -96,18 +113,26 @@ def _from_checkpoint(path: Path, argv: list[str]) -> tuple[CometForCausalLM, Pre
     rows = new_rows(settings)  # before keys leave some of them out
     trained, asked = content["config"]["model"], dataclasses.asdict(config.model)
     try:
-        settings.override({key: value for key, value in asked.items() if value != trained.get(key, value)})
+        settings.override(
+            {key: value for key, value in asked.items() if value != trained.get(key, value)}
+        )
     except ValueError as error:
         raise UserError(_misfit(config, content["config"], error)) from None
     settings._attn_implementation = config.backbone.attn_implementation
-    weights = {name.removeprefix("model."): tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith("model.")}
+    weights = {
+        name.removeprefix("model."): tensor
+        for name, tensor in checkpoint["state_dict"].items()
+        if name.startswith("model.")
+    }
     model = CometForCausalLM(settings)
     add_adapters(model, from_dict(content["config"]).train, rows)
     model = model.to(next(iter(weights.values())).dtype)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise UserError(f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(
+            f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}"
+        ) from None
     merge_adapters(model)
     if "generation" in content:
         model.generation_config = GenerationConfig.from_dict(content["generation"])
@@ -118,12 +143,18 @@ def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> st
     """Why the model section that was asked for is not this checkpoint's; a whole conf of another model is the likeliest mistake."""
     if config.conf == trained["conf"]:
         return f"model: {error}"
-    keys = f"data.kind={config.data.kind} and its keys" if config.data.kind != trained["data"]["kind"] else "the keys that shall change"
+    keys = (
+        f"data.kind={config.data.kind} and its keys"
+        if config.data.kind != trained["data"]["kind"]
+        else "the keys that shall change"
+    )
     other = f"is for another model than this checkpoint's, which was trained with conf={trained['conf']}"
     return f"conf={config.conf}: {other} ({error}); leave conf out and give {keys}"
 
 
-def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+def _from_folder(
+    path: Path, argv: list[str]
+) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A Hugging Face folder: the configuration is the conf's and the command line's."""
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
@@ -138,10 +169,16 @@ def _from_folder(path: Path, argv: list[str]) -> tuple[CometForCausalLM, PreTrai
             f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train it first "
             f"(python train.py backbone.path={path} ...), or switch both memories off"
         )
-    given = {argument.partition("=")[0].removeprefix("model.") for argument in argv if argument.startswith("model.")}
+    given = {
+        argument.partition("=")[0].removeprefix("model.")
+        for argument in argv
+        if argument.startswith("model.")
+    }
     comet = {key: value for key, value in dataclasses.asdict(config.model).items() if key in given}
     try:
-        model = CometForCausalLM.from_pretrained(path, comet=comet, attn_implementation=config.backbone.attn_implementation)
+        model = CometForCausalLM.from_pretrained(
+            path, comet=comet, attn_implementation=config.backbone.attn_implementation
+        )
         return model.eval(), AutoTokenizer.from_pretrained(path), config
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"ckpt: {path} cannot be loaded: {first_line(error)}") from None

@@ -13,13 +13,22 @@ from typing import Any
 import yaml
 
 from comet_pl.config.load import to_dict
-from comet_pl.errors import UserError
 from comet_pl.config.schema import Config
+from comet_pl.errors import UserError
 
-NAME_VARIABLE = "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
+NAME_VARIABLE = (
+    "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
+)
 FIXED = ("seed", "model", "backbone", "data", "train")
 # of the fixed sections; at most rounding changes
-FREE = ("data.num_workers", "train.recompute", "train.offload", "train.compile", "train.max_skipped", "train.peak_tflops")
+FREE = (
+    "data.num_workers",
+    "train.recompute",
+    "train.offload",
+    "train.compile",
+    "train.max_skipped",
+    "train.peak_tflops",
+)
 
 
 @dataclass(frozen=True)
@@ -41,10 +50,15 @@ class Run:
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
         except OSError as error:
-            raise UserError(f"run.root: {self.path} cannot be made: {error.strerror or error}") from None
+            raise UserError(
+                f"run.root: {self.path} cannot be made: {error.strerror or error}"
+            ) from None
         file = self.path / "config.yaml"
         beside = file.with_name(".config.yaml.part")
-        beside.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        beside.write_text(
+            yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True),
+            encoding="utf-8",
+        )
         os.replace(beside, file)
 
     def discard(self) -> None:
@@ -64,7 +78,9 @@ def plan_run(config: Config, rank: int = 0) -> Run:
     """
     chosen = config.run.name or (os.environ.get(NAME_VARIABLE) if rank else None)
     if chosen is None and rank > 0:
-        raise UserError("run.name: missing, and several processes were started from outside; give all of them the same run.name")
+        raise UserError(
+            "run.name: missing, and several processes were started from outside; give all of them the same run.name"
+        )
     folder = Path(config.run.root).expanduser() / (config.conf or "custom")
     name = chosen or _time_stamp(folder)
     os.environ[NAME_VARIABLE] = name
@@ -74,7 +90,9 @@ def plan_run(config: Config, rank: int = 0) -> Run:
     if exists and not path.is_dir():
         raise UserError(f"run.name: {path} exists and is no folder")
     if exists and rank == 0 and not config.resume:
-        raise UserError(f"run.name: {path} exists; give another run.name, or resume=true to go on with it")
+        raise UserError(
+            f"run.name: {path} exists; give another run.name, or resume=true to go on with it"
+        )
     checkpoint = path / "checkpoints" / "last.ckpt"
     step = 0
     if exists and config.resume:
@@ -83,7 +101,13 @@ def plan_run(config: Config, rank: int = 0) -> Run:
             from callbacks.checkpoints import read_checkpoint
 
             step = read_checkpoint(checkpoint, mmap=True)["global_step"]
-    return Run(path, config, checkpoint if config.resume and checkpoint.exists() else None, step, fresh=not exists)
+    return Run(
+        path,
+        config,
+        checkpoint if config.resume and checkpoint.exists() else None,
+        step,
+        fresh=not exists,
+    )
 
 
 def _time_stamp(folder: Path) -> str:
@@ -102,14 +126,18 @@ def _check_same(file: Path, config: Config) -> None:
     except FileNotFoundError:  # killed before it was written
         return
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(f"{file}: cannot be read, so that it is unknown how this run was configured") from None
+        raise UserError(
+            f"{file}: cannot be read, so that it is unknown how this run was configured"
+        ) from None
     if not isinstance(old, dict):
         raise UserError(f"{file}: not the configuration of a run")
     new = to_dict(config)
     for section in FIXED:
         for key, before, now in _differences(section, old.get(section), new[section]):
             if key not in FREE:
-                raise UserError(f"{key}: {_shown(now)} given, but {file.parent} was started with {_shown(before)}; a resumed run keeps it")
+                raise UserError(
+                    f"{key}: {_shown(now)} given, but {file.parent} was started with {_shown(before)}; a resumed run keeps it"
+                )
 
 
 def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -117,9 +145,16 @@ def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         if old.get("kind") != new.get("kind"):
             return [(f"{key}.kind", old.get("kind"), new.get("kind"))]
-        return [found for name in new if name in old for found in _differences(f"{key}.{name}", old[name], new[name])]
+        return [
+            found
+            for name in new
+            if name in old
+            for found in _differences(f"{key}.{name}", old[name], new[name])
+        ]
     return [] if old == new else [(key, old, new)]
 
 
 def _shown(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -16,9 +16,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.errors import UserError
-from comet_pl.evaluation.results import PLAIN, as_png, replace_file
 from comet_pl.config.rules import nearest
+from comet_pl.errors import UserError
+from comet_pl.files import as_png, replace_file
+from comet_pl.progress import PLAIN
 
 Found = tuple[dict[str, str], dict[str, float]]
 """(swept key -> value, metric -> number) of one run"""
@@ -34,7 +35,11 @@ def read_values(folder: Path) -> dict[str, float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    found = {tag: events.Scalars(tag)[-1].value for tag in sorted(events.Tags()["scalars"]) if tag.startswith("val/")}
+    found = {
+        tag: events.Scalars(tag)[-1].value
+        for tag in sorted(events.Tags()["scalars"])
+        if tag.startswith("val/")
+    }
     for file in sorted(folder.glob("eval/*.json")):
         values = json.loads(file.read_text("utf-8"))
         found |= _numbers(values.get("mean", values), file.stem)
@@ -43,23 +48,41 @@ def read_values(folder: Path) -> dict[str, float]:
 
 def _numbers(values: Any, name: str) -> dict[str, float]:
     if isinstance(values, dict):
-        return {key: number for inner in values if inner != "n" for key, number in _numbers(values[inner], f"{name}/{inner}").items()}
-    return {name: float(values)} if isinstance(values, int | float) and not isinstance(values, bool) else {}
+        return {
+            key: number
+            for inner in values
+            if inner != "n"
+            for key, number in _numbers(values[inner], f"{name}/{inner}").items()
+        }
+    return (
+        {name: float(values)}
+        if isinstance(values, int | float) and not isinstance(values, bool)
+        else {}
+    )
 
 
 def group(found: Sequence[Found]) -> dict[tuple[tuple[str, str], ...], dict[str, Spread]]:
     """Runs that differ in the seed alone, together: {((key, value), ...): {metric: its spread}}, in the order in which they come."""
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, float]]] = {}
     for point, values in found:
-        groups.setdefault(tuple((name, text) for name, text in point.items() if name != SEED), []).append(values)
+        groups.setdefault(
+            tuple((name, text) for name, text in point.items() if name != SEED), []
+        ).append(values)
     return {
-        place: {metric: _spread([one[metric] for one in runs if metric in one]) for metric in dict.fromkeys(m for one in runs for m in one)}
+        place: {
+            metric: _spread([one[metric] for one in runs if metric in one])
+            for metric in dict.fromkeys(m for one in runs for m in one)
+        }
         for place, runs in groups.items()
     }
 
 
 def _spread(values: list[float]) -> Spread:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    return (
+        statistics.fmean(values),
+        statistics.stdev(values) if len(values) > 1 else None,
+        len(values),
+    )
 
 
 def choose(found: Sequence[Found], patterns: Sequence[str] | None) -> list[str]:
@@ -74,12 +97,16 @@ def choose(found: Sequence[Found], patterns: Sequence[str] | None) -> list[str]:
     chosen: dict[str, None] = {}
     for pattern in patterns:
         if not (matches := fnmatch.filter(known, pattern)):
-            raise UserError(f"sweep.metrics: {pattern!r} given, but no metric is called so{nearest(pattern, known)}: {', '.join(known)}")
+            raise UserError(
+                f"sweep.metrics: {pattern!r} given, but no metric is called so{nearest(pattern, known)}: {', '.join(known)}"
+            )
         chosen |= dict.fromkeys(matches)
     return list(chosen)
 
 
-def write(path: Path, found: Sequence[Found], patterns: Sequence[str] | None, console: Console) -> None:
+def write(
+    path: Path, found: Sequence[Found], patterns: Sequence[str] | None, console: Console
+) -> None:
     """Writes <path>.md, .csv and .png, each atomically, and prints the table.
 
     Args:
@@ -91,15 +118,28 @@ def write(path: Path, found: Sequence[Found], patterns: Sequence[str] | None, co
     replace_file(path.with_name(f"{path.name}.csv"), as_csv(found).encode(), "run.root")
     metrics, groups = choose(found, patterns), group(found)
     axes = [name for name in found[0][0] if name != SEED]
-    rows = [[text for _, text in place] + [shown(values.get(metric)) for metric in metrics] for place, values in groups.items()]
+    rows = [
+        [text for _, text in place] + [shown(values.get(metric)) for metric in metrics]
+        for place, values in groups.items()
+    ]
     counts = sorted({count for values in groups.values() for _, _, count in values.values()})
     seeds = (
-        f"{counts[0]} seed{'s' * (counts[0] != 1)}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} seeds" if counts else "no values"
+        f"{counts[0]} seed{'s' * (counts[0] != 1)}"
+        if len(counts) == 1
+        else f"{counts[0]} to {counts[-1]} seeds"
+        if counts
+        else "no values"
     )
     caption = f"{seeds}; mean ± standard deviation" if counts and counts[-1] > 1 else seeds
-    replace_file(path.with_name(f"{path.name}.md"), as_markdown([*axes, *metrics], rows, len(axes), caption).encode(), "run.root")
+    replace_file(
+        path.with_name(f"{path.name}.md"),
+        as_markdown([*axes, *metrics], rows, len(axes), caption).encode(),
+        "run.root",
+    )
     if metrics:
-        replace_file(path.with_name(f"{path.name}.png"), as_png(plot(groups, metrics, caption)), "run.root")
+        replace_file(
+            path.with_name(f"{path.name}.png"), as_png(plot(groups, metrics, caption)), "run.root"
+        )
     table = Table(*axes)
     for metric in metrics:
         table.add_column(metric, justify="right", overflow="fold")
@@ -120,7 +160,10 @@ def shown(spread: Spread | None) -> str:
 
 
 def in_a_line(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {shown((value, None, 1))}" for name, value in list(values.items())[:8]) or "no values"
+    return (
+        ", ".join(f"{name} {shown((value, None, 1))}" for name, value in list(values.items())[:8])
+        or "no values"
+    )
 
 
 def as_csv(found: Sequence[Found]) -> str:
@@ -133,34 +176,60 @@ def as_csv(found: Sequence[Found]) -> str:
     return page.getvalue()
 
 
-def as_markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int, caption: str) -> str:
+def as_markdown(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], left: int, caption: str
+) -> str:
     """A table whose first `left` columns are texts, and the line below it."""
     lines = [heads, [":--" if column < left else "--:" for column in range(len(heads))], *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines) + f"\n{caption}\n"
+    return (
+        "".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
+            for line in lines
+        )
+        + f"\n{caption}\n"
+    )
 
 
-def plot(groups: dict[tuple[tuple[str, str], ...], dict[str, Spread]], metrics: Sequence[str], caption: str) -> Figure:
+def plot(
+    groups: dict[tuple[tuple[str, str], ...], dict[str, Spread]],
+    metrics: Sequence[str],
+    caption: str,
+) -> Figure:
     """Metrics that end in a number (passkey/512) as lines over it, the others as points, a panel each; bars are standard deviations."""
     curves: dict[str, list[str]] = {}
     singles = []
     for metric in metrics:
         name, _, end = metric.rpartition("/")
         curves.setdefault(name, []).append(metric) if end.isdigit() else singles.append(metric)
-    labels = [", ".join(f"{name.split('.')[-1]}={text}" for name, text in place) or "all" for place in groups]
+    labels = [
+        ", ".join(f"{name.split('.')[-1]}={text}" for name, text in place) or "all"
+        for place in groups
+    ]
     count = len(curves) + len(singles)
     columns = min(count, 3)
     lines = math.ceil(count / columns)
     height = max(3.2, 1.4 + 0.24 * len(labels))
     legend = 0.25 * math.ceil(len(labels) / columns) if curves else 0
-    figure = Figure(figsize=(5 * columns + 1, height * lines + legend), layout="constrained", dpi=100)
+    figure = Figure(
+        figsize=(5 * columns + 1, height * lines + legend), layout="constrained", dpi=100
+    )
     panels: Iterator[Any] = iter(figure.subplots(lines, columns, squeeze=False).flat)
     for name, here in curves.items():
         axes = next(panels)
         for number, (label, values) in enumerate(zip(labels, groups.values(), strict=True)):
             marked = "o-" if number < LINES else "x:"
-            cells = sorted((int(metric.rpartition("/")[2]), values[metric]) for metric in here if metric in values)
+            cells = sorted(
+                (int(metric.rpartition("/")[2]), values[metric])
+                for metric in here
+                if metric in values
+            )
             axes.errorbar(
-                [x for x, _ in cells], [y for _, (y, _, _) in cells], [s or 0 for _, (_, s, _) in cells], fmt=marked, label=label, capsize=3
+                [x for x, _ in cells],
+                [y for _, (y, _, _) in cells],
+                [s or 0 for _, (_, s, _) in cells],
+                fmt=marked,
+                label=label,
+                capsize=3,
             )
         axes.set(title=name, xlabel="length in tokens" if name == "passkey" else "")
         ticks = sorted({int(metric.rpartition("/")[2]) for metric in here})
@@ -169,12 +238,20 @@ def plot(groups: dict[tuple[tuple[str, str], ...], dict[str, Spread]], metrics: 
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.minorticks_off()
     if curves:
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=8,
+        )
     for metric in singles:
         axes = next(panels)
         places = [place for place, values in enumerate(groups.values()) if metric in values]
         cells = [values[metric] for values in groups.values() if metric in values]
-        axes.errorbar([y for y, _, _ in cells], places, xerr=[s or 0 for _, s, _ in cells], fmt="o", capsize=3)
+        axes.errorbar(
+            [y for y, _, _ in cells], places, xerr=[s or 0 for _, s, _ in cells], fmt="o", capsize=3
+        )
         axes.set(title=metric, ylim=(len(labels) - 0.5, -0.5))
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
     for axes in panels:

@@ -89,7 +89,11 @@ def judge(prediction: str, reference: str) -> tuple[float, bool, bool, bool]:
 
 def bucket(value: float) -> str:
     """The name of a value's bucket; NaN: NOWHERE."""
-    return NOWHERE if math.isnan(value) else [name for name, least in BUCKETS.items() if least <= value][-1]
+    return (
+        NOWHERE
+        if math.isnan(value)
+        else [name for name, least in BUCKETS.items() if least <= value][-1]
+    )
 
 
 class AgentScore(Metric):
@@ -102,13 +106,23 @@ class AgentScore(Metric):
     """
 
     full_state_update = False
-    rows: list[Tensor]  # of each turn: distance, turn, loss, tokens, answered, f1, calls, name, action; NaN: no distance
+    rows: list[
+        Tensor
+    ]  # of each turn: distance, turn, loss, tokens, answered, f1, calls, name, action; NaN: no distance
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, distance: int | None, turn: int, loss: float, tokens: int, reference: str = "", prediction: str | None = None) -> None:
+    def update(
+        self,
+        distance: int | None,
+        turn: int,
+        loss: float,
+        tokens: int,
+        reference: str = "",
+        prediction: str | None = None,
+    ) -> None:
         """One assistant turn.
 
         Args:
@@ -122,20 +136,30 @@ class AgentScore(Metric):
         self.rows.append(torch.tensor([row], dtype=torch.float64, device=self.device))
 
     def compute(self) -> dict[str, Any]:
-        gathered = self.rows if isinstance(self.rows, list) else [self.rows]  # of several ranks, it is one tensor
+        gathered = (
+            self.rows if isinstance(self.rows, list) else [self.rows]
+        )  # of several ranks, it is one tensor
         rows = [row for part in gathered for row in part.tolist()]
-        return {"all": _scores(rows), "by_distance": _grouped(rows, 0), "by_turn": _grouped(rows, 1)}
+        return {
+            "all": _scores(rows),
+            "by_distance": _grouped(rows, 0),
+            "by_turn": _grouped(rows, 1),
+        }
 
 
 def _grouped(rows: Sequence[Sequence[float]], column: int) -> dict[str, Any]:
     names = [bucket(row[column]) for row in rows]
     return {
-        name: _scores([row for row, its in zip(rows, names, strict=True) if its == name]) for name in [*BUCKETS, NOWHERE] if name in names
+        name: _scores([row for row, its in zip(rows, names, strict=True) if its == name])
+        for name in [*BUCKETS, NOWHERE]
+        if name in names
     }
 
 
 def _scores(rows: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
-    _, _, loss, tokens, answered, score, calls, name, action = map(_sum, zip(*rows, strict=True)) if rows else [0.0] * 9
+    _, _, loss, tokens, answered, score, calls, name, action = (
+        map(_sum, zip(*rows, strict=True)) if rows else [0.0] * 9
+    )
     return {
         "turns": len(rows),
         "tokens": int(tokens),
@@ -180,11 +204,19 @@ def by_distance(values: dict[str, Any]) -> Figure:
     shares.set_ylim(-0.03, 1.03)
     shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     shares.legend(frameon=False, fontsize=9)
-    heights = [torch.nan if scores["perplexity"] is None else scores["perplexity"] for scores in found.values()]
+    heights = [
+        torch.nan if scores["perplexity"] is None else scores["perplexity"]
+        for scores in found.values()
+    ]
     perplexity.plot(places, heights, marker="o", color="black")
-    if max((height for height in heights if not math.isnan(height)), default=0) > 10 * min(heights, default=1):
+    if max((height for height in heights if not math.isnan(height)), default=0) > 10 * min(
+        heights, default=1
+    ):
         perplexity.set_yscale("log")
-    for axes, title, count in ((shares, "next action", "calls"), (perplexity, "perplexity", "turns")):
+    for axes, title, count in (
+        (shares, "next action", "calls"),
+        (perplexity, "perplexity", "turns"),
+    ):
         axes.set_xticks(places, [f"{name}\n{scores[count]}" for name, scores in found.items()])
         axes.set_xlabel(f"turns since the needed argument, {count} below")
         axes.set_title(title, fontsize=11)

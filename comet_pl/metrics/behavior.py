@@ -63,7 +63,13 @@ class BehaviorAccuracy(Metric):
         super().__init__(**kwargs)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
-    def update(self, predictions: Sequence[str], references: Sequence[str], kinds: Sequence[str], ages: Sequence[int | None]) -> None:
+    def update(
+        self,
+        predictions: Sequence[str],
+        references: Sequence[str],
+        kinds: Sequence[str],
+        ages: Sequence[int | None],
+    ) -> None:
         """One of each for every question; the age is None where no event is evidence (next_item).
 
         Raises:
@@ -71,8 +77,14 @@ class BehaviorAccuracy(Metric):
         """
         numbers = {kind: number for number, kind in enumerate(KINDS)}
         found = [
-            [numbers[kind], -1 if age is None else int(age_class(age)), exact_match(prediction, reference)]
-            for prediction, reference, kind, age in zip(predictions, references, kinds, ages, strict=True)
+            [
+                numbers[kind],
+                -1 if age is None else int(age_class(age)),
+                exact_match(prediction, reference),
+            ]
+            for prediction, reference, kind, age in zip(
+                predictions, references, kinds, ages, strict=True
+            )
         ]
         if found:
             self.rows.append(torch.tensor(found, dtype=torch.int64, device=self.device))
@@ -82,18 +94,32 @@ class BehaviorAccuracy(Metric):
         "accuracy", "n"}]}: accuracies from 0 to 1, from <= age < to in tokens. Only what was seen is listed, ages and cells leave out
         questions without evidence, and without any question the accuracy is None."""
         rows = (
-            self.rows if isinstance(self.rows, Tensor) else torch.cat([torch.zeros(0, 3, dtype=torch.int64), *map(Tensor.cpu, self.rows)])
+            self.rows
+            if isinstance(self.rows, Tensor)
+            else torch.cat([torch.zeros(0, 3, dtype=torch.int64), *map(Tensor.cpu, self.rows)])
         )
         table = rows.cpu().numpy()
         names = list(KINDS)
         aged = table[table[:, 1] >= 0]
         cells = []
         for kind, age in np.unique(aged[:, :2], axis=0).tolist():
-            cells.append({"kind": names[kind], **_bounds(age), **_share(aged[(aged[:, :2] == [kind, age]).all(1)])})
+            cells.append(
+                {
+                    "kind": names[kind],
+                    **_bounds(age),
+                    **_share(aged[(aged[:, :2] == [kind, age]).all(1)]),
+                }
+            )
         return {
             **_share(table),
-            "kinds": {names[kind]: _share(table[table[:, 0] == kind]) for kind in np.unique(table[:, 0]).tolist()},
-            "ages": [{**_bounds(age), **_share(aged[aged[:, 1] == age])} for age in np.unique(aged[:, 1]).tolist()],
+            "kinds": {
+                names[kind]: _share(table[table[:, 0] == kind])
+                for kind in np.unique(table[:, 0]).tolist()
+            },
+            "ages": [
+                {**_bounds(age), **_share(aged[aged[:, 1] == age])}
+                for age in np.unique(aged[:, 1]).tolist()
+            ],
             "cells": cells,
         }
 
@@ -110,7 +136,10 @@ def older_than(values: Values, age: int) -> dict[str, Any]:
     """{"accuracy", "n"} over all questions whose evidence is at least `age` tokens old; `age` has to be a class's first, such as 4,096."""
     here = [cell for cell in values["ages"] if cell["from"] >= age]
     total = sum(cell["n"] for cell in here)
-    return {"accuracy": sum(cell["accuracy"] * cell["n"] for cell in here) / total if total else None, "n": total}
+    return {
+        "accuracy": sum(cell["accuracy"] * cell["n"] for cell in here) / total if total else None,
+        "n": total,
+    }
 
 
 def table(methods: Mapping[str, Values]) -> Table:
@@ -125,7 +154,12 @@ def table(methods: Mapping[str, Values]) -> Table:
     found.add_column("questions", justify="right")
     first, *_ = methods.values()
     for kind in _seen(methods, "kinds", KINDS):
-        found.add_row(KINDS[kind], *_cells([values["kinds"].get(kind) for values in methods.values()], first["kinds"].get(kind)))
+        found.add_row(
+            KINDS[kind],
+            *_cells(
+                [values["kinds"].get(kind) for values in methods.values()], first["kinds"].get(kind)
+            ),
+        )
     found.add_section()
     for age in _seen(methods, "ages"):
         cells = [_at(values, age) for values in methods.values()]
@@ -141,7 +175,11 @@ def curves(methods: Mapping[str, Values]) -> Figure:
     axes = figure.subplots()
     ages = _seen(methods, "ages")
     for name, values in methods.items():
-        points = [(place, cell["accuracy"]) for place, age in enumerate(ages) if (cell := _at(values, age))]
+        points = [
+            (place, cell["accuracy"])
+            for place, age in enumerate(ages)
+            if (cell := _at(values, age))
+        ]
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     axes.set_xticks(range(len(ages)), [_label(age) for age in ages])
     axes.set_xlabel("age of the evidence: tokens back from the history's end")
@@ -158,7 +196,9 @@ def _seen(methods: Mapping[str, Values], part: str, order: Iterable[str] = ()) -
     """Kinds in their order, or (from, to) of ages in ascending order, of all methods together."""
     if part == "kinds":
         return [kind for kind in order if any(kind in values[part] for values in methods.values())]
-    return sorted({(cell["from"], cell["to"]) for values in methods.values() for cell in values[part]})
+    return sorted(
+        {(cell["from"], cell["to"]) for values in methods.values() for cell in values[part]}
+    )
 
 
 def _at(values: Values, age: tuple[int, int]) -> dict[str, Any] | None:
@@ -170,5 +210,8 @@ def _label(age: tuple[int, int]) -> str:
 
 
 def _cells(shares: Sequence[dict[str, Any] | None], counted: dict[str, Any] | None) -> list[str]:
-    shown = ["" if share is None or share["accuracy"] is None else f"{share['accuracy']:.1%}" for share in shares]
+    shown = [
+        "" if share is None or share["accuracy"] is None else f"{share['accuracy']:.1%}"
+        for share in shares
+    ]
     return [*shown, f"{counted['n'] if counted else 0:,}"]

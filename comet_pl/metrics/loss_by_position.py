@@ -37,23 +37,39 @@ class LossByPosition(Metric):
     def update(self, places: Tensor, losses: Tensor, chunks: np.ndarray) -> None:
         """places: (k,) flat columns in (B, N) that have a target. losses: (k,) of these. chunks: (B, N), see chunk_of_columns."""
         # The exponent of x = f * 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7, ...
-        bucket = torch.from_numpy(np.frexp(chunks.reshape(-1)[places.cpu().numpy()])[1].clip(max=BUCKETS - 1)).long()
-        self.total += torch.zeros(BUCKETS, dtype=torch.float64).index_add(0, bucket, losses.double().cpu()).to(self.device)
+        bucket = torch.from_numpy(
+            np.frexp(chunks.reshape(-1)[places.cpu().numpy()])[1].clip(max=BUCKETS - 1)
+        ).long()
+        self.total += (
+            torch.zeros(BUCKETS, dtype=torch.float64)
+            .index_add(0, bucket, losses.double().cpu())
+            .to(self.device)
+        )
         self.count += torch.bincount(bucket, minlength=BUCKETS).double().to(self.device)
 
     def compute(self) -> list[Bucket]:
         """All buckets up to the last one with a target; loss None: no target, or not finite."""
         total, count = self.total.tolist(), self.count.tolist()
         last = max((number for number, n in enumerate(count) if n), default=-1)
-        means = [total[number] / count[number] if count[number] else np.nan for number in range(last + 1)]
+        means = [
+            total[number] / count[number] if count[number] else np.nan for number in range(last + 1)
+        ]
         return [
-            {"from": 1 << number >> 1, "to": (1 << number) - 1, "loss": mean if np.isfinite(mean) else None, "labels": int(count[number])}
+            {
+                "from": 1 << number >> 1,
+                "to": (1 << number) - 1,
+                "loss": mean if np.isfinite(mean) else None,
+                "labels": int(count[number]),
+            }
             for number, mean in enumerate(means)
         ]
 
 
 def chunk_of_columns(
-    mask: Tensor, chunk_size: int, chunk_sizes: Sequence[Sequence[int]] | None = None, resets: Sequence[Sequence[bool]] | None = None
+    mask: Tensor,
+    chunk_size: int,
+    chunk_sizes: Sequence[Sequence[int]] | None = None,
+    resets: Sequence[Sequence[bool]] | None = None,
 ) -> np.ndarray:
     """(B, N) int: the chunk of each real column, from 0 on at its document's begin; 0 at padding.
 
@@ -64,7 +80,11 @@ def chunk_of_columns(
     real = mask.bool().cpu().numpy()
     chunks = np.zeros(real.shape, dtype=np.int64)
     for row, here in enumerate(real):
-        sizes = fixed_chunks(int(here.sum()), chunk_size) if chunk_sizes is None else list(chunk_sizes[row])
+        sizes = (
+            fixed_chunks(int(here.sum()), chunk_size)
+            if chunk_sizes is None
+            else list(chunk_sizes[row])
+        )
         numbers = np.arange(len(sizes))
         if resets is not None:  # a document's first chunk is number 0
             numbers -= np.maximum.accumulate(np.where(resets[row], numbers, 0))
@@ -74,7 +94,11 @@ def chunk_of_columns(
 
 def name(bucket: Bucket) -> str:
     """0, 1, 2-3, 4-7, ..."""
-    return str(bucket["from"]) if bucket["to"] <= bucket["from"] else f"{bucket['from']}-{bucket['to']}"
+    return (
+        str(bucket["from"])
+        if bucket["to"] <= bucket["from"]
+        else f"{bucket['from']}-{bucket['to']}"
+    )
 
 
 def curve(buckets: Sequence[Bucket]) -> Figure:

@@ -27,18 +27,31 @@ class PasskeyAccuracy(Metric):
 
     def update(self, length: int, depths: Sequence[float], correct: Tensor) -> None:
         """Examples of one length: their depths and whether each was answered right, (B,) bool."""
-        columns = [torch.full((len(depths),), float(length)), torch.as_tensor(depths), correct.cpu()]
+        columns = [
+            torch.full((len(depths),), float(length)),
+            torch.as_tensor(depths),
+            correct.cpu(),
+        ]
         self.rows.append(torch.stack([column.double() for column in columns], 1).to(self.device))
 
     def compute(self) -> list[Cell]:
         """One cell a (length, depth) that was seen, in ascending order."""
         if isinstance(self.rows, list) and not self.rows:
             return []
-        rows = (torch.cat(list(self.rows)) if isinstance(self.rows, list) else self.rows).cpu().numpy()
-        places, inverse, counts = np.unique(rows[:, :2], axis=0, return_inverse=True, return_counts=True)
+        rows = (
+            (torch.cat(list(self.rows)) if isinstance(self.rows, list) else self.rows).cpu().numpy()
+        )
+        places, inverse, counts = np.unique(
+            rows[:, :2], axis=0, return_inverse=True, return_counts=True
+        )
         accuracies = np.bincount(inverse.reshape(-1), weights=rows[:, 2]) / counts
         return [
-            {"length": int(length), "depth": round(float(depth), 6), "accuracy": float(accuracy), "n": int(n)}
+            {
+                "length": int(length),
+                "depth": round(float(depth), 6),
+                "accuracy": float(accuracy),
+                "n": int(n),
+            }
             for (length, depth), accuracy, n in zip(places, accuracies, counts, strict=True)
         ]
 
@@ -48,7 +61,9 @@ def means(cells: Sequence[Cell]) -> dict[str, float]:
     result = {}
     for length in sorted({int(cell["length"]) for cell in cells}):
         here = [cell for cell in cells if cell["length"] == length]
-        result[str(length)] = sum(cell["accuracy"] * cell["n"] for cell in here) / sum(cell["n"] for cell in here)
+        result[str(length)] = sum(cell["accuracy"] * cell["n"] for cell in here) / sum(
+            cell["n"] for cell in here
+        )
     return result
 
 
@@ -75,18 +90,26 @@ def heatmap(cells: Sequence[Cell], train_length: int) -> Figure:
     for cell in cells:
         grid[depths.index(cell["depth"]), lengths.index(int(cell["length"]))] = cell["accuracy"]
     # Figure, not pyplot: nothing is kept open, and no display is asked for
-    figure = Figure(figsize=(2.6 + 0.95 * max(3, len(lengths)), 1.9 + 0.36 * max(4, len(depths))), layout="constrained", dpi=120)
+    figure = Figure(
+        figsize=(2.6 + 0.95 * max(3, len(lengths)), 1.9 + 0.36 * max(4, len(depths))),
+        layout="constrained",
+        dpi=120,
+    )
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     averages = means(cells)
-    axes.set_xticks(range(len(lengths)), [f"{short(length)}\n{averages[str(length)]:.0%}" for length in lengths])
+    axes.set_xticks(
+        range(len(lengths)), [f"{short(length)}\n{averages[str(length)]:.0%}" for length in lengths]
+    )
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("length in tokens, mean accuracy below")
     axes.set_ylabel("depth of the passkey")
     for (y, x), accuracy in np.ndenumerate(grid):
         if not np.isnan(accuracy):
             colour = "white" if accuracy < 0.15 or accuracy > 0.85 else "black"
-            axes.text(x, y, f"{accuracy * 100:.0f}", ha="center", va="center", color=colour, fontsize=9)
+            axes.text(
+                x, y, f"{accuracy * 100:.0f}", ha="center", va="center", color=colour, fontsize=9
+            )
     axes.set_xticks(np.arange(len(lengths) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(depths) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
@@ -94,7 +117,11 @@ def heatmap(cells: Sequence[Cell], train_length: int) -> Figure:
     for spine in axes.spines.values():
         spine.set_visible(False)
     total = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
-    axes.set_title(f"Passkey retrieval, trained at {train_length:,} tokens: {total:.1%} exact", fontsize=11, pad=10)
+    axes.set_title(
+        f"Passkey retrieval, trained at {train_length:,} tokens: {total:.1%} exact",
+        fontsize=11,
+        pad=10,
+    )
     bar = figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1], format=lambda value, _: f"{value:.0%}")
     bar.outline.set_visible(False)  # type: ignore[operator]
     return figure

@@ -33,9 +33,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
 
-from data import lines as jsonl
-from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.config.rules import nearest
+from comet_pl.errors import Parser, UserError, run_cli
+from data import lines as jsonl
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {
@@ -73,7 +73,9 @@ PAPER_AVERAGES = {
 
 def normalise(answer: str) -> str:
     """SQuAD's: lower case, without punctuation, articles and surplus spaces."""
-    answer = "".join(character for character in answer.lower() if character not in string.punctuation)
+    answer = "".join(
+        character for character in answer.lower() if character not in string.punctuation
+    )
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
@@ -97,7 +99,9 @@ def _rouge(prediction: str, references: Sequence[str]) -> list[float]:
 
 
 def _best(metric: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], list[float]]:
-    return lambda prediction, references: [max(metric(prediction, reference) for reference in references)]
+    return lambda prediction, references: [
+        max(metric(prediction, reference) for reference in references)
+    ]
 
 
 _SCORE = {"rouge1": _rouge, "f1": _best(f1), "exact_match": _best(exact_match)}
@@ -113,7 +117,10 @@ def _summary(task: str, values: Sequence[float]) -> dict[str, float]:
     product = 1.0
     for value in values:
         product *= value
-    return {"scrolls_score": product ** (1 / len(values)), **dict(zip(METRICS[task], values, strict=True))}
+    return {
+        "scrolls_score": product ** (1 / len(values)),
+        **dict(zip(METRICS[task], values, strict=True)),
+    }
 
 
 class ScrollsScore(Metric):
@@ -130,14 +137,20 @@ class ScrollsScore(Metric):
     def __init__(self, task: str, **kwargs: Any):
         super().__init__(**kwargs)
         self.task = task
-        self.add_state("total", torch.zeros(len(METRICS[task]), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state(
+            "total", torch.zeros(len(METRICS[task]), dtype=torch.float64), dist_reduce_fx="sum"
+        )
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """One prediction, and one or more references for it, an example."""
         for prediction, answers in zip(predictions, references, strict=True):
             values = scores(self.task, prediction, answers)
-            self.total += torch.tensor([values[name] for name in METRICS[self.task]], dtype=torch.float64, device=self.total.device)
+            self.total += torch.tensor(
+                [values[name] for name in METRICS[self.task]],
+                dtype=torch.float64,
+                device=self.total.device,
+            )
             self.count += 1
 
     def compute(self) -> dict[str, float]:
@@ -158,34 +171,67 @@ def beside_paper(values: Mapping[str, Any]) -> Table:
     """
     averages = ", ".join(f"{name} {value:.2f}" for name, value in PAPER_AVERAGES.items())
     caption = f"The paper's averages, over its own tasks and metrics: {averages}"
-    table = Table("task", "SCROLLS score", "questions", "in detail", "the paper's CoMeT", "its full attention", caption=caption)
+    table = Table(
+        "task",
+        "SCROLLS score",
+        "questions",
+        "in detail",
+        "the paper's CoMeT",
+        "its full attention",
+        caption=caption,
+    )
     for task, found in values.items():
         if task != "average":
-            detail = ", ".join(f"{name} {value:.2f}" for name, value in found.items() if name not in ("scrolls_score", "n"))
+            detail = ", ".join(
+                f"{name} {value:.2f}"
+                for name, value in found.items()
+                if name not in ("scrolls_score", "n")
+            )
             metric, *theirs = PAPER.get(task, ("",))
-            table.add_row(task, f"{found['scrolls_score']:.2f}", str(found["n"]), detail, *(f"{metric} {value:.1f}" for value in theirs))
+            table.add_row(
+                task,
+                f"{found['scrolls_score']:.2f}",
+                str(found["n"]),
+                detail,
+                *(f"{metric} {value:.1f}" for value in theirs),
+            )
     table.add_section()
     own = f"{values['average']:.2f}" if "average" in values else ""
-    table.add_row("average", own, "", "", *(f"{PAPER_AVERAGES[name]:.2f}" for name in ("CoMeT", "full attention")))
+    table.add_row(
+        "average",
+        own,
+        "",
+        "",
+        *(f"{PAPER_AVERAGES[name]:.2f}" for name in ("CoMeT", "full attention")),
+    )
     return table
 
 
 # -- files ------------------------------------------------------------------------------------------------------------------------------
 
 
-def score_files(task: str, predictions: Path, references: Path, allow_missing: bool = False) -> dict[str, float]:
+def score_files(
+    task: str, predictions: Path, references: Path, allow_missing: bool = False
+) -> dict[str, float]:
     """What ScrollsScore computes, of files; with allow_missing also "missing", the number of questions without a prediction.
 
     Raises:
         UserError: no such task; a file that cannot be read or is not what the module says; ids that are in one file only.
     """
     if task not in METRICS:
-        raise UserError(f"TASK: {task!r} given{nearest(task, METRICS)}, allowed: {', '.join(METRICS)}")
+        raise UserError(
+            f"TASK: {task!r} given{nearest(task, METRICS)}, allowed: {', '.join(METRICS)}"
+        )
     wanted, given = read_references(references), read_predictions(predictions)
-    missing, unknown = [one for one in wanted if one not in given], [one for one in given if one not in wanted]
+    missing, unknown = (
+        [one for one in wanted if one not in given],
+        [one for one in given if one not in wanted],
+    )
     if unknown:
         hint = nearest(unknown[0], missing)
-        raise UserError(f"{predictions}: {len(unknown)} of {len(given)} ids are not in {references}; the first: {unknown[0]!r}{hint}")
+        raise UserError(
+            f"{predictions}: {len(unknown)} of {len(given)} ids are not in {references}; the first: {unknown[0]!r}{hint}"
+        )
     if missing and not allow_missing:
         raise UserError(
             f"{predictions}: {len(missing)} of {len(wanted)} ids of {references} are missing; the first: {missing[0]!r} "
@@ -206,8 +252,12 @@ def read_predictions(path: Path) -> dict[str, str]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
-            raise UserError(f"{path}: {twice!r} is there twice; one prediction for each id is needed")
+            twice = next(
+                name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+            )
+            raise UserError(
+                f"{path}: {twice!r} is there twice; one prediction for each id is needed"
+            )
         return found
 
     try:
@@ -219,10 +269,14 @@ def read_predictions(path: Path) -> dict[str, str]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON: {error}; predictions {{id: text}} are needed") from None
     if not isinstance(given, dict):
-        raise UserError(f"{path}: a {type(given).__name__} given, predictions {{id: text}} are needed")
+        raise UserError(
+            f"{path}: a {type(given).__name__} given, predictions {{id: text}} are needed"
+        )
     for name, text in given.items():
         if not isinstance(text, str):
-            raise UserError(f"{path}: {name!r}: {text!r:.40} given, predictions {{id: text}} are needed")
+            raise UserError(
+                f"{path}: {name!r}: {text!r:.40} given, predictions {{id: text}} are needed"
+            )
     return given
 
 
@@ -257,28 +311,44 @@ def submission_csv(predictions: Mapping[str, Mapping[str, str]], path: Path) -> 
     """
     for task in predictions:
         if task not in SCROLLS:
-            raise UserError(f"{path}: {task!r} is no task of a submission{nearest(task, SCROLLS)}, allowed: {', '.join(SCROLLS)}")
+            raise UserError(
+                f"{path}: {task!r} is no task of a submission{nearest(task, SCROLLS)}, allowed: {', '.join(SCROLLS)}"
+            )
     if lacking := [task for task in SCROLLS if not predictions.get(task)]:
-        raise UserError(f"{path}: no predictions for {', '.join(lacking)}; a submission needs all of {', '.join(SCROLLS)}")
+        raise UserError(
+            f"{path}: no predictions for {', '.join(lacking)}; a submission needs all of {', '.join(SCROLLS)}"
+        )
     text = io.StringIO()
     lines = csv.writer(text)  # it ends lines with \r\n, and so quotes an answer with either of them
     lines.writerow(["Task", "ID", "Prediction"])
-    lines.writerows([task, name, answer] for task in SCROLLS for name, answer in predictions[task].items())
+    lines.writerows(
+        [task, name, answer] for task in SCROLLS for name, answer in predictions[task].items()
+    )
     beside = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(text.getvalue().encode("utf-8", "replace"))  # half a surrogate pair becomes "?"
+        beside.write_bytes(
+            text.getvalue().encode("utf-8", "replace")
+        )  # half a surrogate pair becomes "?"
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(prog="python -m comet_pl.metrics.scrolls", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        prog="python -m comet_pl.metrics.scrolls",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("task", metavar="TASK", help=", ".join(METRICS))
     parser.add_argument("predictions", type=Path, help="JSON file {id: text}")
     parser.add_argument("references", type=Path, help="SCROLLS rows, .jsonl[.xz|.gz|.zst]")
-    parser.add_argument("--allow-missing", action="store_true", help="questions without a prediction count as answered with nothing")
+    parser.add_argument(
+        "--allow-missing",
+        action="store_true",
+        help="questions without a prediction count as answered with nothing",
+    )
     return parser.parse_args(argv)
 
 

@@ -19,8 +19,12 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-MANY_KEYS = 2**18  # numbers in a row's keys, from which on one query is cheaper by two plain products than by a kernel on a CPU
-FEW_SCORES = 2**18  # so few are computed by the plain formula on a CPU: less overhead than a kernel, and it rounds least
+MANY_KEYS = (
+    2**18
+)  # numbers in a row's keys, from which on one query is cheaper by two plain products than by a kernel on a CPU
+FEW_SCORES = (
+    2**18
+)  # so few are computed by the plain formula on a CPU: less overhead than a kernel, and it rounds least
 
 
 class _SplitAttention(torch.autograd.Function):
@@ -33,7 +37,9 @@ class _SplitAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: int, scale: float) -> Tensor:
         parts = ((k[:, :, :past], v[:, :, :past], False), (k[:, :, past:], v[:, :, past:], True))
-        (o1, l1), (o2, l2) = (_flash(q, pk, pv, 0.0, causal, scale=scale) for pk, pv, causal in parts)
+        (o1, l1), (o2, l2) = (
+            _flash(q, pk, pv, 0.0, causal, scale=scale) for pk, pv, causal in parts
+        )
         lse = torch.logaddexp(l1, l2)
         o = torch.lerp(o2, o1, (l1 - lse).exp().to(o1.dtype)[..., None])
         ctx.save_for_backward(q, k, v, o, lse)
@@ -45,11 +51,16 @@ class _SplitAttention(torch.autograd.Function):
         q, k, v, o, lse = ctx.saved_tensors
         past, scale = ctx.past, ctx.scale
         parts = ((k[:, :, :past], v[:, :, :past], False), (k[:, :, past:], v[:, :, past:], True))
-        (q1, k1, v1), (q2, k2, v2) = (_flash_backward(grad, q, pk, pv, o, lse, 0.0, causal, scale=scale) for pk, pv, causal in parts)
+        (q1, k1, v1), (q2, k2, v2) = (
+            _flash_backward(grad, q, pk, pv, o, lse, 0.0, causal, scale=scale)
+            for pk, pv, causal in parts
+        )
         return q1 + q2, torch.cat([k1, k2], 2), torch.cat([v1, v2], 2), None, None
 
 
-def attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float) -> Tensor:
+def attend(
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float
+) -> Tensor:
     """(B, H, W, h), (B, H', L, h) twice -> (B, H, W, h)."""
     if not q.shape[2]:
         return q  # a full chunk closes and there is no memory: nothing of it is read
@@ -60,13 +71,17 @@ def attend(implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, sca
         return _eager(q, k, v, step.mask, scale)
     grouped = q.shape[1] != k.shape[1]
     if not step.uniform:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=step.mask, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=step.mask, scale=scale, enable_gqa=grouped
+        )
     if q.shape[2] == 1 and wide and k.shape[1:].numel() >= MANY_KEYS:
         return _one_query(q, k, v, scale)
     if q.shape[2] == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
     if step.past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
     if q.device.type == "cpu":
         if grouped and torch.is_grad_enabled():  # the kernel's backward knows no groups
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -83,7 +98,9 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    grouped = q.unflatten(1, (k.shape[1], -1))  # the queries of a key head as rows of one product: no key is copied
+    grouped = q.unflatten(
+        1, (k.shape[1], -1)
+    )  # the queries of a key head as rows of one product: no key is copied
     scores = (grouped.flatten(2, 3) @ k.transpose(2, 3) * scale).unflatten(2, grouped.shape[2:4])
     scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)

@@ -31,7 +31,9 @@ class LayerMemory(NamedTuple):
 
     state: Tensor | None = None  # S (B, m, d)
     temporary: Tensor | None = None  # T (B, <= K, d), oldest first, from entry 0
-    keys: Tensor | None = None  # open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position
+    keys: Tensor | None = (
+        None  # open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position
+    )
     values: Tensor | None = None
     pending: Tensor | None = None  # open chunk: outputs X at its compression tokens (B, n, d)
 
@@ -41,7 +43,11 @@ LENGTH_AXIS = {"state": 1, "temporary": 1, "keys": 2, "values": 2, "pending": 1}
 
 def wrong_rows(held: int, given: int) -> str:
     """What is wrong with a cache for another number of rows."""
-    repeat = f"; CometCache.batch_repeat_interleave({given // held}) repeats each of them" if held and given % held == 0 else ""
+    repeat = (
+        f"; CometCache.batch_repeat_interleave({given // held}) repeats each of them"
+        if held and given % held == 0
+        else ""
+    )
     return f"past_key_values: the cache holds {held} rows, input_ids has {given}{repeat}"
 
 
@@ -57,7 +63,9 @@ class CometCache(Cache):
         self.columns = 0  # columns fed so far, padding included
         self.preallocated = False
         self.fingerprint: str | None = None  # of the configuration it was made with
-        self.weights: str | None = None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
+        self.weights: str | None = (
+            None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
+        )
         self.model: Any = None  # the model that filled it; knows the digest of its weights
         self.notes: dict[str, Any] = {}  # what `save` was given to keep beside the memory
 
@@ -65,12 +73,18 @@ class CometCache(Cache):
     def at(cls, rows: list[RowClock], layers: int, fingerprint: str) -> CometCache:
         """A cache of texts that were read up to `rows`; their memory is somewhere else and comes in through the walk's seam."""
         cache = cls()
-        cache.rows, cache.memories, cache.fingerprint = list(rows), [LayerMemory() for _ in range(layers)], fingerprint
+        cache.rows, cache.memories, cache.fingerprint = (
+            list(rows),
+            [LayerMemory() for _ in range(layers)],
+            fingerprint,
+        )
         return cache
 
     # ---- what the model calls
 
-    def begin(self, config: CometConfig, batch: int, fingerprint: str, like: Tensor | None = None) -> CometCache:
+    def begin(
+        self, config: CometConfig, batch: int, fingerprint: str, like: Tensor | None = None
+    ) -> CometCache:
         """Checks that this cache fits a call on `batch` rows (and `like`, one of the model's weights); starts the rows' clocks of an empty
         one. Raises ValueError."""
         if self.fingerprint is None:
@@ -78,12 +92,17 @@ class CometCache(Cache):
             self.memories = [LayerMemory() for _ in range(config.backbone_config.num_hidden_layers)]
             self.rows = [RowClock(stride=config.compression_stride or NO_STRIDE)] * batch
         if self.fingerprint != fingerprint:
-            raise ValueError("past_key_values: this cache was made by a model of another configuration")
+            raise ValueError(
+                "past_key_values: this cache was made by a model of another configuration"
+            )
         if len(self.rows) != batch:
             raise ValueError(wrong_rows(len(self.rows), batch))
         if like is not None and self.preallocated:
             held = next(iter(self._tensors()), like)
-            for what, given, wanted in (("on", held.device, like.device), ("of", held.dtype, like.dtype)):
+            for what, given, wanted in (
+                ("on", held.device, like.device),
+                ("of", held.dtype, like.dtype),
+            ):
                 if given != wanted:
                     raise ValueError(
                         f"past_key_values: a cache {what} {given} given, the model is {what} {wanted}; CometCache.to changes it"
@@ -101,7 +120,11 @@ class CometCache(Cache):
         needed = dict.fromkeys(LayerMemory._fields, 0)
         for row in self.rows:
             own = open_tokens(row.fill, row.stride)
-            entries = {"state": row.global_slots, "temporary": row.temporary_slots, "pending": own - row.fill}
+            entries = {
+                "state": row.global_slots,
+                "temporary": row.temporary_slots,
+                "pending": own - row.fill,
+            }
             entries["keys"] = entries["values"] = row.memory + own if row.fill else 0
             needed = {name: max(count, entries[name]) for name, count in needed.items()}
         for i, memory in enumerate(self.memories):
@@ -110,7 +133,9 @@ class CometCache(Cache):
                 have = [0] if tensor is None else list(tensor.shape)
                 want = list(shapes[name]) if name in shapes else [0]
                 length = have.pop(axis) if len(have) > axis else 0
-                fits = tensor is None or (len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :])
+                fits = tensor is None or (
+                    len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :]
+                )
                 if length < needed[name] or not fits:
                     raise ValueError(
                         f"past_key_values: damaged: {name} of layer {i} has the shape {None if tensor is None else [*tensor.shape]}"
@@ -128,8 +153,12 @@ class CometCache(Cache):
     def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
         """Allocates every buffer at its full size and copies what is there. Raises TooLittleMemory."""
         if self.preallocated:
-            if not torch.is_inference_mode_enabled() and any(t.is_inference() for t in self._tensors()):
-                self._map(Tensor.clone)  # made under inference_mode, where buffers cannot be written to outside of it
+            if not torch.is_inference_mode_enabled() and any(
+                t.is_inference() for t in self._tensors()
+            ):
+                self._map(
+                    Tensor.clone
+                )  # made under inference_mode, where buffers cannot be written to outside of it
             return
         check_room(config, len(self.rows), dtype, device, least_stride(self.rows))
         shapes = config.cache_shapes(len(self.rows), least_stride(self.rows))
@@ -172,7 +201,9 @@ class CometCache(Cache):
         """The same memory, cut off from the graph that made it."""
         return self._copy((lambda t: t.detach().clone()) if self.preallocated else Tensor.detach)
 
-    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> CometCache:
+    def to(
+        self, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> CometCache:
         """A copy on another device or in another precision, for a model that is there or has it.
 
         In another precision the weights are others too, so that they are no longer compared with those that made the memory.
@@ -199,7 +230,9 @@ class CometCache(Cache):
         self.__init__()  # type: ignore[misc]
 
     def crop(self, *args: Any) -> None:
-        raise ValueError("CometCache: what was read cannot be unread; clone() the cache before reading on")
+        raise ValueError(
+            "CometCache: what was read cannot be unread; clone() the cache before reading on"
+        )
 
     def save(self, path: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> None:
         """Writes the cache to a safetensors file, atomically. notes: JSON-able, come back as `.notes`."""
@@ -234,11 +267,25 @@ class CometCache(Cache):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})["comet_cache"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            cache.memories = [LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields)) for i in range(facts["layers"])]
+            cache.memories = [
+                LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields))
+                for i in range(facts["layers"])
+            ]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
-            if any(not isinstance(value, int) or value < 0 for row in facts["rows"] for value in row.values()) or facts["columns"] < 0:
+            if (
+                any(
+                    not isinstance(value, int) or value < 0
+                    for row in facts["rows"]
+                    for value in row.values()
+                )
+                or facts["columns"] < 0
+            ):
                 raise ValueError("impossible numbers of tokens")
-            cache.columns, cache.preallocated, cache.notes = facts["columns"], facts["preallocated"], facts.get("notes", {})
+            cache.columns, cache.preallocated, cache.notes = (
+                facts["columns"],
+                facts["preallocated"],
+                facts.get("notes", {}),
+            )
             cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             why = f"no {error} in it" if isinstance(error, KeyError) else str(error)
@@ -254,7 +301,10 @@ class CometCache(Cache):
         return (t for memory in self.memories for t in memory if t is not None)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        self.memories = [LayerMemory(*(None if t is None else change(t) for t in memory)) for memory in self.memories]
+        self.memories = [
+            LayerMemory(*(None if t is None else change(t) for t in memory))
+            for memory in self.memories
+        ]
 
     def _copy(self, change: Callable[[Tensor], Tensor]) -> CometCache:
         new = copy.copy(self)
@@ -275,11 +325,19 @@ def free_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+        return next(
+            (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None
+        )
     return None
 
 
-def check_room(config: CometConfig, batch: int, dtype: torch.dtype, device: torch.device, stride: int | None = None) -> None:
+def check_room(
+    config: CometConfig,
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stride: int | None = None,
+) -> None:
     """Raises TooLittleMemory if a cache for `batch` texts does not fit into what is free on the device."""
     needed, free = config.cache_bytes(batch, dtype, stride), free_bytes(device)
     if free is not None and needed > free:
@@ -291,11 +349,18 @@ def check_room(config: CometConfig, batch: int, dtype: torch.dtype, device: torc
         )
 
 
-def _fill(shapes: dict[str, tuple[int, ...]], memory: LayerMemory, dtype: torch.dtype, device: torch.device) -> LayerMemory:
+def _fill(
+    shapes: dict[str, tuple[int, ...]],
+    memory: LayerMemory,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> LayerMemory:
     buffers = {}
     for name, shape in shapes.items():
         axis, old = LENGTH_AXIS[name], getattr(memory, name)
-        if old is not None and old.shape[axis] > shape[axis]:  # an open chunk that had outgrown C (rollover=false)
+        if (
+            old is not None and old.shape[axis] > shape[axis]
+        ):  # an open chunk that had outgrown C (rollover=false)
             shape = tuple(old.shape)
         buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
         if old is not None:

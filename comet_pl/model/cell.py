@@ -13,9 +13,9 @@ from transformers import PretrainedConfig
 
 from comet_pl.model.attention import attend
 from comet_pl.model.cache import LayerMemory
+from comet_pl.model.chunk_batch import Rope, Step
 from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
-from comet_pl.model.chunk_batch import Rope, Step
 
 # model_type -> who uses it. What these layers have in common is the cell: norm, q/k/v/o projections, RoPE, norm, MLP. Where they differ
 # (biases, norms of queries and keys, layers without RoPE) the modules taken over, or Cell.__init__, already know.
@@ -40,10 +40,18 @@ def check_backbone(config: PretrainedConfig) -> None:
     window = getattr(config, "sliding_window", None)
     sliding = window is not None and getattr(config, "use_sliding_window", True)
     if sliding or "sliding_attention" in (getattr(config, "layer_types", None) or []):
-        key = "use_sliding_window=False" if hasattr(config, "use_sliding_window") else "sliding_window=None"
-        raise ValueError(f"backbone: its sliding window of {window} tokens would cut the memory slots off; set {key}")
+        key = (
+            "use_sliding_window=False"
+            if hasattr(config, "use_sliding_window")
+            else "sliding_window=None"
+        )
+        raise ValueError(
+            f"backbone: its sliding window of {window} tokens would cut the memory slots off; set {key}"
+        )
     if getattr(config, "attention_dropout", 0):
-        raise ValueError(f"backbone attention_dropout: {config.attention_dropout} given, but the cell's attention has none; set it to 0")
+        raise ValueError(
+            f"backbone attention_dropout: {config.attention_dropout} given, but the cell's attention has none; set it to 0"
+        )
 
 
 def check_positions(config: PretrainedConfig, columns: int) -> None:
@@ -93,14 +101,21 @@ class Cell(nn.Module):
         self.global_memory = GlobalMemory(config) if has_global else None
         self.temporary_memory = TemporaryMemory(config) if has_temporary else None
         shared = config.shared_adapter and (has_global or has_temporary)
-        self.adapter = ResidualAdapter(self.config.hidden_size, config.adapter_rank) if shared else None
+        self.adapter = (
+            ResidualAdapter(self.config.hidden_size, config.adapter_rank) if shared else None
+        )
 
-    def forward(self, hidden: Tensor, memory: LayerMemory, step: Step) -> tuple[Tensor, LayerMemory]:
+    def forward(
+        self, hidden: Tensor, memory: LayerMemory, step: Step
+    ) -> tuple[Tensor, LayerMemory]:
         """(B, W, d) and the memory before -> the layer's output (B, W, d) and the memory after. Writes nothing unless step.in_place."""
         normed = self.input_layernorm(hidden)
         queries = self.rotate(self.project("q", normed), step.rope)
         keys, values = self.rotate(self.project("k", normed), step.rope), self.project("v", normed)
-        queries, keys = queries.to(values.dtype), keys.to(values.dtype)  # RoPE in the residual's dtype, attention in the projections'
+        queries, keys = (
+            queries.to(values.dtype),
+            keys.to(values.dtype),
+        )  # RoPE in the residual's dtype, attention in the projections'
         slots = self.slot_keys_values(memory, step)
         keys, values, memory = extend(memory, slots, keys, values, step)
         out = attend(self.config._attn_implementation, queries, keys, values, step, self.scaling)
@@ -110,7 +125,9 @@ class Cell(nn.Module):
 
     def project(self, which: str, normed: Tensor) -> Tensor:
         """(B, W, d) -> (B, heads, W, h), normalised where the decoder normalises queries and keys."""
-        heads = getattr(self.self_attn, f"{which}_proj")(normed).unflatten(-1, (-1, self.self_attn.head_dim))
+        heads = getattr(self.self_attn, f"{which}_proj")(normed).unflatten(
+            -1, (-1, self.self_attn.head_dim)
+        )
         norm = getattr(self.self_attn, f"{which}_norm", None)
         return (heads if norm is None else norm(heads)).transpose(1, 2)
 
@@ -133,7 +150,10 @@ class Cell(nn.Module):
             slots.append(memory.temporary[:, : step.temporary_slots])
         normed = self.input_layernorm(torch.cat(slots, 1))
         assert step.slot_rope is not None
-        keys, values = self.rotate(self.project("k", normed), step.slot_rope), self.project("v", normed)
+        keys, values = (
+            self.rotate(self.project("k", normed), step.slot_rope),
+            self.project("v", normed),
+        )
         return keys.to(values.dtype), values
 
     def remember(self, hidden: Tensor, memory: LayerMemory, step: Step) -> LayerMemory:
@@ -154,7 +174,9 @@ class Cell(nn.Module):
             new_state = self.global_memory.write(take(hidden, step.readout), previous, step.first)
             if step.closing is not None:
                 kept = torch.zeros_like(new_state) if state is None else state
-                new_state = torch.where(step.closing[:, None, None], new_state, kept.to(new_state.dtype))
+                new_state = torch.where(
+                    step.closing[:, None, None], new_state, kept.to(new_state.dtype)
+                )
             state = put(state, new_state, step.in_place)
         return memory._replace(state=state, temporary=temporary, pending=pending)
 
@@ -167,7 +189,11 @@ class Cell(nn.Module):
 
 def take(x: Tensor, where: Tensor | slice) -> Tensor:
     """Entries of (B, W, d): the same places of every row (slice), or (B, n) places."""
-    return x[:, where] if isinstance(where, slice) else x.gather(1, where[..., None].expand(-1, -1, x.shape[-1]))
+    return (
+        x[:, where]
+        if isinstance(where, slice)
+        else x.gather(1, where[..., None].expand(-1, -1, x.shape[-1]))
+    )
 
 
 def put(buffer: Tensor | None, new: Tensor, in_place: bool) -> Tensor:
@@ -192,28 +218,48 @@ def append_pending(pending: Tensor | None, new: Tensor, step: Step) -> Tensor:
     write = step.in_place and step.stores
     if step.pending_slot is not None:
         size = step.pending_after + 1
-        old = new.new_zeros(new.shape[0], size, new.shape[2]) if pending is None else widen(pending, size, 1)
+        old = (
+            new.new_zeros(new.shape[0], size, new.shape[2])
+            if pending is None
+            else widen(pending, size, 1)
+        )
         slot = step.pending_slot[..., None].expand_as(new)
-        return old.scatter_(1, slot, new.to(old.dtype)) if write else old.scatter(1, slot, new.to(old.dtype))
+        return (
+            old.scatter_(1, slot, new.to(old.dtype))
+            if write
+            else old.scatter(1, slot, new.to(old.dtype))
+        )
     if write:
         assert pending is not None
         pending = widen(pending, step.pending_after, 1)
         pending[:, step.pending : step.pending_after] = new
         return pending
-    return new if pending is None or not step.pending else torch.cat([pending[:, : step.pending], new], 1)
+    return (
+        new
+        if pending is None or not step.pending
+        else torch.cat([pending[:, : step.pending], new], 1)
+    )
 
 
 def push(temporary: Tensor | None, new: Tensor, step: Step) -> Tensor:
     """T after a chunk: the last K of [T ; new]."""
     t = step.temporary_before
-    entries = new if temporary is None or t == 0 else torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
+    entries = (
+        new
+        if temporary is None or t == 0
+        else torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
+    )
     if step.temporary_index is not None:
         entries = take(entries, step.temporary_index)
     return put(temporary, entries[:, -step.capacity :], step.in_place)
 
 
 def extend(
-    memory: LayerMemory, slots: tuple[Tensor, Tensor] | None, keys: Tensor, values: Tensor, step: Step
+    memory: LayerMemory,
+    slots: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    step: Step,
 ) -> tuple[Tensor, Tensor, LayerMemory]:
     """Key columns of the step: what the open chunk holds, the memory slots of chunks that open, the own tokens. (B, H', L, h) twice."""
     pairs = zip((memory.keys, memory.values), slots or (None, None), (keys, values), strict=True)
@@ -237,7 +283,13 @@ def _extend(held: Tensor | None, slots: Tensor | None, own: Tensor, step: Step) 
                 held[:, :, : slots.shape[2]] = slots
             held[:, :, step.past : step.columns] = own
             return held
-        before = [held[:, :, : step.past].to(own.dtype)] if step.continues and held is not None else [slots] if slots is not None else []
+        before = (
+            [held[:, :, : step.past].to(own.dtype)]
+            if step.continues and held is not None
+            else [slots]
+            if slots is not None
+            else []
+        )
         return torch.cat([*before, own], 2) if before else own
     size = step.columns + 1  # the last column takes what nobody reads
     if held is None or not (write or step.continues):
@@ -246,5 +298,9 @@ def _extend(held: Tensor | None, slots: Tensor | None, own: Tensor, step: Step) 
     for new, positions in ((slots, step.slot_positions), (own, step.positions)):
         if new is not None:
             index = positions[:, None, :, None].expand_as(new)  # type: ignore[index]
-            held = held.scatter_(2, index, new.to(held.dtype)) if write else held.scatter(2, index, new.to(held.dtype))
+            held = (
+                held.scatter_(2, index, new.to(held.dtype))
+                if write
+                else held.scatter(2, index, new.to(held.dtype))
+            )
     return held

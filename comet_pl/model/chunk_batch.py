@@ -43,16 +43,22 @@ class Step:
     has_state: bool  # some row has a state S before the step
     closing: Tensor | None  # ragged: (B,) rows that close
     readout: Tensor | slice | None  # where the readout tokens stand in W: slice, or (B, m)
-    compression: Tensor | slice | None  # where the entering compression tokens stand in W: slice with step, or (B, n)
+    compression: (
+        Tensor | slice | None
+    )  # where the entering compression tokens stand in W: slice with step, or (B, n)
     pending: int  # columns of pending outputs used before the step
     pending_after: int
-    pending_slot: Tensor | None  # ragged: (B, n) column of each entering compression token among the pending
+    pending_slot: (
+        Tensor | None
+    )  # ragged: (B, n) column of each entering compression token among the pending
     temporary_before: int  # columns of T used before the step
     temporary_index: Tensor | None  # ragged: (B, T') columns of [T | new] that make the new T
     capacity: int
     gated: list[int]  # rows whose state a gate updates: they close a chunk and had a state before
     read: list[int]  # their text tokens before that chunk
-    selected: Tensor | None = None  # (k,) flat places in (B, W) of the text tokens whose output is wanted
+    selected: Tensor | None = (
+        None  # (k,) flat places in (B, W) of the text tokens whose output is wanted
+    )
     target: Tensor | None = None  # (k,) their flat places in (B, N)
     rope: Rope = field(default=None, repr=False)  # type: ignore[assignment]
     slot_rope: Rope | None = field(default=None, repr=False)
@@ -88,15 +94,30 @@ def build_step(
     spans = [s.span(global_size) if s else (0, 0) for s in segments]
     active = [b for b, s in enumerate(segments) if s]
     uniform = len(active) == len(segments) and all(
-        (s.before.fill, s.before.stride, s.before.global_slots, s.before.temporary_slots, s.count, s.closes)
-        == (t.before.fill, t.before.stride, t.before.global_slots, t.before.temporary_slots, t.count, t.closes)
+        (
+            s.before.fill,
+            s.before.stride,
+            s.before.global_slots,
+            s.before.temporary_slots,
+            s.count,
+            s.closes,
+        )
+        == (
+            t.before.fill,
+            t.before.stride,
+            t.before.global_slots,
+            t.before.temporary_slots,
+            t.count,
+            t.closes,
+        )
         for s in segments[:1]
         for t in segments[1:]
         if s and t
     )
     rows, W = len(segments), max(last - first for first, last in spans)
     columns = max(
-        c.memory + (last if s else open_tokens(c.fill, c.stride)) for c, s, (_, last) in zip(before, segments, spans, strict=True)
+        c.memory + (last if s else open_tokens(c.fill, c.stride))
+        for c, s, (_, last) in zip(before, segments, spans, strict=True)
     )
 
     # Own tokens: where they come from, where they stand, which of them are wanted.
@@ -188,13 +209,19 @@ def build_step(
     step.first = tensor([c.global_slots == 0 for c in before])
     step.closing = tensor([b in closing for b in range(rows)])
     if entering.max(initial=0):
-        place, slot = np.zeros((rows, entering.max()), dtype=np.int64), np.full((rows, entering.max()), step.pending_after)
+        place, slot = (
+            np.zeros((rows, entering.max()), dtype=np.int64),
+            np.full((rows, entering.max()), step.pending_after),
+        )
         for b in active:
             where = np.flatnonzero(kinds[b] == 1)
             place[b, : len(where)], slot[b, : len(where)] = where, slots[b, where]
         step.compression, step.pending_slot = tensor(place), tensor(slot)
     if closing and global_size:
-        step.readout = tensor(np.stack([_first(kinds[b] == 2) + np.arange(global_size) for b in range(rows)]) % max(W, 1))
+        step.readout = tensor(
+            np.stack([_first(kinds[b] == 2) + np.arange(global_size) for b in range(rows)])
+            % max(W, 1)
+        )
     old = [c.temporary_slots for c in before]
     new = [held[b] + int(entering[b]) if b in closing else 0 for b in range(rows)]
     longest = max(min(capacity, t + n) for t, n in zip(old, new, strict=True))
@@ -216,4 +243,6 @@ def _evenly(where: np.ndarray) -> slice | None:
     if len(where) == 1:
         return slice(int(where[0]), int(where[0]) + 1)
     gaps = np.diff(where)
-    return slice(int(where[0]), int(where[-1]) + 1, int(gaps[0])) if (gaps == gaps[0]).all() else None
+    return (
+        slice(int(where[0]), int(where[-1]) + 1, int(gaps[0])) if (gaps == gaps[0]).all() else None
+    )

@@ -65,7 +65,11 @@ class Segment:
         """First and last + 1 own position p that this segment adds."""
         s = self.before.stride
         first = open_tokens(self.before.fill, s)
-        last = self.text + compression_tokens(self.text, s) + global_size if self.closes else open_tokens(self.text, s)
+        last = (
+            self.text + compression_tokens(self.text, s) + global_size
+            if self.closes
+            else open_tokens(self.text, s)
+        )
         return first, last
 
 
@@ -93,7 +97,12 @@ def plan_row(
         clock = replace(clock, fill=segment.text, num_tokens=clock.num_tokens + count)
         if closes:
             new = compression_tokens(clock.fill, clock.stride)
-            clock = replace(clock, fill=0, global_slots=global_size, temporary_slots=min(capacity, clock.temporary_slots + new))
+            clock = replace(
+                clock,
+                fill=0,
+                global_slots=global_size,
+                temporary_slots=min(capacity, clock.temporary_slots + new),
+            )
 
     start = 0
     if chunk_sizes is not None:

@@ -12,10 +12,22 @@ from transformers import AutoConfig, PretrainedConfig
 from comet_pl.model.chunk_layout import NO_STRIDE, compression_tokens
 
 GATES = ("scalar", "elementwise", "none")
-WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")  # these shape the weights: they cannot be overridden on a loaded checkpoint
+WEIGHT_KEYS = (
+    "adapter_rank",
+    "shared_adapter",
+    "gate",
+)  # these shape the weights: they cannot be overridden on a loaded checkpoint
 
 
-KEYS = ("chunk_size", "global_size", "compression_stride", "temporary_capacity", "gate_bias", "rollover", *WEIGHT_KEYS)
+KEYS = (
+    "chunk_size",
+    "global_size",
+    "compression_stride",
+    "temporary_capacity",
+    "gate_bias",
+    "rollover",
+    *WEIGHT_KEYS,
+)
 
 
 def check_keys(comet: dict[str, Any]) -> None:
@@ -70,13 +82,16 @@ class CometConfig(PretrainedConfig):
         **kwargs: Any,
     ):
         if backbone_config is None:
-            raise ValueError("backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)")
+            raise ValueError(
+                "backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)"
+            )
         # AutoModelForCausalLM knows CoMeT from the first configuration on, not from the start: `import comet_pl` is to be quick.
-        import comet_pl.model.modeling_comet  # noqa: F401
 
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
-        backbone_config = copy.deepcopy(backbone_config)  # ours: the attention implementation and the vocabulary are set on it
+        backbone_config = copy.deepcopy(
+            backbone_config
+        )  # ours: the attention implementation and the vocabulary are set on it
         self.chunk_size, self.global_size = chunk_size, global_size
         self.compression_stride, self.temporary_capacity = compression_stride, temporary_capacity
         self.adapter_rank, self.shared_adapter = adapter_rank, shared_adapter
@@ -90,9 +105,14 @@ class CometConfig(PretrainedConfig):
             readout_token_ids = list(range(next_id, next_id + global_size))
             next_id += global_size
         if len(readout_token_ids) != global_size:
-            raise ValueError(f"readout_token_ids: {len(readout_token_ids)} ids given, but global_size is {global_size}")
+            raise ValueError(
+                f"readout_token_ids: {len(readout_token_ids)} ids given, but global_size is {global_size}"
+            )
         backbone_config.vocab_size = next_id
-        self.compression_token_id, self.readout_token_ids = compression_token_id, list(readout_token_ids)
+        self.compression_token_id, self.readout_token_ids = (
+            compression_token_id,
+            list(readout_token_ids),
+        )
         self.backbone_config = backbone_config
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             kwargs.setdefault(name, getattr(backbone_config, name, None))
@@ -100,20 +120,29 @@ class CometConfig(PretrainedConfig):
 
     def check(self) -> None:
         """Raises ValueError for the first impossible value."""
-        for key, least in (("chunk_size", 1), ("global_size", 0), ("temporary_capacity", 1), ("adapter_rank", 1)):
+        for key, least in (
+            ("chunk_size", 1),
+            ("global_size", 0),
+            ("temporary_capacity", 1),
+            ("adapter_rank", 1),
+        ):
             value = getattr(self, key)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{key}: {value!r} given, a whole number >= {least} is needed")
         s = self.compression_stride
         if s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1):
-            raise ValueError(f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary memory) is needed")
+            raise ValueError(
+                f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary memory) is needed"
+            )
         for key in ("rollover", "shared_adapter"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}: {getattr(self, key)!r} given, True or False is needed")
         if self.gate not in GATES:
             raise ValueError(f"gate: {self.gate!r} given, one of {', '.join(GATES)} is needed")
         if self.gate_bias is not None and not isinstance(self.gate_bias, (int, float)):
-            raise ValueError(f"gate_bias: {self.gate_bias!r} given, a number or None (no bias) is needed")
+            raise ValueError(
+                f"gate_bias: {self.gate_bias!r} given, a number or None (no bias) is needed"
+            )
 
     def override(self, changes: dict[str, Any]) -> None:
         """Changes memory keys of a loaded checkpoint's configuration in place.
@@ -124,28 +153,41 @@ class CometConfig(PretrainedConfig):
         check_keys(changes)
         for key, value in changes.items():
             if key in WEIGHT_KEYS and value != getattr(self, key):
-                raise ValueError(f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made with {getattr(self, key)!r}")
+                raise ValueError(
+                    f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made with {getattr(self, key)!r}"
+                )
             setattr(self, key, value)
         self.check()
         if self.global_size > len(self.readout_token_ids):
             has = len(self.readout_token_ids)
-            raise ValueError(f"comet['global_size']: {self.global_size} given, the checkpoint has {has} readout tokens")
+            raise ValueError(
+                f"comet['global_size']: {self.global_size} given, the checkpoint has {has} readout tokens"
+            )
         if self.compression_stride is not None and self.compression_token_id is None:
-            raise ValueError("comet['compression_stride']: this checkpoint was made without a compression token")
+            raise ValueError(
+                "comet['compression_stride']: this checkpoint was made without a compression token"
+            )
         self.readout_token_ids = self.readout_token_ids[: self.global_size]
 
     def positions(self, stride: int | None = None) -> int:
         """The most positions that a chunk of C text tokens takes: m + K slots, text, compression, readout tokens. stride: instead of s."""
         stride = stride or self.compression_stride or NO_STRIDE
         slots = self.global_size + (self.temporary_capacity if self.compression_stride else 0)
-        return slots + self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
+        return (
+            slots + self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
+        )
 
     def cache_shapes(self, batch: int, stride: int | None = None) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor that one layer of a preallocated CometCache holds. stride: the least of its rows', instead of s."""
         backbone, s = self.backbone_config, stride or self.compression_stride or NO_STRIDE
         width, heads = backbone.hidden_size, backbone.num_key_value_heads
         head = getattr(backbone, "head_dim", None) or width // backbone.num_attention_heads
-        keys = (batch, heads, self.positions(s) + 1, head)  # one column more, where ragged batches put what nobody reads
+        keys = (
+            batch,
+            heads,
+            self.positions(s) + 1,
+            head,
+        )  # one column more, where ragged batches put what nobody reads
         shapes: dict[str, tuple[int, ...]] = {"keys": keys, "values": keys}
         if self.global_size:
             shapes["state"] = (batch, self.global_size, width)
@@ -154,13 +196,17 @@ class CometConfig(PretrainedConfig):
             shapes["pending"] = (batch, compression_tokens(self.chunk_size, s) + 1, width)
         return shapes
 
-    def cache_bytes(self, batch: int = 1, dtype: torch.dtype = torch.float32, stride: int | None = None) -> int:
+    def cache_bytes(
+        self, batch: int = 1, dtype: torch.dtype = torch.float32, stride: int | None = None
+    ) -> int:
         """Bytes of a CometCache for `batch` texts of any length: CometCache.nbytes, known beforehand. stride: the least of its rows', if
         they have their own."""
         elements = sum(math.prod(shape) for shape in self.cache_shapes(batch, stride).values())
         return elements * dtype.itemsize * self.backbone_config.num_hidden_layers
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PretrainedConfig:
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> PretrainedConfig:
         return self.backbone_config
 
     @property

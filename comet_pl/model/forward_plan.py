@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from comet_pl.model.cache import CometCache, wrong_rows
+from comet_pl.model.chunk_batch import Step, build_step
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, Segment, plan_row
 from comet_pl.model.configuration_comet import CometConfig
-from comet_pl.model.chunk_batch import Step, build_step
 
 
 @dataclass
@@ -43,7 +43,10 @@ class Call:
         now = [row[t] if t < len(row) else None for row in self.segments]
         # A row that rests keeps its place in the cache; without a cache there is nothing of it to keep.
         rest = self.clocks_after if self.use_cache else [RowClock()] * len(self.segments)
-        resting = [row[t].before if t < len(row) else after for row, after in zip(self.segments, rest, strict=True)]
+        resting = [
+            row[t].before if t < len(row) else after
+            for row, after in zip(self.segments, rest, strict=True)
+        ]
         return build_step(
             now,
             resting,
@@ -74,16 +77,28 @@ class Call:
     ) -> Call:
         """Raises ValueError, naming the argument, for whatever cannot be meant."""
         if input_ids.ndim != 2:
-            raise ValueError(f"input_ids: shape {tuple(input_ids.shape)} given, (rows, columns) is needed")
+            raise ValueError(
+                f"input_ids: shape {tuple(input_ids.shape)} given, (rows, columns) is needed"
+            )
         if cache is not None and not isinstance(cache, CometCache):
-            raise ValueError(f"past_key_values: a {type(cache).__name__} given, a CometCache is needed")
-        if logits_to_keep is not None and (isinstance(logits_to_keep, Tensor) or int(logits_to_keep) < 0):
-            raise ValueError(f"logits_to_keep: {logits_to_keep!r} given, a whole number >= 0 is needed")
+            raise ValueError(
+                f"past_key_values: a {type(cache).__name__} given, a CometCache is needed"
+            )
+        if logits_to_keep is not None and (
+            isinstance(logits_to_keep, Tensor) or int(logits_to_keep) < 0
+        ):
+            raise ValueError(
+                f"logits_to_keep: {logits_to_keep!r} given, a whole number >= 0 is needed"
+            )
         rows, width = input_ids.shape
         real = real_columns(attention_mask, rows, width, cache)
         check_ids(input_ids, real, config)
         columns = [np.flatnonzero(r) for r in real]
-        known = list(cache.rows) if cache is not None and cache.rows else [RowClock(stride=config.compression_stride or NO_STRIDE)] * rows
+        known = (
+            list(cache.rows)
+            if cache is not None and cache.rows
+            else [RowClock(stride=config.compression_stride or NO_STRIDE)] * rows
+        )
         if len(known) != rows:
             raise ValueError(wrong_rows(len(known), rows))
         clocks = with_strides(known, strides, config)
@@ -99,13 +114,21 @@ class Call:
                 chunk_sizes=row_sizes,
                 resets=row_flags,
             )
-            for clock, real_row, row_sizes, row_flags in zip(clocks, columns, sizes, flags, strict=True)
+            for clock, real_row, row_sizes, row_flags in zip(
+                clocks, columns, sizes, flags, strict=True
+            )
         ]
         segments = [row for row, _ in plans]
         if not use_cache:  # nobody reads the last memories
-            segments = [[*row[:-1], replace(row[-1], closes=False)] if row else row for row in segments]
+            segments = [
+                [*row[:-1], replace(row[-1], closes=False)] if row else row for row in segments
+            ]
         targets = shifted(labels, shift_labels, real, config.vocab_size)
-        keep = min(logits_to_keep or width, width) if targets is None or logits_to_keep is not None else None
+        keep = (
+            min(logits_to_keep or width, width)
+            if targets is None or logits_to_keep is not None
+            else None
+        )
         wanted = np.zeros((rows, width), dtype=bool)
         labelled = 0
         if targets is not None:
@@ -113,10 +136,24 @@ class Call:
             labelled = int(wanted.sum())
         if keep is not None:
             wanted[:, width - keep :] = True
-        return cls(config, width, clocks, [c for _, c in plans], columns, segments, targets, labelled, keep, wanted, use_cache)
+        return cls(
+            config,
+            width,
+            clocks,
+            [c for _, c in plans],
+            columns,
+            segments,
+            targets,
+            labelled,
+            keep,
+            wanted,
+            use_cache,
+        )
 
 
-def real_columns(mask: Tensor | None, rows: int, width: int, cache: CometCache | None) -> np.ndarray:
+def real_columns(
+    mask: Tensor | None, rows: int, width: int, cache: CometCache | None
+) -> np.ndarray:
     """(B, N) bool: which columns of this call are text."""
     if mask is None:
         return np.ones((rows, width), dtype=bool)
@@ -127,12 +164,16 @@ def real_columns(mask: Tensor | None, rows: int, width: int, cache: CometCache |
     given = mask[:, mask.shape[1] - width :].cpu().numpy()
     real = given.astype(bool)
     if (given != real).any():
-        raise ValueError(f"attention_mask: {given[given != real][0]} given, 1 (text) or 0 (padding) is needed")
+        raise ValueError(
+            f"attention_mask: {given[given != real][0]} given, 1 (text) or 0 (padding) is needed"
+        )
     if cache is None or not cache.columns:
         edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
         holes = np.flatnonzero((edges == 1).sum(1) > 1)
         if len(holes):
-            raise ValueError(f"attention_mask: row {holes[0]} has padding between its tokens; only padding on the left or right is allowed")
+            raise ValueError(
+                f"attention_mask: row {holes[0]} has padding between its tokens; only padding on the left or right is allowed"
+            )
     return real
 
 
@@ -148,11 +189,19 @@ def check_ids(input_ids: Tensor, real: np.ndarray, config: CometConfig) -> None:
         row, column = wrong[0]
         given, text = int(ids[row, column]), f"0 to {config.first_new_id - 1}"
         ours = 0 <= given < config.vocab_size
-        why = "; the ids behind are compression and readout tokens, which the model sets itself" if ours else ""
-        raise ValueError(f"input_ids: {given} given (row {row}, column {column}), allowed: {text}{why}")
+        why = (
+            "; the ids behind are compression and readout tokens, which the model sets itself"
+            if ours
+            else ""
+        )
+        raise ValueError(
+            f"input_ids: {given} given (row {row}, column {column}), allowed: {text}{why}"
+        )
 
 
-def check_prompt(input_ids: Tensor, new: int | None, mask: Tensor | None, cache: CometCache | None) -> None:
+def check_prompt(
+    input_ids: Tensor, new: int | None, mask: Tensor | None, cache: CometCache | None
+) -> None:
     """Refuses a prompt for `generate` that leaves nothing to go on from.
 
     Args:
@@ -171,38 +220,54 @@ def check_prompt(input_ids: Tensor, new: int | None, mask: Tensor | None, cache:
         return
     for row, real in enumerate(mask[:, -(new or columns) :].bool().tolist()):
         if not any(real):
-            raise ValueError(f"attention_mask: row {row} of the prompt has no new token, at least one is needed")
+            raise ValueError(
+                f"attention_mask: row {row} of the prompt has no new token, at least one is needed"
+            )
         if not real[-1]:
-            raise ValueError(f"attention_mask: row {row} of the prompt ends with padding, where generation goes on; pad on the left")
+            raise ValueError(
+                f"attention_mask: row {row} of the prompt ends with padding, where generation goes on; pad on the left"
+            )
 
 
 def with_strides(clocks: list[RowClock], strides: Any, config: CometConfig) -> list[RowClock]:
     if strides is None:
         return clocks
     if config.compression_stride is None:
-        raise ValueError("strides: given, but this model has no temporary memory (compression_stride is None)")
+        raise ValueError(
+            "strides: given, but this model has no temporary memory (compression_stride is None)"
+        )
     given = strides.tolist() if isinstance(strides, Tensor) else strides
     whole = isinstance(given, Sequence) and all(isinstance(s, Integral) and s >= 1 for s in given)
     if not whole or len(given) != len(clocks):
-        raise ValueError(f"strides: {given} given, one whole number >= 1 for each of {len(clocks)} rows is needed")
+        raise ValueError(
+            f"strides: {given} given, one whole number >= 1 for each of {len(clocks)} rows is needed"
+        )
     for b, (clock, s) in enumerate(zip(clocks, given, strict=True)):
         if clock.fill and clock.stride != int(s):
-            raise ValueError(f"strides: row {b} is inside a chunk of stride {clock.stride}, {int(s)} given")
+            raise ValueError(
+                f"strides: row {b} is inside a chunk of stride {clock.stride}, {int(s)} given"
+            )
     return [replace(clock, stride=int(s)) for clock, s in zip(clocks, given, strict=True)]
 
 
-def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list[int] | None], list[list[bool] | None]]:
+def per_row(
+    chunk_sizes: Any, resets: Any, tokens: list[int]
+) -> tuple[list[list[int] | None], list[list[bool] | None]]:
     """chunk_sizes and resets as one list a row, checked against the rows' real tokens."""
     rows = len(tokens)
     if chunk_sizes is None:
         if resets is not None:
-            raise ValueError("resets: given without chunk_sizes; it needs one bool for each listed chunk")
+            raise ValueError(
+                "resets: given without chunk_sizes; it needs one bool for each listed chunk"
+            )
         return [None] * rows, [None] * rows
 
     def spread(values: Any) -> list[Any]:
         values = values.tolist() if isinstance(values, Tensor) else values
         if not isinstance(values, Sequence):
-            raise ValueError(f"chunk_sizes: {values!r} given, a list of whole numbers, or one list a row, is needed")
+            raise ValueError(
+                f"chunk_sizes: {values!r} given, a list of whole numbers, or one list a row, is needed"
+            )
         nested = len(values) > 0 and isinstance(values[0], Sequence)
         return [list(v) for v in values] if nested else [list(values)] * rows
 
@@ -224,7 +289,9 @@ def per_row(chunk_sizes: Any, resets: Any, tokens: list[int]) -> tuple[list[list
     return sizes, flags  # type: ignore[return-value]
 
 
-def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray, vocabulary: int) -> Tensor | None:
+def shifted(
+    labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray, vocabulary: int
+) -> Tensor | None:
     """(B, N) on CPU: the target of each column's token, -100: none. A target counts if it and the token before it are real."""
     if labels is not None and shift_labels is not None:
         raise ValueError("labels and shift_labels: give one of the two")
@@ -232,11 +299,15 @@ def shifted(labels: Tensor | None, shift_labels: Tensor | None, real: np.ndarray
     if given is None:
         return None
     if given.shape != real.shape:
-        raise ValueError(f"{'labels' if labels is not None else 'shift_labels'}: shape {tuple(given.shape)} given, {real.shape} is needed")
+        raise ValueError(
+            f"{'labels' if labels is not None else 'shift_labels'}: shape {tuple(given.shape)} given, {real.shape} is needed"
+        )
     targets = given.detach().cpu().clone()
     wrong = targets[(targets != -100) & ((targets < 0) | (targets >= vocabulary))]
     if len(wrong):
-        raise ValueError(f"labels: {int(wrong[0])} given, allowed: 0 to {vocabulary - 1}, or -100 for none")
+        raise ValueError(
+            f"labels: {int(wrong[0])} given, allowed: 0 to {vocabulary - 1}, or -100 for none"
+        )
     mask = torch.from_numpy(real)
     if labels is not None:
         targets[~mask] = -100

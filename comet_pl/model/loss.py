@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 BLOCK = 1024  # labelled positions whose logits exist at the same time
 
 
-def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK) -> Tensor:
+def summed_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK
+) -> Tensor:
     """Sum of cross-entropies, float32 (or wider).
 
     Args:
@@ -21,7 +23,9 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor
 
     def one(h: Tensor, t: Tensor) -> Tensor:
         logits = head(h)
-        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="sum")
+        return F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="sum"
+        )
 
     if len(targets) <= block:
         return one(hidden, targets)
@@ -30,8 +34,17 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Callable[[Tensor
 
 
 @torch.no_grad()
-def cross_entropies(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK) -> Tensor:
+def cross_entropies(
+    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK
+) -> Tensor:
     """(n,) each position's cross-entropy, float32 (or wider), without gradients. Arguments: as above."""
     logits = (head(h) for h in hidden.split(block))
     parts = zip(logits, targets.split(block), strict=True)
-    return torch.cat([F.cross_entropy(one.to(torch.promote_types(one.dtype, torch.float32)), t, reduction="none") for one, t in parts])
+    return torch.cat(
+        [
+            F.cross_entropy(
+                one.to(torch.promote_types(one.dtype, torch.float32)), t, reduction="none"
+            )
+            for one, t in parts
+        ]
+    )

@@ -61,19 +61,29 @@ class GlobalMemory(nn.Module):
         width = config.backbone_config.hidden_size
         self.norm = nn.RMSNorm(width, eps=None)
         self.gate = None if config.gate == "none" else Gate(config)
-        self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
+        self.adapter = (
+            None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
+        )
         self.last_gate: Tensor | None = None  # g of the last write that had a gate, detached
-        self.gate_values: list[Tensor] | None = None  # a list: the walk collects every g of the current forward
-        self.penalty: Callable[[Tensor], Tensor] | None = None  # g -> g with a gradient of its own (comet_pl/training/gate_penalty.py)
+        self.gate_values: list[Tensor] | None = (
+            None  # a list: the walk collects every g of the current forward
+        )
+        self.penalty: Callable[[Tensor], Tensor] | None = (
+            None  # g -> g with a gradient of its own (comet_pl/training/gate_penalty.py)
+        )
 
-    def write(self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None) -> Tensor:
+    def write(
+        self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None
+    ) -> Tensor:
         """The new state S (B, m, d). `previous`: S after the chunk before, None in a first chunk; `first` (B,) marks the rows in their
         first chunk where others are not."""
         candidate = self.norm(readout)
         if previous is None or self.gate is None:
             return candidate
         g = self.gate(candidate, previous)
-        self.last_gate = g.detach()  # always, and never a growing list: torch.compile would make another graph for either
+        self.last_gate = (
+            g.detach()
+        )  # always, and never a growing list: torch.compile would make another graph for either
         if self.penalty is not None:
             g = self.penalty(g)
         state = g * previous + (1 - g) * candidate
@@ -93,4 +103,6 @@ class TemporaryMemory(nn.Module):
         super().__init__()
         width = config.backbone_config.hidden_size
         self.norm = nn.RMSNorm(width, eps=1e-12)
-        self.adapter = None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
+        self.adapter = (
+            None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
+        )

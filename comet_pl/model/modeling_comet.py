@@ -19,16 +19,18 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from comet_pl.model import pretrained as formats
-from comet_pl.model.loss import cross_entropies, summed_cross_entropy
-from comet_pl.model.cell import Decoder, check_backbone, check_positions
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.forward_plan import Call, check_prompt
-from comet_pl.model.configuration_comet import CometConfig, check_keys
-from comet_pl.model.memory import GateProjection, GlobalMemory
+from comet_pl.model.cell import Decoder, check_backbone, check_positions
 from comet_pl.model.chunk_batch import Step
+from comet_pl.model.configuration_comet import CometConfig, check_keys
+from comet_pl.model.forward_plan import Call, check_prompt
+from comet_pl.model.loss import cross_entropies, summed_cross_entropy
+from comet_pl.model.memory import GateProjection, GlobalMemory
 from comet_pl.model.traversal import WALKS, LocalSeam
 
-COMPILED_GRAPHS = 64  # of all cells together: each length of text, and each way to close a chunk, makes some
+COMPILED_GRAPHS = (
+    64  # of all cells together: each length of text, and each way to close a chunk, makes some
+)
 
 
 class CometForCausalLM(PreTrainedModel, GenerationMixin):
@@ -49,16 +51,29 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         check_positions(config.backbone_config, config.positions())
         super().__init__(config)
         backbone = config.backbone_config
-        self.model = Decoder(AutoModel.from_config(backbone) if decoder is None else decoder.model, config)
-        self.lm_head = nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False) if decoder is None else decoder.lm_head
+        self.model = Decoder(
+            AutoModel.from_config(backbone) if decoder is None else decoder.model, config
+        )
+        self.lm_head = (
+            nn.Linear(backbone.hidden_size, backbone.vocab_size, bias=False)
+            if decoder is None
+            else decoder.lm_head
+        )
         self.walk = "chunk_major"
         self.seam = LocalSeam  # a Strategy swaps it
-        self.gradient_checkpointing = False  # recompute each cell's activations in the backward pass
+        self.gradient_checkpointing = (
+            False  # recompute each cell's activations in the backward pass
+        )
         self.records_gates = False
-        self.gated: list[tuple[list[int], list[int]]] = []  # of the last forward, if it was recorded: each step's (gated, read)
+        self.gated: list[
+            tuple[list[int], list[int]]
+        ] = []  # of the last forward, if it was recorded: each step's (gated, read)
         self.records_losses = False
         self.token_losses: tuple[Tensor, Tensor] | None = None
-        self._fingerprint = ("", "")  # (the configuration in words, its fingerprint) of the last call
+        self._fingerprint = (
+            "",
+            "",
+        )  # (the configuration in words, its fingerprint) of the last call
         if decoder is not None:
             weight = decoder.lm_head.weight
             for name, parameter in self.named_parameters():
@@ -73,7 +88,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | os.PathLike[str], *args: Any, comet: dict[str, Any] | None = None, **kwargs: Any
+        cls,
+        path: str | os.PathLike[str],
+        *args: Any,
+        comet: dict[str, Any] | None = None,
+        **kwargs: Any,
     ) -> CometForCausalLM:
         """Loads a CoMeT folder (ours or the authors'; `comet` then overrides), or plugs fresh memory modules into a plain decoder.
 
@@ -148,8 +167,12 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: arguments that contradict each other; the message names the argument, what was given and what is allowed.
         """
-        shift_labels = others.pop("shift_labels", None)  # a parameter of this name would be a label to Hugging Face's Trainer
-        if strange := [name for name, value in others.items() if value is not None and value is not False]:
+        shift_labels = others.pop(
+            "shift_labels", None
+        )  # a parameter of this name would be a label to Hugging Face's Trainer
+        if strange := [
+            name for name, value in others.items() if value is not None and value is not False
+        ]:
             raise ValueError(f"{strange[0]}: given, but a CoMeT's forward has no such argument")
         if use_cache is None:
             use_cache = past_key_values is not None or not self.training
@@ -171,7 +194,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         if not in_place:
             cache = cache.functional_copy()
         cache.begin(self.config, len(input_ids), self.fingerprint, self.lm_head.weight)
-        made_with = cache.weights if cache.model is None or cache.model is self else cache.model.weight_digest()
+        made_with = (
+            cache.weights
+            if cache.model is None or cache.model is self
+            else cache.model.weight_digest()
+        )
         if made_with is not None and made_with != self.weight_digest():
             raise ValueError("past_key_values: this cache was made by a model with other weights")
         if in_place:
@@ -184,9 +211,13 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         outputs = list(self._walk(call, input_ids, cache.memories, in_place))
         cache.rows, cache.columns = call.clocks_after, cache.columns + input_ids.shape[1]
         loss, logits = self._head(call, outputs, input_ids, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=cache if use_cache else None
+        )
 
-    def _walk(self, call: Call, input_ids: Tensor, memories: list[LayerMemory], in_place: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    def _walk(
+        self, call: Call, input_ids: Tensor, memories: list[LayerMemory], in_place: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Visits the cells; yields the wanted outputs (k, d) of each step with their flat places (k,) in (B, N)."""
         new_ids = [self.config.compression_token_id or 0, *self.config.readout_token_ids]
         ids = torch.cat([input_ids, input_ids.new_tensor(new_ids).expand(len(input_ids), -1)], 1)
@@ -202,11 +233,15 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden[t] = self.model.embed_tokens(ids.gather(1, steps[t].source))
             before = seam.receive(i) if t == 0 else memory[i]
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden[t], memory[i] = checkpoint(cells[i], hidden[t], before, steps[t], use_reentrant=False)
+                hidden[t], memory[i] = checkpoint(
+                    cells[i], hidden[t], before, steps[t], use_reentrant=False
+                )
             else:
                 hidden[t], memory[i] = cells[i](hidden[t], before, steps[t])
             if self.records_gates and steps[t].closes and steps[t].has_state:
-                cells[i].global_memory.collect()  # not in the cell, which may run again in the backward pass
+                cells[
+                    i
+                ].global_memory.collect()  # not in the cell, which may run again in the backward pass
             if t == call.steps - 1:
                 seam.send(i, memory.pop(i))
             if i == len(cells) - 1:
@@ -223,7 +258,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         return step
 
     def _head(
-        self, call: Call, outputs: list[tuple[Tensor, Tensor]], input_ids: Tensor, num_items: int | Tensor | None
+        self,
+        call: Call,
+        outputs: list[tuple[Tensor, Tensor]],
+        input_ids: Tensor,
+        num_items: int | Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Loss over labelled positions and logits of the kept columns, from the outputs that were kept of the walk."""
         width = self.config.backbone_config.hidden_size
@@ -242,11 +281,15 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 self.token_losses = places[labelled], losses
                 loss = losses.sum() / count if call.labelled else loss
             elif call.labelled:
-                loss = summed_cross_entropy(hidden[labelled], targets[labelled], self.lm_head) / count
+                loss = (
+                    summed_cross_entropy(hidden[labelled], targets[labelled], self.lm_head) / count
+                )
         if call.keep is not None:
             rows, columns = input_ids.shape
             kept = places % columns >= columns - call.keep
-            place = places[kept] // columns * call.keep + places[kept] % columns - (columns - call.keep)
+            place = (
+                places[kept] // columns * call.keep + places[kept] % columns - (columns - call.keep)
+            )
             dense = hidden.new_zeros(rows * call.keep, width).index_copy(0, place, hidden[kept])
             logits = self.lm_head(dense.unflatten(0, (rows, call.keep)))
         return loss, logits
@@ -257,13 +300,25 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def fingerprint(self) -> str:
         """Of the configuration: what a cache must have been made with. Looked up where nothing changed since the last call: to_dict's
         deep copy takes longer than a small layer on one token."""
-        keys = ("global_size", "compression_stride", "temporary_capacity", "chunk_size", "adapter_rank", "shared_adapter", "gate")
+        keys = (
+            "global_size",
+            "compression_stride",
+            "temporary_capacity",
+            "chunk_size",
+            "adapter_rank",
+            "shared_adapter",
+            "gate",
+        )
         settings = [getattr(self.config, key) for key in keys]
         now = repr((vars(self.config.backbone_config), settings))
         if self._fingerprint[0] == now:
             return self._fingerprint[1]
         runtime = ("_", "transformers", "dtype", "torch", "use_cache", "output_", "return_dict")
-        backbone = {k: v for k, v in self.config.backbone_config.to_dict().items() if not k.startswith(runtime)}
+        backbone = {
+            k: v
+            for k, v in self.config.backbone_config.to_dict().items()
+            if not k.startswith(runtime)
+        }
         facts = json.dumps([backbone, settings], sort_keys=True, default=str)
         self._fingerprint = now, hashlib.sha256(facts.encode()).hexdigest()[:16]
         return self._fingerprint[1]
@@ -274,7 +329,14 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         digest = hashlib.sha256()
         for name, parameter in self.named_parameters():
             digest.update(name.encode())
-            digest.update(parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu().numpy().tobytes())
+            digest.update(
+                parameter.detach()
+                .flatten()[:: max(1, parameter.numel() // 16)]
+                .float()
+                .cpu()
+                .numpy()
+                .tobytes()
+            )
         return digest.hexdigest()[:16]
 
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -299,7 +361,9 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         found = []
         for t, (gated, read) in enumerate(self.gated):
             rows = torch.tensor(gated, dtype=torch.long, device=self.lm_head.weight.device)
-            found.append((read, [memory.gate_values[t][rows] for memory in self.gates if memory.gate_values]))
+            found.append(
+                (read, [memory.gate_values[t][rows] for memory in self.gates if memory.gate_values])
+            )
         return found
 
     def record_losses(self, on: bool = True) -> None:
@@ -324,7 +388,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     # ---- generation: Hugging Face's
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, next_sequence_length: int | None = None, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Hugging Face's, after a look at the prompt.
 
@@ -332,8 +400,17 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: a prompt, or a row of it, without a token that the cache has not read yet.
         """
         if is_first_iteration:
-            check_prompt(input_ids, next_sequence_length, kwargs.get("attention_mask"), kwargs.get("past_key_values"))
-        more = {"next_sequence_length": next_sequence_length, "is_first_iteration": is_first_iteration, **kwargs}
+            check_prompt(
+                input_ids,
+                next_sequence_length,
+                kwargs.get("attention_mask"),
+                kwargs.get("past_key_values"),
+            )
+        more = {
+            "next_sequence_length": next_sequence_length,
+            "is_first_iteration": is_first_iteration,
+            **kwargs,
+        }
         inputs = super().prepare_inputs_for_generation(input_ids, **more)  # type: ignore[misc, arg-type]
         inputs.pop("tokenizer", None)  # of stop_strings
         return inputs
@@ -341,7 +418,9 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's, and compression and readout tokens are never said, whatever is configured."""
         settings, others = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
-        settings.suppress_tokens = sorted({*(settings.suppress_tokens or []), *self.config.new_token_ids}) or None
+        settings.suppress_tokens = (
+            sorted({*(settings.suppress_tokens or []), *self.config.new_token_ids}) or None
+        )
         return settings, others
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
@@ -358,7 +437,11 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 def is_memory(name: str) -> bool:
     """Whether a parameter of this name belongs to the memory modules."""
     parts = name.split(".")
-    return "global_memory" in parts or "temporary_memory" in parts or (len(parts) > 3 and parts[3] == "adapter")
+    return (
+        "global_memory" in parts
+        or "temporary_memory" in parts
+        or (len(parts) > 3 and parts[3] == "adapter")
+    )
 
 
 AutoModelForCausalLM.register(CometConfig, CometForCausalLM)

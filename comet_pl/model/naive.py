@@ -22,15 +22,21 @@ class SlotsInFull:
     """Reads texts with a CometForCausalLM's weights; holds what the model keeps in a CometCache. Needs attention "sdpa"."""
 
     def __init__(self, model: CometForCausalLM):
-        assert model.config.backbone_config._attn_implementation == "sdpa", "eager attention would need a mask"
+        assert model.config.backbone_config._attn_implementation == "sdpa", (
+            "eager attention would need a mask"
+        )
         self.model, self.config = model, model.config
         layers = len(model.model.layers)
-        self.states: list[Tensor | None] = [None] * layers  # S (B, m, d) of each layer; None before the first chunk
+        self.states: list[Tensor | None] = [
+            None
+        ] * layers  # S (B, m, d) of each layer; None before the first chunk
         self.temporary: list[Tensor | None] = [None] * layers  # T (B, <= K, d), oldest first
 
     def read(self, ids: Tensor, chunk_sizes: list[int], logits_to_keep: int = 0) -> Tensor:
         """(B, N) text tokens, all chunks closing -> logits (B, N, V); of the last n columns only, if logits_to_keep = n > 0."""
-        outputs = [self.chunk(chunk)[:, -logits_to_keep:] for chunk in ids.split(chunk_sizes, 1)]  # [:, -0:] is all of it
+        outputs = [
+            self.chunk(chunk)[:, -logits_to_keep:] for chunk in ids.split(chunk_sizes, 1)
+        ]  # [:, -0:] is all of it
         hidden = torch.cat(outputs, 1)[:, -logits_to_keep:]
         return self.model.lm_head(self.model.model.norm(hidden))
 
@@ -43,7 +49,12 @@ class SlotsInFull:
             slots = self.slots(i, cell)
             x = torch.cat([*slots, own], 1)
             positions = torch.arange(x.shape[1], device=x.device)[None]
-            x = x + cell.self_attn(cell.input_layernorm(x), decoder.rotary_emb(x, positions), attention_mask=None)[0]
+            x = (
+                x
+                + cell.self_attn(
+                    cell.input_layernorm(x), decoder.rotary_emb(x, positions), attention_mask=None
+                )[0]
+            )
             x = x + cell.mlp(cell.post_attention_layernorm(x))
             own = x[:, -len(kinds) :]  # the slots' outputs go unread
             self.remember(i, cell, own[:, kinds == COMPRESSION], own[:, kinds == READOUT])
@@ -58,8 +69,12 @@ class SlotsInFull:
             parts.append((TEXT, group))
             if stride is not None:
                 parts.append((COMPRESSION, group.new_full((len(text), 1), compression)))
-        parts.append((READOUT, text.new_tensor(self.config.readout_token_ids).expand(len(text), -1)))
-        kinds = torch.cat([torch.full((ids.shape[1],), kind, device=text.device) for kind, ids in parts])
+        parts.append(
+            (READOUT, text.new_tensor(self.config.readout_token_ids).expand(len(text), -1))
+        )
+        kinds = torch.cat(
+            [torch.full((ids.shape[1],), kind, device=text.device) for kind, ids in parts]
+        )
         return kinds, torch.cat([ids for _, ids in parts], 1)
 
     def slots(self, i: int, cell: torch.nn.Module) -> list[Tensor]:

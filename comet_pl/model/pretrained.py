@@ -18,7 +18,14 @@ from comet_pl.model.configuration_comet import CometConfig
 if TYPE_CHECKING:
     from comet_pl.model.modeling_comet import CometForCausalLM
 
-AUTHORS_KEYS = ("chunk_size", "temp_beacon_stride", "temp_mem_budget", "global_beacon_ids", "temp_beacon_id", "placeholder_id")
+AUTHORS_KEYS = (
+    "chunk_size",
+    "temp_beacon_stride",
+    "temp_mem_budget",
+    "global_beacon_ids",
+    "temp_beacon_id",
+    "placeholder_id",
+)
 # Their names within a layer -> ours. Decoder weights lose "inner_layer.".
 AUTHORS_NAMES = {
     "inner_layer.": "",
@@ -44,11 +51,23 @@ def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
         return "decoder"
     if isinstance(kwargs.get("config"), CometConfig):
         return "comet"
-    known = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
-    facts, _ = PretrainedConfig.get_config_dict(path, **{k: kwargs[k] for k in known if k in kwargs})
+    known = (
+        "revision",
+        "token",
+        "cache_dir",
+        "local_files_only",
+        "subfolder",
+        "force_download",
+        "proxies",
+    )
+    facts, _ = PretrainedConfig.get_config_dict(
+        path, **{k: kwargs[k] for k in known if k in kwargs}
+    )
     if facts.get("model_type") == CometConfig.model_type:
         return "comet"
-    return "authors" if "global_beacon_ids" in facts and "temp_beacon_stride" in facts else "decoder"
+    return (
+        "authors" if "global_beacon_ids" in facts and "temp_beacon_stride" in facts else "decoder"
+    )
 
 
 def authors_config(folder: Path, comet: dict[str, Any]) -> CometConfig:
@@ -56,7 +75,11 @@ def authors_config(folder: Path, comet: dict[str, Any]) -> CometConfig:
     facts = json.loads((folder / "config.json").read_text())
     theirs = {key: facts.pop(key, None) for key in AUTHORS_KEYS}
     stride, readout = theirs["temp_beacon_stride"], theirs["global_beacon_ids"] or []
-    new = [i for i in (theirs["placeholder_id"], theirs["temp_beacon_id"], *readout) if i is not None and i >= 0]
+    new = [
+        i
+        for i in (theirs["placeholder_id"], theirs["temp_beacon_id"], *readout)
+        if i is not None and i >= 0
+    ]
     config = CometConfig(
         backbone_config=AutoConfig.for_model(**facts),
         chunk_size=theirs["chunk_size"],
@@ -78,7 +101,9 @@ def authors_name(name: str) -> str:
     return name
 
 
-def load_authors(cls: type[CometForCausalLM], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any) -> CometForCausalLM:
+def load_authors(
+    cls: type[CometForCausalLM], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any
+) -> CometForCausalLM:
     """Loads a checkpoint as the authors' code saves it (config.json, *.safetensors)."""
     folder = Path(path)
     config = authors_config(folder, comet)
@@ -94,11 +119,17 @@ def load_authors(cls: type[CometForCausalLM], path: str | os.PathLike[str], come
         config._attn_implementation = implementation
     model = cls(config).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    fresh = ["gate.proj.bias"] + ["lm_head.weight"] * config.tie_word_embeddings  # a bias that `comet` asks for starts at its value
+    fresh = ["gate.proj.bias"] + [
+        "lm_head.weight"
+    ] * config.tie_word_embeddings  # a bias that `comet` asks for starts at its value
     wrong = [name for name in missing if not name.endswith(tuple(fresh))]
     if wrong:
-        raise ValueError(f"{folder}: weights are missing for {wrong[0]} (and {len(wrong) - 1} more)")
+        raise ValueError(
+            f"{folder}: weights are missing for {wrong[0]} (and {len(wrong) - 1} more)"
+        )
     switched_off = [name for name in unexpected if "_memory." not in name]
     if switched_off:
-        raise ValueError(f"{folder}: unknown weights {switched_off[0]} (and {len(switched_off) - 1} more)")
+        raise ValueError(
+            f"{folder}: unknown weights {switched_off[0]} (and {len(switched_off) - 1} more)"
+        )
     return model.eval()

@@ -26,7 +26,10 @@ def layer_major(chunks: int, layers: int) -> Iterator[tuple[int, int]]:
             yield t, i
 
 
-WALKS: dict[str, Callable[[int, int], Iterator[tuple[int, int]]]] = {"chunk_major": chunk_major, "layer_major": layer_major}
+WALKS: dict[str, Callable[[int, int], Iterator[tuple[int, int]]]] = {
+    "chunk_major": chunk_major,
+    "layer_major": layer_major,
+}
 
 
 class Seam(Protocol):

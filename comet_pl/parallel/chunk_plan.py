@@ -37,13 +37,18 @@ class Run:
         return self.live_out or (self.part is not None and self.part.targets > 0)
 
 
-def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ranks: int, aligned: bool = False) -> list[Run]:
+def plan_text(
+    config: CometConfig, windows: Sequence[Window], schedule: str, ranks: int, aligned: bool = False
+) -> list[Run]:
     """All runs of a text, in order.
 
     Args:
         aligned: each window begins on the first rank, with relays from where the one before ended.
     """
-    rows, stride = len(windows[0].chunk_sizes) if windows else 0, config.compression_stride or NO_STRIDE
+    rows, stride = (
+        len(windows[0].chunk_sizes) if windows else 0,
+        config.compression_stride or NO_STRIDE,
+    )
     strides = (windows[0].strides if windows else None) or [stride] * rows
     clocks = [RowClock(stride=stride) for stride in strides]
     plan: list[Run] = []
@@ -53,7 +58,9 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
         after = clocks
         if part is not None:
             flags: Sequence[list[bool] | None] = part.resets or [None] * rows
-            after = [_after(config, *row) for row in zip(clocks, part.chunk_sizes, flags, strict=True)]
+            after = [
+                _after(config, *row) for row in zip(clocks, part.chunk_sizes, flags, strict=True)
+            ]
         plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after
 
@@ -74,15 +81,32 @@ def plan_text(config: CometConfig, windows: Sequence[Window], schedule: str, ran
 def chunk_costs(config: CometConfig, window: Window) -> list[int]:
     """Own tokens of each chunk of a window: of its longest row, because the others are padded to it."""
     count = max(map(len, window.chunk_sizes))
-    longest = [max(sizes[t] for sizes in window.chunk_sizes if t < len(sizes)) for t in range(count)]
-    return [n + compression_tokens(n, config.compression_stride or NO_STRIDE) + config.global_size for n in longest]
+    longest = [
+        max(sizes[t] for sizes in window.chunk_sizes if t < len(sizes)) for t in range(count)
+    ]
+    return [
+        n + compression_tokens(n, config.compression_stride or NO_STRIDE) + config.global_size
+        for n in longest
+    ]
 
 
 def _slots(clocks: list[RowClock]) -> Slots:
-    return max(clock.global_slots for clock in clocks), max(clock.temporary_slots for clock in clocks)
+    return max(clock.global_slots for clock in clocks), max(
+        clock.temporary_slots for clock in clocks
+    )
 
 
-def _after(config: CometConfig, clock: RowClock, sizes: list[int], resets: list[bool] | None) -> RowClock:
+def _after(
+    config: CometConfig, clock: RowClock, sizes: list[int], resets: list[bool] | None
+) -> RowClock:
     """A row's clock after chunks of these sizes."""
     capacity, m = config.temporary_capacity, config.global_size
-    return plan_row(clock, sum(sizes), chunk_size=config.chunk_size, global_size=m, capacity=capacity, chunk_sizes=sizes, resets=resets)[1]
+    return plan_row(
+        clock,
+        sum(sizes),
+        chunk_size=config.chunk_size,
+        global_size=m,
+        capacity=capacity,
+        chunk_sizes=sizes,
+        resets=resets,
+    )[1]

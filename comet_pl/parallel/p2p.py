@@ -65,11 +65,20 @@ class Ring:
         me, ends = dist.get_rank(), dict[str, Channel]()
         for ranks in pipelines:
             for source, target in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
-                memory, gradient = dist.new_group([source, target]), dist.new_group([source, target])
+                memory, gradient = (
+                    dist.new_group([source, target]),
+                    dist.new_group([source, target]),
+                )
                 if me == source:
-                    ends |= {"to_next": Channel(memory, target), "gradient_from_next": Channel(gradient, target)}  # type: ignore[arg-type]
+                    ends |= {
+                        "to_next": Channel(memory, target),
+                        "gradient_from_next": Channel(gradient, target),
+                    }  # type: ignore[arg-type]
                 if me == target:
-                    ends |= {"from_previous": Channel(memory, source), "gradient_to_previous": Channel(gradient, source)}  # type: ignore[arg-type]
+                    ends |= {
+                        "from_previous": Channel(memory, source),
+                        "gradient_to_previous": Channel(gradient, source),
+                    }  # type: ignore[arg-type]
         return cls(**ends)
 
     @property
@@ -91,7 +100,9 @@ class Inbox:
             of so many waits for them all.
     """
 
-    def __init__(self, channel: Channel, like: Tensor, shapes: Sequence[Sequence[int]], together: int = 1):
+    def __init__(
+        self, channel: Channel, like: Tensor, shapes: Sequence[Sequence[int]], together: int = 1
+    ):
         self.channel, self.like, self.shapes, self.together = channel, like, deque(shapes), together
         self.posted: deque[tuple[dist.Work, Tensor]] = deque()
         self.arrived: deque[Tensor] = deque()
@@ -156,7 +167,9 @@ class _Receive(torch.autograd.Function):
 
 class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, memory: Tensor, channel: Channel, gradients: Inbox) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, memory: Tensor, channel: Channel, gradients: Inbox
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.gradients = gradients
         channel.send(memory)
@@ -176,6 +189,8 @@ class _Tie(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if ctx.gradients is not None:  # not before: on NCCL, what waits for something that we have yet to cause could block us
+        if (
+            ctx.gradients is not None
+        ):  # not before: on NCCL, what waits for something that we have yet to cause could block us
             ctx.gradients.open()
         return gradient, None, *[None] * ctx.others

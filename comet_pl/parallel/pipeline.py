@@ -29,14 +29,24 @@ class Pipeline:
             comet_pl.parallel.schedule.SCHEDULES.
     """
 
-    def __init__(self, ring: p2p.Ring | None, index: int, ranks: int, schedule: str = "layer_level"):
+    def __init__(
+        self, ring: p2p.Ring | None, index: int, ranks: int, schedule: str = "layer_level"
+    ):
         self.ring, self.index, self.ranks = ring, index, ranks
         self.schedule = schedule if ranks > 1 else "layer_level"
         self.shards: Shards | None = None
-        self.cache: CometCache | None = None  # what the last run that this rank has read left behind
+        self.cache: CometCache | None = (
+            None  # what the last run that this rank has read left behind
+        )
         self.holds_last = False  # whether that was the text's last run
 
-    def read(self, model: CometForCausalLM, windows: Sequence[Window], num_items: int, keep_cache: bool = False) -> Iterator[Tensor | None]:
+    def read(
+        self,
+        model: CometForCausalLM,
+        windows: Sequence[Window],
+        num_items: int,
+        keep_cache: bool = False,
+    ) -> Iterator[Tensor | None]:
         """Reads its runs window by window; yields for each window this rank's part of the loss, or None if it has nothing to backpropagate.
 
         The caller runs the loss's backward pass before it asks for the next window: gradients of the memory travel in it.
@@ -46,8 +56,13 @@ class Pipeline:
         """
         self.cache, self.holds_last = None, False
         layerwise = self.shards if self.shards is not None and self.shards.layerwise else None
-        plan = plan_text(model.config, windows, self.schedule, self.ranks, aligned=layerwise is not None)
-        own = [[run for run in plan if run.window == w and run.number % self.ranks == self.index] for w in range(len(windows))]
+        plan = plan_text(
+            model.config, windows, self.schedule, self.ranks, aligned=layerwise is not None
+        )
+        own = [
+            [run for run in plan if run.window == w and run.number % self.ranks == self.index]
+            for w in range(len(windows))
+        ]
         # zero3: data-parallel ranks gather every layer together, also those that have less to read. They stand at the same place of their
         # pipelines and windows, and what a shorter text lacks are a window's last runs, the first to be gone back through: no waiting in
         # circles.
@@ -55,7 +70,11 @@ class Pipeline:
         back = [sum(run.learns for run in mine) for mine in own]
         spare = layerwise.spare(ahead, back) if layerwise is not None else [(0, 0)] * len(own)
         for w, (visits_ahead, visits_back) in enumerate(spare):
-            loss = self._window(model, own[w], num_items, keep_cache) if w < len(own) and own[w] else None
+            loss = (
+                self._window(model, own[w], num_items, keep_cache)
+                if w < len(own) and own[w]
+                else None
+            )
             if layerwise is not None:
                 layerwise.visit(visits_ahead, backward=False)
                 layerwise.visit(visits_back, backward=True)
@@ -63,19 +82,30 @@ class Pipeline:
         if self.ring is not None:
             self.ring.flush()
 
-    def _window(self, model: CometForCausalLM, mine: list[Run], num_items: int, keep_cache: bool) -> Tensor | None:
+    def _window(
+        self, model: CometForCausalLM, mine: list[Run], num_items: int, keep_cache: bool
+    ) -> Tensor | None:
         """Reads this rank's runs of a window."""
         layers, like = len(model.model.layers), model.model.embed_tokens.weight
         together = layers if self.schedule == "chunk_level" else 1
 
         def shapes(memories: Iterable[Slots]) -> list[tuple[int, int, int]]:
-            return [(len(mine[0].clocks), sum(slots), like.shape[1]) for slots in memories if any(slots) for _ in range(layers)]
+            return [
+                (len(mine[0].clocks), sum(slots), like.shape[1])
+                for slots in memories
+                if any(slots)
+                for _ in range(layers)
+            ]
 
         desk = None
         if self.ring is not None:
-            inbox = p2p.Inbox(self.ring.from_previous, like, shapes(run.receives for run in mine), together)
+            inbox = p2p.Inbox(
+                self.ring.from_previous, like, shapes(run.receives for run in mine), together
+            )
             back = shapes(run.sends for run in reversed(mine) if run.live_out)
-            desk = Desk(self.ring, inbox, p2p.Inbox(self.ring.gradient_from_next, like, back, together))
+            desk = Desk(
+                self.ring, inbox, p2p.Inbox(self.ring.gradient_from_next, like, back, together)
+            )
             inbox.open()
         losses = []
         seam, walk = model.seam, model.walk
@@ -92,7 +122,11 @@ class Pipeline:
                 elif self.cache is not None:
                     past = self.cache.detach()
                 with torch.set_grad_enabled(run.learns):
-                    inputs = {**run.part.inputs(), "past_key_values": past, "num_items_in_batch": num_items}
+                    inputs = {
+                        **run.part.inputs(),
+                        "past_key_values": past,
+                        "num_items_in_batch": num_items,
+                    }
                     output = model(**inputs, use_cache=keep_cache or not run.last)
                 self.cache, self.holds_last = output.past_key_values, run.last
                 losses.append(output.loss)
@@ -136,7 +170,9 @@ class RunSeam:
         new = LayerMemory(message[:, :m] if m else None, message[:, m:] if t else None)
         if held.state is None and held.temporary is None:
             return new
-        for buffer, value in zip(held, new, strict=True):  # a call without gradients has buffers, and writes to them
+        for buffer, value in zip(
+            held, new, strict=True
+        ):  # a call without gradients has buffers, and writes to them
             if buffer is not None and value is not None:
                 buffer[:, : value.shape[1]] = value
         return held
@@ -146,8 +182,14 @@ class RunSeam:
         self.memories[layer] = memory
         if not m + t:
             return
-        parts = [part[:, :n] for part, n in ((memory.state, m), (memory.temporary, t)) if n and part is not None]
-        message = torch.cat(parts, 1).to(desk.inbox.like.dtype)  # a copy: what is under way must not change
+        parts = [
+            part[:, :n]
+            for part, n in ((memory.state, m), (memory.temporary, t))
+            if n and part is not None
+        ]
+        message = torch.cat(parts, 1).to(
+            desk.inbox.like.dtype
+        )  # a copy: what is under way must not change
         if self.run.live_out:
             desk.ties.append(p2p.send(message, desk.ring.to_next, desk.gradients))
         else:

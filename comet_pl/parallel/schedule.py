@@ -58,7 +58,9 @@ class Timeline:
     ranks: int
     layers: int
     tasks: tuple[Task, ...]
-    messages: int  # between ranks, both ways; each is one layer's memory or one chunk's hidden states
+    messages: (
+        int  # between ranks, both ways; each is one layer's memory or one chunk's hidden states
+    )
 
     @property
     def makespan(self) -> float:
@@ -105,7 +107,9 @@ def cut(costs: Sequence[float], parts: int) -> list[tuple[int, int]]:
         return bisect_right(sums, sums[start] + limit, start) - 1
 
     low, high = max(b - a for a, b in pairwise(sums)), sums[-1]
-    while low < high:  # bisection, but over sums that occur: fill greedily up to a limit, see which limits would do the same
+    while (
+        low < high
+    ):  # bisection, but over sums that occur: fill greedily up to a limit, see which limits would do the same
         limit, start, fullest, next_limit = (low + high) // 2, 0, 0, high
         for _ in range(parts):
             end = furthest(start, limit)
@@ -144,7 +148,9 @@ def runs(schedule: str, costs: Sequence[float], ranks: int) -> list[tuple[int, i
     _check_schedule(schedule, SCHEDULES)
     _check_count("ranks", ranks)
     _check_costs(costs)
-    return [(t, t + 1) for t in range(len(costs))] if schedule == "interleaved" else cut(costs, ranks)
+    return (
+        [(t, t + 1) for t in range(len(costs))] if schedule == "interleaved" else cut(costs, ranks)
+    )
 
 
 def simulate(
@@ -186,17 +192,28 @@ def simulate(
     _check_number("transfer", transfer)
     _check_number("backward_transfer", gradient_transfer)
     if schedule == "layer_stages" and ranks > layers:
-        raise ValueError(f"ranks: {ranks} given, allowed with layer_stages: at most the {layers} layers")
+        raise ValueError(
+            f"ranks: {ranks} given, allowed with layer_stages: at most the {layers} layers"
+        )
 
     forward = _forward(schedule, costs, ranks, layers)
     passes = [forward] if forward_only else [forward, forward.mirror()]
-    tasks = _play(passes, costs, {"forward": cell, "backward": backward * cell}, {"forward": transfer, "backward": gradient_transfer})
+    tasks = _play(
+        passes,
+        costs,
+        {"forward": cell, "backward": backward * cell},
+        {"forward": transfer, "backward": gradient_transfer},
+    )
     return Timeline(schedule, ranks, layers, tuple(tasks), len(forward.sends) * len(passes))
 
 
 def compare(ranks: int, layers: int, chunks: int | Sequence[float], **times: Any) -> list[Timeline]:
     """`simulate` for each of SIMULATED that is possible (layer_stages needs ranks <= layers), with the same arguments."""
-    return [simulate(name, ranks, layers, chunks, **times) for name in SIMULATED if name != "layer_stages" or ranks <= layers]
+    return [
+        simulate(name, ranks, layers, chunks, **times)
+        for name in SIMULATED
+        if name != "layer_stages" or ranks <= layers
+    ]
 
 
 def table(timelines: Iterable[Timeline]) -> list[dict[str, Any]]:
@@ -234,25 +251,40 @@ def _forward(schedule: str, costs: list[float], ranks: int, layers: int) -> _Pas
         for order, run in zip(orders, dealt, strict=False):
             order += [(t, i) for t in range(*run) for i in range(layers)]
         sends = {(t - 1, i): (t, i) for t, _ in dealt[1:] for i in range(layers)}
-        waits = {(t, 0): (t - 1, layers - 1) for t, _ in dealt[1:]}  # the last layer's message arrives last
+        waits = {
+            (t, 0): (t - 1, layers - 1) for t, _ in dealt[1:]
+        }  # the last layer's message arrives last
         return _Pass("forward", blocks, orders, sends, waits)
     for k in range(len(dealt)):
         orders[k % ranks] += [(k, i) for i in range(layers)]
-    sends = {(k - 1, i): (k, i) for k in range(1, len(dealt)) for i in range(layers)} if ranks > 1 else {}
+    sends = (
+        {(k - 1, i): (k, i) for k in range(1, len(dealt)) for i in range(layers)}
+        if ranks > 1
+        else {}
+    )
     return _Pass("forward", dealt, orders, sends, {b: a for a, b in sends.items()})
 
 
-def _play(passes: list[_Pass], costs: list[float], cell_time: dict[Kind, float], message_time: dict[Kind, float]) -> list[Task]:
+def _play(
+    passes: list[_Pass],
+    costs: list[float],
+    cell_time: dict[Kind, float],
+    message_time: dict[Kind, float],
+) -> list[Task]:
     """Every rank goes through its cells of the first pass, then of the second, each as early as it can."""
     ranks, blocks = len(passes[0].orders), passes[0].blocks
-    programs = [[(one, cell) for one in passes for cell in one.orders[rank]] for rank in range(ranks)]
+    programs = [
+        [(one, cell) for one in passes for cell in one.orders[rank]] for rank in range(ranks)
+    ]
     rank_of = {cell: rank for rank, order in enumerate(passes[0].orders) for cell in order}
     block_costs = [math.fsum(costs[start:end]) for start, end in blocks]
     tasks: list[Task] = []
     clocks, positions = [0.0] * ranks, [0] * ranks
     links: dict[tuple[int, int], float] = {}  # (from, to): busy until
     arrived: dict[tuple[Kind, Cell], float] = {}  # what a cell has sent: when it is there
-    waiting: dict[tuple[Kind, Cell], int] = {}  # what a cell has not sent yet: the rank that can't go on without it
+    waiting: dict[
+        tuple[Kind, Cell], int
+    ] = {}  # what a cell has not sent yet: the rank that can't go on without it
     able = deque(range(ranks))
     while able:
         rank = able.popleft()
@@ -270,7 +302,9 @@ def _play(passes: list[_Pass], costs: list[float], cell_time: dict[Kind, float],
             positions[rank] += 1
             if cell in one.sends:
                 message, link = (one.kind, cell), (rank, rank_of[one.sends[cell]])
-                arrived[message] = links[link] = max(end, links.get(link, 0.0)) + message_time[one.kind]
+                arrived[message] = links[link] = (
+                    max(end, links.get(link, 0.0)) + message_time[one.kind]
+                )
                 if message in waiting:
                     able.append(waiting.pop(message))
     assert not waiting, "ranks wait for each other"
@@ -279,7 +313,9 @@ def _play(passes: list[_Pass], costs: list[float], cell_time: dict[Kind, float],
 
 def _check_schedule(schedule: str, allowed: tuple[str, ...]) -> None:
     if schedule not in allowed:
-        raise ValueError(f"schedule: {schedule!r} given, allowed: {', '.join(allowed)}{nearest(str(schedule), allowed)}")
+        raise ValueError(
+            f"schedule: {schedule!r} given, allowed: {', '.join(allowed)}{nearest(str(schedule), allowed)}"
+        )
 
 
 def _check_count(name: str, count: int) -> None:
@@ -296,7 +332,9 @@ def _check_costs(costs: Sequence[float], above_zero: bool = False) -> None:
 
 def _check_number(name: str, number: float, above_zero: bool = False) -> None:
     if not math.isfinite(number) or number < 0 or (above_zero and number == 0):
-        raise ValueError(f"{name}: {number} given, allowed: a number {'> 0' if above_zero else '>= 0'}")
+        raise ValueError(
+            f"{name}: {number} given, allowed: a number {'> 0' if above_zero else '>= 0'}"
+        )
 
 
 if __name__ == "__main__":

@@ -34,32 +34,52 @@ class Shards:
     """
 
     def __init__(self, model: CometForCausalLM, mesh: DeviceMesh, layerwise: bool):
-        self.layerwise, self.data, self.device = layerwise, mesh.get_group(mesh.ndim - 1), model.device
+        self.layerwise, self.data, self.device = (
+            layerwise,
+            mesh.get_group(mesh.ndim - 1),
+            model.device,
+        )
         modules: list[Any] = [*model.model.layers, model]  # the last one: what is not in a layer
         self.cells, self.root = modules[:-1], modules[-1]
         self.one_by_one = layerwise  # not while all layers are gathered
         self.here: int | None = None  # the layer whose weights are there, one by one
         for module in modules:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
-            module.set_gradient_divide_factor(1.0)  # gradients are summed: the loss is already divided by all targets
-            module.set_force_sum_reduction_for_comms(True)  # not by a product with 1.0, which gloo does not know
+            module.set_gradient_divide_factor(
+                1.0
+            )  # gradients are summed: the loss is already divided by all targets
+            module.set_force_sum_reduction_for_comms(
+                True
+            )  # not by a product with 1.0, which gloo does not know
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(False)
         self.root._get_fsdp_state()._lazy_init()  # not at the first forward: a rank may have none
-        warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module .* returned a view tensor")  # nobody writes to it
+        warnings.filterwarnings(
+            "ignore", message=".*FSDP2-wrapped module .* returned a view tensor"
+        )  # nobody writes to it
         if layerwise:
             for layer, cell in enumerate(self.cells):
-                cell.register_forward_hook(lambda module, inputs, outputs, layer=layer: self._visited(layer, outputs))
+                cell.register_forward_hook(
+                    lambda module, inputs, outputs, layer=layer: self._visited(layer, outputs)
+                )
                 # The next layer's weights come while this one works. Explicitly: left to itself, FSDP2 goes by the order of calls.
-                cell.set_modules_to_forward_prefetch([self.cells[layer + 1]] if layer + 1 < len(self.cells) else [])
-                cell.set_modules_to_backward_prefetch([self.cells[layer - 1] if layer else self.root])
+                cell.set_modules_to_forward_prefetch(
+                    [self.cells[layer + 1]] if layer + 1 < len(self.cells) else []
+                )
+                cell.set_modules_to_backward_prefetch(
+                    [self.cells[layer - 1] if layer else self.root]
+                )
 
     @classmethod
     def over(cls, model: CometForCausalLM, data: int, pipeline: int, layerwise: bool) -> Shards:
         """On the mesh of data x pipeline ranks (rank d * P + p)."""
         kind, ranks = model.device.type, torch.arange(data * pipeline)
         if layerwise:
-            return cls(model, DeviceMesh(kind, ranks.view(data, pipeline).T, mesh_dim_names=("pipeline", "data")), layerwise)
+            return cls(
+                model,
+                DeviceMesh(kind, ranks.view(data, pipeline).T, mesh_dim_names=("pipeline", "data")),
+                layerwise,
+            )
         return cls(model, DeviceMesh(kind, ranks, mesh_dim_names=("all",)), layerwise)
 
     # ---- weights
@@ -92,7 +112,9 @@ class Shards:
     def visit(self, times: int, backward: bool) -> None:
         """zero3: gathers layer by layer for nothing, beside data-parallel ranks that have a run to read, or to go back through."""
         order = range(len(self.cells))
-        for layer in [layer for _ in range(times) for layer in (reversed(order) if backward else order)]:
+        for layer in [
+            layer for _ in range(times) for layer in (reversed(order) if backward else order)
+        ]:
             self.cells[layer].unshard()
             self._enter(layer)
 
@@ -114,10 +136,17 @@ class Shards:
 
     def reduce(self) -> None:
         """Sums the gradients of all ranks into shards, and releases the weights."""
-        groups = [group for module in (*reversed(self.cells), self.root) for group in self._ready(module)]
+        groups = [
+            group for module in (*reversed(self.cells), self.root) for group in self._ready(module)
+        ]
         parameters = [parameter for group in groups for parameter in group.fsdp_params]
-        here = [one.unsharded_param.grad is not None or one.unsharded_accumulated_grad is not None for one in parameters]
-        for parameter, mine, somewhere in zip(parameters, here, used_somewhere(here, self.device), strict=True):
+        here = [
+            one.unsharded_param.grad is not None or one.unsharded_accumulated_grad is not None
+            for one in parameters
+        ]
+        for parameter, mine, somewhere in zip(
+            parameters, here, used_somewhere(here, self.device), strict=True
+        ):
             if somewhere and not mine:  # all ranks have to reduce the same parameters
                 parameter.unsharded_param.grad = torch.zeros_like(parameter.unsharded_param)
         self.root.set_requires_gradient_sync(True)
@@ -132,7 +161,11 @@ class Shards:
         state = module._get_fsdp_state()
         found = getattr(state, "_fsdp_param_groups", None)
         groups = [state._fsdp_param_group] if found is None else found
-        if not all(hasattr(parameter, "_unsharded_param") for group in groups for parameter in group.fsdp_params):
+        if not all(
+            hasattr(parameter, "_unsharded_param")
+            for group in groups
+            for parameter in group.fsdp_params
+        ):
             module.unshard()  # never used so far; the same on all ranks that share its shards
         return groups
 
@@ -156,7 +189,9 @@ def whole(value: Any) -> Any:
     return value
 
 
-def sharded_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def sharded_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> dict[str, Any]:
     """An optimizer's state dict of whole tensors, cut like its parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ids = [number for group in state["param_groups"] for number in group["params"]]
@@ -170,6 +205,12 @@ def sharded_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, A
 
 def _like(parameter: nn.Parameter, value: Any) -> Any:
     """A tensor of a parameter's shape, cut like the parameter."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if (
+        not isinstance(parameter, DTensor)
+        or not isinstance(value, Tensor)
+        or value.shape != parameter.shape
+    ):
         return value
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )

@@ -20,19 +20,21 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from comet_pl.config.schema import SHARDING
 from comet_pl.errors import UserError
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.training.optimization import sum_gradients
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
 from comet_pl.parallel.watchdog import Watch, default_store
-from comet_pl.config.schema import SHARDING
+from comet_pl.training.optimization import sum_gradients
 from comet_pl.training.windows import Window
 
 NAME = "layer_pipeline"
-SLOWEST = timedelta(hours=1)  # for a rank that is alive but busy, as when it writes a large checkpoint
+SLOWEST = timedelta(
+    hours=1
+)  # for a rank that is alive but busy, as when it writes a large checkpoint
 
 
 class LayerPipelineStrategy(DDPStrategy):
@@ -96,7 +98,10 @@ class LayerPipelineStrategy(DDPStrategy):
                 f"strategy.pipeline_size: {self.pipeline_size} given, but trainer.devices x trainer.num_nodes is {self.world}; allowed: "
                 f"{', '.join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)}"
             )
-        for key, value, allowed in (("sharding", self.sharding, SHARDING), ("schedule", self.schedule, SCHEDULES)):
+        for key, value, allowed in (
+            ("sharding", self.sharding, SHARDING),
+            ("schedule", self.schedule, SCHEDULES),
+        ):
             if value not in allowed:
                 raise UserError(f"strategy.{key}: {value!r} given, allowed: {', '.join(allowed)}")
         if self.sharding == "zero3" and self.data_size == 1 and self.world > 1:
@@ -105,13 +110,19 @@ class LayerPipelineStrategy(DDPStrategy):
                 "leaves one; allowed: zero2 (shards over all ranks), none, or a smaller strategy.pipeline_size"
             )
         if self.sharding == "zero3" and self.schedule == "chunk_level":
-            raise UserError("strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: layer_level, interleaved")
+            raise UserError(
+                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: layer_level, interleaved"
+            )
         if self.sharding != "none" and self._start_method != "popen":
-            raise UserError(f"start_method: {self._start_method} given, but shards of weights cannot come back from it; allowed: popen")
+            raise UserError(
+                f"start_method: {self._start_method} given, but shards of weights cannot come back from it; allowed: popen"
+            )
         backend, device = self._get_process_group_backend(), self.root_device.type
         if (backend, device) in (("nccl", "cpu"), ("gloo", "cuda")):
             only = {"cpu": "gloo", "cuda": "nccl"}[device]
-            raise UserError(f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: {only}")
+            raise UserError(
+                f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: {only}"
+            )
 
     def setup_environment(self) -> None:
         """Makes the process groups: all ranks, and the rings of neighbours."""
@@ -120,10 +131,19 @@ class LayerPipelineStrategy(DDPStrategy):
         first = self.node_rank * self.num_processes
         on_this_node = range(first, first + self.num_processes)
         advice = "Go on from the last checkpoint with resume=true."
-        self.watch = Watch(default_store(), self.global_rank, self.world, self.silence, speakers=on_this_node, advice=advice)
+        self.watch = Watch(
+            default_store(),
+            self.global_rank,
+            self.world,
+            self.silence,
+            speakers=on_this_node,
+            advice=advice,
+        )
         self.watch.start()
         for thread in threading.enumerate():
-            if thread.name == "child-process-observer":  # Lightning's: it would kill this process before the watch has said why
+            if (
+                thread.name == "child-process-observer"
+            ):  # Lightning's: it would kill this process before the watch has said why
                 thread._child_processes = []  # type: ignore[attr-defined]
         size = self.pipeline_size
         rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
@@ -138,13 +158,17 @@ class LayerPipelineStrategy(DDPStrategy):
                 dist.broadcast(tensor, 0)
         if self.sharding != "none":
             module: Any = self.model
-            self.shards = Shards.over(module.model, self.data_size, self.pipeline_size, self.sharding == "zero3")
+            self.shards = Shards.over(
+                module.model, self.data_size, self.pipeline_size, self.sharding == "zero3"
+            )
             assert self.pipeline is not None
             self.pipeline.shards = self.shards
 
     # ---- a step
 
-    def read(self, model: CometForCausalLM, windows: Sequence[Window], num_items: int) -> Iterator[Tensor | None]:
+    def read(
+        self, model: CometForCausalLM, windows: Sequence[Window], num_items: int
+    ) -> Iterator[Tensor | None]:
         """This rank's part of each window's loss; see Pipeline.read."""
         assert self.pipeline is not None
         return self.pipeline.read(model, windows, num_items)
@@ -199,10 +223,16 @@ class LayerPipelineStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """A rank that fails tells the others; one that lost a neighbour finds out whom."""
-        if self.watch is None or isinstance(exception, MisconfigurationException) or getattr(exception, "on_all_ranks", False):
+        if (
+            self.watch is None
+            or isinstance(exception, MisconfigurationException)
+            or getattr(exception, "on_all_ranks", False)
+        ):
             return
         self.failed = True
-        if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(exception, torch.OutOfMemoryError):
+        if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(
+            exception, torch.OutOfMemoryError
+        ):
             self.watch.explain()  # ends the process if a rank is gone
         self.watch.fail(" ".join(f"{type(exception).__name__}: {exception}".split())[:200])
 
@@ -221,4 +251,8 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-StrategyRegistry.register(NAME, LayerPipelineStrategy, description="layer-level pipeline parallelism over the chunks of a text")
+StrategyRegistry.register(
+    NAME,
+    LayerPipelineStrategy,
+    description="layer-level pipeline parallelism over the chunks of a text",
+)

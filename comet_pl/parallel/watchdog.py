@@ -39,22 +39,49 @@ class Watch:
         advice: the line's last words: what the user can do.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, timeout: float, speakers: Sequence[int], advice: str = ""):
-        self.store, self.rank, self.timeout, self.speakers, self.advice = store, rank, timeout, speakers, advice
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world: int,
+        timeout: float,
+        speakers: Sequence[int],
+        advice: str = "",
+    ):
+        self.store, self.rank, self.timeout, self.speakers, self.advice = (
+            store,
+            rank,
+            timeout,
+            speakers,
+            advice,
+        )
         self.beat = min(1.0, timeout / 10)
-        self.host = None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0  # the rank whose process holds the store
+        self.host = (
+            None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+        )  # the rank whose process holds the store
         self.keys = [f"beats/{number}" for number in range(world)]
         self.names: dict[int, str] = {}
-        self.clock = self.answered = 0.0  # seconds that this process has run since start(); when the store last answered
-        self.listened = 0.0  # seconds that we have listened to the others, at most two beats an answer
-        self.beats, self.heard = [0] * world, [0.0] * world  # each rank's count, and `listened` when it last moved
-        self.slept = self.woke = 0.0  # for how long this process was last stopped; `listened` when it went on
+        self.clock = self.answered = (
+            0.0  # seconds that this process has run since start(); when the store last answered
+        )
+        self.listened = (
+            0.0  # seconds that we have listened to the others, at most two beats an answer
+        )
+        self.beats, self.heard = (
+            [0] * world,
+            [0.0] * world,
+        )  # each rank's count, and `listened` when it last moved
+        self.slept = self.woke = (
+            0.0  # for how long this process was last stopped; `listened` when it went on
+        )
         self.asked: float | None = None  # `listened` at explain()
         self.line: socket.socket | None = None
         self.leaving = self.ending = False
         self.reason = ""
         self.next_beat, self.lock = threading.Event(), threading.Lock()
-        self.talker, self.ticker = (threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick))
+        self.talker, self.ticker = (
+            threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick)
+        )
 
     def start(self) -> None:
         """Publishes host and pid, begins to beat and to look. Returns at once."""
@@ -78,7 +105,10 @@ class Watch:
         Returns after ten beats (a beat: timeout / 10, at most 1 s) if all others go on answering or have ended regularly.
         """
         began = self.asked = self.listened
-        while self.talker.is_alive() and (self.listened - began < (2 * SHORT_SILENCE + 2) * self.beat or self._silent(2 * self.beat)):
+        while self.talker.is_alive() and (
+            self.listened - began < (2 * SHORT_SILENCE + 2) * self.beat
+            or self._silent(2 * self.beat)
+        ):
             time.sleep(self.beat / 4)
         self.asked = None
 
@@ -136,11 +166,15 @@ class Watch:
     # ---- what is said to the store
 
     def _introduce(self) -> None:
-        time_of_run = self.store.add(f"watch/starts/{self.rank}", 1)  # one store may see several watches, one after the other
+        time_of_run = self.store.add(
+            f"watch/starts/{self.rank}", 1
+        )  # one store may see several watches, one after the other
         self.store = PrefixStore(f"watch/{time_of_run}", self.store)
         self.store.set(f"names/{self.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
         for number, key in enumerate(self.keys):
-            self.store.add(key, int(number == self.rank))  # all keys: reading one that nobody has written would block
+            self.store.add(
+                key, int(number == self.rank)
+            )  # all keys: reading one that nobody has written would block
         self.store.compare_set("lost", "", NOBODY)
         if self.rank != self.host:
             self.line = _connect(self.store, self.beat)
@@ -154,7 +188,9 @@ class Watch:
         for number, beat in enumerate(map(int, beats)):
             if beat != self.beats[number]:
                 self.beats[number], self.heard[number] = beat, self.listened
-        if new := [number for number, beat in enumerate(self.beats) if beat and number not in self.names]:
+        if new := [
+            number for number, beat in enumerate(self.beats) if beat and number not in self.names
+        ]:
             names = self.store.multi_get([f"names/{number}" for number in new])
             self.names.update(zip(new, (name.decode() for name in names), strict=True))
         if lost.decode() != NOBODY:
@@ -169,7 +205,11 @@ class Watch:
             what = self._silence(self.listened - self.heard[culprit])
         elif never and self.listened > self.timeout:
             culprit, what = never[0], f"has not started within {_seconds(self.timeout)}"
-        elif never and self.asked is not None and self.listened - self.asked > 2 * SHORT_SILENCE * self.beat:
+        elif (
+            never
+            and self.asked is not None
+            and self.listened - self.asked > 2 * SHORT_SILENCE * self.beat
+        ):
             culprit, what = never[0], "is gone"
         else:
             return
@@ -194,7 +234,11 @@ class Watch:
     def _silent(self, limit: float) -> list[int]:
         """The others that have started and been silent for more than `limit` seconds."""
         others = (number for number in range(len(self.keys)) if number != self.rank)
-        return [number for number in others if self.beats[number] > 0 and self.listened - self.heard[number] > limit]
+        return [
+            number
+            for number in others
+            if self.beats[number] > 0 and self.listened - self.heard[number] > limit
+        ]
 
     def _limit(self) -> float:
         """Seconds of silence after which a rank is gone."""
@@ -205,8 +249,12 @@ class Watch:
 
     def _verdict(self, culprit: int | None, what: str) -> tuple[int | None, str]:
         """Whom to name, and the sentence: ourselves if we were stopped and have heard nobody since, for the others have given us up."""
-        last = max((heard for number, heard in enumerate(self.heard) if number != self.rank), default=0.0)
-        if self.slept and last <= self.woke + 2 * self.beat:  # what they said before they ended may come in late
+        last = max(
+            (heard for number, heard in enumerate(self.heard) if number != self.rank), default=0.0
+        )
+        if (
+            self.slept and last <= self.woke + 2 * self.beat
+        ):  # what they said before they ended may come in late
             culprit, what = self.rank, f"did not run for {_seconds(self.slept)}"
         return culprit, f"{self._who(culprit)} {what}"
 
@@ -223,7 +271,9 @@ class Watch:
                 self.reason, self.leaving = reason, True
         self.next_beat.set()
         if self.talker.ident is not None:
-            self.talker.join(self.timeout / 2 + 2 * self.beat)  # it takes longer only if the store does not answer
+            self.talker.join(
+                self.timeout / 2 + 2 * self.beat
+            )  # it takes longer only if the store does not answer
 
     def _end_together(self, lost: str) -> None:
         culprit, sentence = lost.split(" ", 1)
@@ -237,10 +287,20 @@ class Watch:
             self.ending = True
         # Whatever blocks below, a pipe that nobody reads or the store, the process ends.
         threading.Timer(3 * self.beat, os._exit, [1]).start()
-        left = [number for number in self.speakers if number != culprit and number not in self._silent(self._limit() - self.beat)]
+        left = [
+            number
+            for number in self.speakers
+            if number != culprit and number not in self._silent(self._limit() - self.beat)
+        ]
         if self.rank in (culprit, min(left, default=None)):
-            end = "the others have ended, and so does this process" if culprit == self.rank else "this run ends"
-            sys.stderr.write(f"error: {sentence}; {end}. {self.advice}".rstrip() + "\n")  # one write: lines of ranks don't mix
+            end = (
+                "the others have ended, and so does this process"
+                if culprit == self.rank
+                else "this run ends"
+            )
+            sys.stderr.write(
+                f"error: {sentence}; {end}. {self.advice}".rstrip() + "\n"
+            )  # one write: lines of ranks don't mix
             sys.stderr.flush()
         if together and culprit is not None:
             with suppress(RuntimeError):

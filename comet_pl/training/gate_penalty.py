@@ -34,7 +34,11 @@ class GatePenalty:
     @classmethod
     def of(cls, train: TrainConfig) -> GatePenalty | None:
         """What the configuration asks for, if it does."""
-        return cls(train.gate_pull, train.gate_target, train.gate_entropy) if train.gate_pull or train.gate_entropy else None
+        return (
+            cls(train.gate_pull, train.gate_target, train.gate_entropy)
+            if train.gate_pull or train.gate_entropy
+            else None
+        )
 
     def slope(self, g: Tensor) -> Tensor:
         """The gradient of each row's penalty. g: (B, m, 1) or (B, m, d)."""
@@ -62,4 +66,6 @@ class _Penalised(torch.autograd.Function):
         slope = ctx.penalty.slope(g.to(torch.promote_types(g.dtype, torch.float32)))
         # Of rows that rest, start afresh, or have no target any more, nothing comes back: exactly zero.
         learns = gradient.flatten(1).ne(0).any(1)[:, None, None]
-        return gradient + torch.where(learns, ctx.penalty.share * slope, 0.0).to(gradient.dtype), None
+        return gradient + torch.where(learns, ctx.penalty.share * slope, 0.0).to(
+            gradient.dtype
+        ), None

@@ -50,15 +50,23 @@ def start_lookups(model: PreTrainedModel, offsets: Sequence[int]) -> None:
     if len(layers) < 2:
         raise ValueError(f"lookback: needs two layers or more, num_hidden_layers is {len(layers)}")
     if layers[0].self_attn.q_proj.bias is None:
-        raise ValueError("lookback: needs a decoder whose queries and keys have biases, model_type: qwen2, or null")
+        raise ValueError(
+            "lookback: needs a decoder whose queries and keys have biases, model_type: qwen2, or null"
+        )
     if config.num_key_value_heads != heads:
-        raise ValueError(f"lookback: needs as many key/value heads as the {heads} query heads, not {config.num_key_value_heads}, or null")
+        raise ValueError(
+            f"lookback: needs as many key/value heads as the {heads} query heads, not {config.num_key_value_heads}, or null"
+        )
     if len(offsets) != heads:
-        raise ValueError(f"lookback: {list(offsets)} given, one offset for each of the {heads} heads is needed")
+        raise ValueError(
+            f"lookback: {list(offsets)} given, one offset for each of the {heads} heads is needed"
+        )
     theta = config.rope_parameters["rope_theta"] ** (-torch.arange(width // 2) / (width // 2))
     for number, layer in enumerate(layers):
         attention, first = layer.self_attn, number == 0
-        shifts = torch.tensor(offsets if first else [0] * heads)[:, None] * theta  # (heads, width / 2)
+        shifts = (
+            torch.tensor(offsets if first else [0] * heads)[:, None] * theta
+        )  # (heads, width / 2)
         _bias(attention, shifts, NEAR if first else -FAR)
         attention.q_proj.weight *= CONTENT if first else ALIKE
         if first:

@@ -16,12 +16,12 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SumMetric
 
-from comet_pl.errors import UserErrorOnAllRanks
-from comet_pl.training.gate_penalty import GatePenalty
-from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.training.optimization import learning_rate_factor, parameter_groups, sum_gradients
-from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.config.schema import TrainConfig
+from comet_pl.errors import UserErrorOnAllRanks
+from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.training.chunk_checkpointing import read_chunks
+from comet_pl.training.gate_penalty import GatePenalty
+from comet_pl.training.optimization import learning_rate_factor, parameter_groups, sum_gradients
 from comet_pl.training.windows import Window, count_gates, count_targets, cut_windows, split_rows
 
 
@@ -43,7 +43,10 @@ class CometModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.model, self.settings, self.max_steps = model, train, max_steps
         # Not a MeanMetric: one that lets NaN show (a NaN loss must) takes no notice of weights.
-        self.val_sum, self.val_targets = SumMetric(nan_strategy="disable"), SumMetric(nan_strategy="disable")
+        self.val_sum, self.val_targets = (
+            SumMetric(nan_strategy="disable"),
+            SumMetric(nan_strategy="disable"),
+        )
         self.skipped = self.skipped_in_a_row = 0
         self.grad_norm = 0.0  # of the last step, before clipping
         self.gate_penalty = GatePenalty.of(train)
@@ -59,14 +62,21 @@ class CometModule(lightning.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "world"):
             data.rank, data.world = self.data_parallel
-            data.val_rank, data.val_world = self.trainer.global_rank, self.trainer.world_size  # each rank reads whole texts
+            data.val_rank, data.val_world = (
+                self.trainer.global_rank,
+                self.trainer.world_size,
+            )  # each rank reads whole texts
         if hasattr(data, "batches"):
-            self.max_steps = min(self.max_steps, data.batches())  # with trainer.max_epochs the data may end first
+            self.max_steps = min(
+                self.max_steps, data.batches()
+            )  # with trainer.max_epochs the data may end first
 
     @property
     def data_parallel(self) -> tuple[int, int]:
         """(rank, size) among those that train on different rows; the ranks of a pipeline share theirs."""
-        layout = getattr(self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1})
+        layout = getattr(
+            self.trainer.strategy, "distributed_sampler_kwargs", {"rank": 0, "num_replicas": 1}
+        )
         return layout["rank"], layout["num_replicas"]
 
     # ---- training
@@ -81,14 +91,18 @@ class CometModule(lightning.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         copies = self.trainer.world_size // self.data_parallel[1]  # ranks that have the same rows
-        targets = int(self.sum_over_ranks(count_targets(batch))) // copies  # all micro-batches and windows
+        targets = (
+            int(self.sum_over_ranks(count_targets(batch))) // copies
+        )  # all micro-batches and windows
         loss = torch.zeros((), device=self.device)
         micros = split_rows(batch, self.settings.accumulate)
         if self.gate_penalty is not None:
             count = sum(count_gates(self._windows(micro)) for micro in micros)
             gates = int(self.sum_over_ranks(count)) // copies * len(self.model.gates)
             dtype = torch.promote_types(self.model.dtype, torch.float32)
-            self.gate_penalty.share = torch.tensor(self._loss_scale / max(1, gates), dtype=dtype, device=self.device)
+            self.gate_penalty.share = torch.tensor(
+                self._loss_scale / max(1, gates), dtype=dtype, device=self.device
+            )
         with self._no_sync():
             for micro in micros:
                 loss += self._walk(micro, max(1, targets))
@@ -100,7 +114,12 @@ class CometModule(lightning.LightningModule):
         loss_value = self.sum_over_ranks(float(loss))
         self.log("train/loss", loss_value, prog_bar=True, logger=False, batch_size=1)
         if self.logs_at(self.global_step):
-            values = {"loss": loss_value, "lr": learning_rate, "grad_norm": self.grad_norm, "skipped": self.skipped}
+            values = {
+                "loss": loss_value,
+                "lr": learning_rate,
+                "grad_norm": self.grad_norm,
+                "skipped": self.skipped,
+            }
             self.record({f"train/{name}": value for name, value in values.items()})
         if self.skipped_in_a_row >= self.settings.max_skipped:
             raise UserErrorOnAllRanks(
@@ -133,8 +152,13 @@ class CometModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Clips the gradients; clears them if their norm is not finite. Lightning calls this after unscaling, just before the step."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters]
+        parameters = [
+            p for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in parameters
+        ]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
         self.grad_norm = float(norm)
@@ -142,8 +166,12 @@ class CometModule(lightning.LightningModule):
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if not finite:
             self.skipped += 1
-            rank_zero_warn(f"step {self.global_step + 1}: the gradient norm is {self.grad_norm}; step skipped ({self.skipped} so far)")
-        if not finite or self.grad_norm == 0:  # all gradients zero, or a batch without targets: no step by momentum alone
+            rank_zero_warn(
+                f"step {self.global_step + 1}: the gradient norm is {self.grad_norm}; step skipped ({self.skipped} so far)"
+            )
+        if (
+            not finite or self.grad_norm == 0
+        ):  # all gradients zero, or a batch without targets: no step by momentum alone
             for parameter in parameters:
                 parameter.grad = None
         elif self.settings.clip is not None:
@@ -159,7 +187,9 @@ class CometModule(lightning.LightningModule):
             sum_gradients(parameters, lambda tensor: strategy.reduce(tensor, reduce_op="sum"))
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and all(p.grad is None for p in parameters):
-            scaler.scale(torch.zeros((), device=self.device))  # it wants to have scaled a loss, and to see a gradient
+            scaler.scale(
+                torch.zeros((), device=self.device)
+            )  # it wants to have scaled a loss, and to see a gradient
             parameters[0].grad = torch.zeros_like(parameters[0])
 
     def _no_sync(self) -> Any:
@@ -170,7 +200,11 @@ class CometModule(lightning.LightningModule):
         """A number summed over all ranks."""
         if self.trainer.world_size == 1:
             return value
-        return float(self.trainer.strategy.reduce(torch.tensor(value, device=self.device, dtype=torch.float64), reduce_op="sum"))
+        return float(
+            self.trainer.strategy.reduce(
+                torch.tensor(value, device=self.device, dtype=torch.float64), reduce_op="sum"
+            )
+        )
 
     def configure_optimizers(self) -> Any:
         """AdamW and its learning rate's course; training_step steps both once a batch."""
@@ -178,16 +212,28 @@ class CometModule(lightning.LightningModule):
         groups = parameter_groups(self.model, self.model.memory_parameters(), train)
         optimizer = AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]))
 
-        def factor(step: int) -> float:  # a function, not an object: its numbers do not come back from a checkpoint, so max_steps may grow
+        def factor(
+            step: int,
+        ) -> float:  # a function, not an object: its numbers do not come back from a checkpoint, so max_steps may grow
             return learning_rate_factor(step, train.warmup_steps, self.max_steps, train.final_lr)
 
         return {"optimizer": optimizer, "lr_scheduler": LambdaLR(optimizer, factor)}
 
     # ---- validation
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor | None]:
+    def validation_step(
+        self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor | None]:
         """Teacher-forced loss of a batch (a sum over its targets) and, if it has "logits_to_keep", the logits of so many last columns."""
-        names = ("input_ids", "attention_mask", "labels", "logits_to_keep", "chunk_sizes", "resets", "strides")
+        names = (
+            "input_ids",
+            "attention_mask",
+            "labels",
+            "logits_to_keep",
+            "chunk_sizes",
+            "resets",
+            "strides",
+        )
         given = {name: batch[name] for name in names if name in batch}
         output = self.model(**given, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)
@@ -222,12 +268,21 @@ class CometModule(lightning.LightningModule):
         self.skipped, self.skipped_in_a_row = checkpoint["skipped"]
 
 
-def read_windows(model: CometForCausalLM, windows: Sequence[Window], num_items: int) -> Iterator[Tensor | None]:
+def read_windows(
+    model: CometForCausalLM, windows: Sequence[Window], num_items: int
+) -> Iterator[Tensor | None]:
     """Reads one window after the other; yields each one's loss, to be backpropagated before the next is asked for, or None."""
     cache = None
     for number, window in enumerate(windows, start=1):
         more = number < len(windows)
-        with torch.set_grad_enabled(window.targets > 0):  # a window without targets only writes the memory
-            output = model(**window.inputs(), past_key_values=cache, use_cache=more, num_items_in_batch=num_items)
+        with torch.set_grad_enabled(
+            window.targets > 0
+        ):  # a window without targets only writes the memory
+            output = model(
+                **window.inputs(),
+                past_key_values=cache,
+                use_cache=more,
+                num_items_in_batch=num_items,
+            )
         yield output.loss if window.targets else None
         cache = output.past_key_values.detach() if more else None

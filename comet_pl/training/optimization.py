@@ -14,7 +14,9 @@ from comet_pl.config.schema import TrainConfig
 BUCKET = 1 << 24  # elements of gradients that are summed together
 
 
-def parameter_groups(model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]], train: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]], train: TrainConfig
+) -> list[dict[str, Any]]:
     """AdamW's groups: the memory modules at a multiple of the learning rate; no decay on norms, biases and whatever else has one dimension.
 
     Args:
@@ -30,7 +32,9 @@ def parameter_groups(model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]
         name = f"{part}, decayed" if decayed else part
         lr = train.lr * (train.memory_lr_factor if part == "memory" else 1.0)
         decay = train.weight_decay if decayed else 0.0
-        groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})["params"].append(parameter)
+        groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})[
+            "params"
+        ].append(parameter)
     return list(groups.values())
 
 
@@ -42,7 +46,9 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, final_lr:
     return final_lr + (1 - final_lr) * (1 + math.cos(math.pi * done)) / 2
 
 
-def sum_gradients(parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+def sum_gradients(
+    parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]
+) -> None:
     """Sums the gradients of parameters over ranks, many at a time. One that some ranks miss counts as zero there; one that all miss stays
     missing: zeros would move an optimizer's averages.
 
@@ -51,10 +57,15 @@ def sum_gradients(parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[
     """
     if not parameters:
         return
-    ranks_with = sum_over_ranks(torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device))
+    ranks_with = sum_over_ranks(
+        torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    )
     bucket: list[nn.Parameter] = []
     for parameter in (p for p, ranks in zip(parameters, ranks_with.tolist(), strict=True) if ranks):
-        if bucket and (sum(p.numel() for p in bucket) + parameter.numel() > BUCKET or parameter.dtype != bucket[0].dtype):
+        if bucket and (
+            sum(p.numel() for p in bucket) + parameter.numel() > BUCKET
+            or parameter.dtype != bucket[0].dtype
+        ):
             _sum_bucket(bucket, sum_over_ranks)
             bucket = []
         bucket.append(parameter)
@@ -64,6 +75,12 @@ def sum_gradients(parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[
 
 def _sum_bucket(parameters: list[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
     """The gradients of parameters of one dtype, as one tensor."""
-    flat = sum_over_ranks(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+    flat = sum_over_ranks(
+        torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
+        )
+    )
+    for parameter, part in zip(
+        parameters, flat.split([p.numel() for p in parameters]), strict=True
+    ):
         parameter.grad = part.view_as(parameter)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.config.schema import TrainConfig
+from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.modeling_comet import CometForCausalLM
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -25,7 +25,9 @@ ROWS = "trainable_tokens_delta"  # in the names of peft's parameters
 LORA = ("lora_A", "lora_B")
 
 
-def add_adapters(model: CometForCausalLM, train: TrainConfig, rows: Sequence[int] | None = None) -> None:
+def add_adapters(
+    model: CometForCausalLM, train: TrainConfig, rows: Sequence[int] | None = None
+) -> None:
     """Leaves to learn what train.parameters names, and freezes the rest.
 
     - all: everything learns; the model is left as it is.
@@ -46,10 +48,20 @@ def add_adapters(model: CometForCausalLM, train: TrainConfig, rows: Sequence[int
 
     rows = new_rows(model.config) if rows is None else rows
     if "memory" in parts and rows:
-        _inject(model, TrainableTokensConfig(token_indices=list(rows), target_modules=["embed_tokens"]))
+        _inject(
+            model, TrainableTokensConfig(token_indices=list(rows), target_modules=["embed_tokens"])
+        )
     if "lora" in parts:
         alpha: Any = train.lora_alpha  # peft takes any number
-        _inject(model, LoraConfig(target_modules=DECODER_LINEARS, r=train.lora_rank, lora_alpha=alpha, lora_dropout=train.lora_dropout))
+        _inject(
+            model,
+            LoraConfig(
+                target_modules=DECODER_LINEARS,
+                r=train.lora_rank,
+                lora_alpha=alpha,
+                lora_dropout=train.lora_dropout,
+            ),
+        )
     model.requires_grad_(False)
     learning = [p for name, p in model.named_parameters() if _is_adapter(name)]
     if "memory" in parts:
@@ -61,7 +73,9 @@ def add_adapters(model: CometForCausalLM, train: TrainConfig, rows: Sequence[int
 def _inject(model: CometForCausalLM, settings: PeftConfig) -> None:
     from peft import inject_adapter_in_model
 
-    with warnings.catch_warnings():  # that nothing ties the head's rows to the embedding's: TrainableTokensConfig does
+    with (
+        warnings.catch_warnings()
+    ):  # that nothing ties the head's rows to the embedding's: TrainableTokensConfig does
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
         inject_adapter_in_model(settings, model)
     del model.peft_config  # or peft takes the next kind of adapter for a mistake
@@ -74,7 +88,11 @@ def merge_adapters(model: CometForCausalLM) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    ]
     for name, layer in found:
         layer.merge()
         plain = layer.get_base_layer()
@@ -96,10 +114,18 @@ def count_parameters(model: CometForCausalLM) -> dict[str, int]:
     """
     memory = sum(p.numel() for _, p in model.memory_parameters())
     rows = len(new_rows(model.config)) * model.config.backbone_config.hidden_size
-    lora = sum(p.numel() for name, p in model.named_parameters() if _is_adapter(name) and ROWS not in name)
+    lora = sum(
+        p.numel() for name, p in model.named_parameters() if _is_adapter(name) and ROWS not in name
+    )
     plain = sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name))
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"decoder": plain - memory - rows, "memory": memory, "rows": rows, "lora": lora, "learning": learning}
+    return {
+        "decoder": plain - memory - rows,
+        "memory": memory,
+        "rows": rows,
+        "lora": lora,
+        "learning": learning,
+    }
 
 
 def describe(counts: dict[str, int]) -> str:

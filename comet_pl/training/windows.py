@@ -43,7 +43,14 @@ class Window:
         """Chunks start to end (not included) of each row, as a window."""
         starts = [sum(sizes[:start]) for sizes in self.chunk_sizes]
         resets = self.resets and [flags[start:end] for flags in self.resets]
-        return _window(self.input_ids, self.shift_labels, starts, [sizes[start:end] for sizes in self.chunk_sizes], resets, self.strides)
+        return _window(
+            self.input_ids,
+            self.shift_labels,
+            starts,
+            [sizes[start:end] for sizes in self.chunk_sizes],
+            resets,
+            self.strides,
+        )
 
 
 def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> list[Window]:
@@ -63,12 +70,19 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     lengths: list[int] = mask.sum(1).tolist()
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = batch["labels"].gather(1, columns)[:, 1:]
-    targets.masked_fill_(torch.arange(ids.shape[1], device=ids.device) + 1 >= _column(lengths, ids), IGNORED)
-    plans = [list(plan) for plan in batch.get("chunk_sizes") or (fixed_chunks(n, chunk_size) for n in lengths)]
+    targets.masked_fill_(
+        torch.arange(ids.shape[1], device=ids.device) + 1 >= _column(lengths, ids), IGNORED
+    )
+    plans = [
+        list(plan)
+        for plan in batch.get("chunk_sizes") or (fixed_chunks(n, chunk_size) for n in lengths)
+    ]
     resets, strides = batch.get("resets"), batch.get("strides")
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
         if sum(plan) != n:
-            raise ValueError(f"chunk_sizes: row {row} sums to {sum(plan)}, but it has {n} real tokens")
+            raise ValueError(
+                f"chunk_sizes: row {row} sums to {sum(plan)}, but it has {n} real tokens"
+            )
     size = chunks or max(map(len, plans), default=0) or 1
     windows, starts = [], [0] * len(plans)
     for first in range(0, max(map(len, plans), default=0), size):
@@ -117,7 +131,9 @@ def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
         by_row = isinstance(value, (Tensor, list)) and len(value) == rows
         return value[start : start + size] if by_row else value
 
-    return [{key: part(value, start) for key, value in batch.items()} for start in range(0, rows, size)]
+    return [
+        {key: part(value, start) for key, value in batch.items()} for start in range(0, rows, size)
+    ]
 
 
 def _window(
@@ -135,7 +151,9 @@ def _window(
     real = offsets < _column(lengths, ids)
     shift_labels = targets.gather(1, columns).masked_fill(~real, IGNORED)
     count = int((shift_labels != IGNORED).sum())
-    return Window(ids.gather(1, columns), real.long(), shift_labels, chunk_sizes, count, resets, strides)
+    return Window(
+        ids.gather(1, columns), real.long(), shift_labels, chunk_sizes, count, resets, strides
+    )
 
 
 def _column(values: list[int], like: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.metrics.behavior import KINDS
-from data.behavior.questions import Query, wording
 from data.behavior.events import PRICE_UNITS, History, Log, split_users
+from data.behavior.questions import Query, wording
 
 DAY = np.timedelta64(1, "D")
 TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer
@@ -27,7 +27,10 @@ def lines(history: History, log: Log, layout: str = "days") -> list[tuple[str, s
         amount = f" {history.quantity[number]} x" if log.has_quantity else ""
         price = f" at {_price(int(history.price[number]))}" if log.has_price else ""
         if layout == "items":
-            begin, name = f"{log.items[item]} {day} ", f" {log.descriptions[item]}" if log.descriptions else ""
+            begin, name = (
+                f"{log.items[item]} {day} ",
+                f" {log.descriptions[item]}" if log.descriptions else "",
+            )
         else:
             begin, name = "" if layout == "days" else f"{day} ", f" {log.label(item)}"
         found.append(f"{begin}{clock} {log.actions[history.action[number]]}{amount}{name}{price}\n")
@@ -63,31 +66,49 @@ class Encoded:
         """Ids of the lines of some events, in ascending order, each day named above its first line."""
         parts = [np.zeros(0, dtype=np.int32)]
         for first, last, named in self.runs(events):
-            parts += [self.ids[self.heads[first] : self.bodies[first]]] * named + [self.ids[self.starts[first] : self.ends[last]]]
+            parts += [self.ids[self.heads[first] : self.bodies[first]]] * named + [
+                self.ids[self.starts[first] : self.ends[last]]
+            ]
         return np.concatenate(parts)
 
     def fitting(self, end: int, room: int) -> int:
         """The earliest event from which on all before `end` fit into `room` tokens; `end` if none does."""
         if not end:
             return 0
-        sizes = self.ends[end - 1] - self.starts[:end] + (self.bodies - self.heads)[:end]  # falls from event to event
+        sizes = (
+            self.ends[end - 1] - self.starts[:end] + (self.bodies - self.heads)[:end]
+        )  # falls from event to event
         return int(np.searchsorted(-sizes, -room))
 
 
-def encode_history(history: History, log: Log, tokenizer: PreTrainedTokenizerBase, layout: str = "days") -> Encoded:
+def encode_history(
+    history: History, log: Log, tokenizer: PreTrainedTokenizerBase, layout: str = "days"
+) -> Encoded:
     found = lines(history, log, layout)
     numbers = np.arange(len(found))
     new = np.array([not number or found[number][0] != found[number - 1][0] for number in numbers])
-    pieces = [piece for (day, line), first in zip(found, new, strict=True) for piece in ([day, line] if first else [line])]
-    ids = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+    pieces = [
+        piece
+        for (day, line), first in zip(found, new, strict=True)
+        for piece in ([day, line] if first else [line])
+    ]
+    ids = tokenizer(pieces, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+        "input_ids"
+    ]
     bounds = np.cumsum([0, *map(len, ids)])
     place = numbers + np.cumsum(new)  # of each line among the pieces
     first = np.maximum.accumulate(np.where(new, numbers, 0))  # of the event's day
-    stream = np.fromiter((token for piece in ids for token in piece), dtype=np.int32, count=bounds[-1])
-    return Encoded(stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]])
+    stream = np.fromiter(
+        (token for piece in ids for token in piece), dtype=np.int32, count=bounds[-1]
+    )
+    return Encoded(
+        stream, bounds[place], bounds[place + 1], bounds[place[first] - 1], bounds[place[first]]
+    )
 
 
-def texts(log: Log, action: str = "purchase", layout: str = "days", shift_days: int = 0) -> Iterator[str]:
+def texts(
+    log: Log, action: str = "purchase", layout: str = "days", shift_days: int = 0
+) -> Iterator[str]:
     """What a from-scratch tokenizer is trained on: lines of the training users, and questions with their words of an answer. Days are
     moved by up to shift_days, so that it knows the days that `Behavior.varied` makes."""
     training = set(split_users([history.user for history in log.histories])["train"])
@@ -96,7 +117,11 @@ def texts(log: Log, action: str = "purchase", layout: str = "days", shift_days: 
     kinds = list(KINDS)
     for whole in chosen:
         history = part(whole, 0, most)
-        history = replace(history, time=history.time + (np.arange(len(history)) * 37 % (2 * shift_days + 1) - shift_days) * DAY)
+        history = replace(
+            history,
+            time=history.time
+            + (np.arange(len(history)) * 37 % (2 * shift_days + 1) - shift_days) * DAY,
+        )
         for number, (day, line) in enumerate(lines(history, log, layout)):
             item, date = int(history.item[number]), history.time[number].astype("datetime64[D]")
             which, answer = ("last", "yes") if number % 2 else ("first", "no")
@@ -106,4 +131,6 @@ def texts(log: Log, action: str = "purchase", layout: str = "days", shift_days: 
 
 def part(history: History, start: int, end: int) -> History:
     """Events start to end of a history, end not included."""
-    return History(history.user, *(getattr(history, field.name)[start:end] for field in fields(History)[1:]))
+    return History(
+        history.user, *(getattr(history, field.name)[start:end] for field in fields(History)[1:])
+    )

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 
-from comet_pl.errors import UserError
 from comet_pl.config.rules import nearest
+from comet_pl.errors import UserError
 from data.batches import say
-from data.jsonl import Complaints, Row, UnusableRow, is_unicode
 from data.behavior.tables import ENDINGS, kind_of, rows
+from data.jsonl import Complaints, Row, UnusableRow, is_unicode
 
 PRICE_UNITS = 10_000
 LARGEST = 10**9  # of a quantity or a price, so that it fits into 64 bits
@@ -77,12 +77,18 @@ class Log:
 
     def label(self, item: int) -> str:
         """An item as a text shows it: DESCRIPTION (ITEM), or ITEM."""
-        return f"{self.descriptions[item]} ({self.items[item]})" if self.descriptions else self.items[item]
+        return (
+            f"{self.descriptions[item]} ({self.items[item]})"
+            if self.descriptions
+            else self.items[item]
+        )
 
     @cached_property
     def ends(self) -> tuple[np.datetime64, np.datetime64]:
         """Time of the first and of the last event."""
-        return min(history.time[0] for history in self.histories), max(history.time[-1] for history in self.histories)
+        return min(history.time[0] for history in self.histories), max(
+            history.time[-1] for history in self.histories
+        )
 
 
 def read_log(
@@ -108,7 +114,12 @@ def read_log(
     columns = columns or Columns()
     complaints = Complaints(on_error)
     paths, table = _files(root, items)
-    reader = _Reader(columns, complaints, action, _descriptions(table, columns, complaints) if table and descriptions else None)
+    reader = _Reader(
+        columns,
+        complaints,
+        action,
+        _descriptions(table, columns, complaints) if table and descriptions else None,
+    )
     for path in paths:
         reader.read(path)
     line = complaints.summary()
@@ -143,7 +154,9 @@ def _files(root: str | Path, items: str | Path | None) -> tuple[list[Path], Path
         raise UserError(f"data.root: {root} is no file or folder")
     there = sorted(path for path in root.iterdir() if path.is_file() and kind_of(path))
     items = items or next((path for path in there if path.name.startswith("items.")), None)
-    events = [path for path in there if path.name.startswith("events.")][:1] or [path for path in there if path != items]
+    events = [path for path in there if path.name.startswith("events.")][:1] or [
+        path for path in there if path != items
+    ]
     if not events:
         raise UserError(f"data.root: {root} holds no event file ({ENDINGS})")
     return events, items
@@ -165,10 +178,24 @@ def _descriptions(path: Path, columns: Columns, complaints: Complaints) -> dict[
 class _Reader:
     """Collects the rows of one or more files, column by column."""
 
-    def __init__(self, columns: Columns, complaints: Complaints, action: str, descriptions: dict[str, str] | None):
-        self.columns, self.complaints, self.action, self.descriptions = columns, complaints, action, descriptions
+    def __init__(
+        self,
+        columns: Columns,
+        complaints: Complaints,
+        action: str,
+        descriptions: dict[str, str] | None,
+    ):
+        self.columns, self.complaints, self.action, self.descriptions = (
+            columns,
+            complaints,
+            action,
+            descriptions,
+        )
         self.numbers: dict[str, dict[str, int]] = {"user": {}, "action": {}, "item": {}}
-        self.table = {name: array("q") for name in ("user", "time", "action", "item", "quantity", "price", "row")}
+        self.table = {
+            name: array("q")
+            for name in ("user", "time", "action", "item", "quantity", "price", "row")
+        }
         self.paths: list[tuple[int, Path]] = []  # (events before it, file)
         self.latest: dict[int, int] = {}
         self.aware: bool | None = None
@@ -207,8 +234,16 @@ class _Reader:
             raise ValueError(f"{columns.item}: {item!r:.60} given, the item table has no such item")
         time = self._time(row)
         words = {"user": user, "action": action, "item": item}
-        numbers = {name: self.numbers[name].setdefault(word, len(self.numbers[name])) for name, word in words.items()}
-        return {**numbers, "time": time, "quantity": round(quantity), "price": round(price * PRICE_UNITS)}
+        numbers = {
+            name: self.numbers[name].setdefault(word, len(self.numbers[name]))
+            for name, word in words.items()
+        }
+        return {
+            **numbers,
+            "time": time,
+            "quantity": round(quantity),
+            "price": round(price * PRICE_UNITS),
+        }
 
     def _time(self, row: Row) -> int:
         """Seconds since 1970."""
@@ -221,13 +256,17 @@ class _Reader:
             if not isinstance(time, datetime):
                 raise ValueError
         except ValueError:
-            raise ValueError(f"{name}: {value!r:.40} given, a time in ISO 8601 is needed, such as 2011-05-31T14:05:00") from None
+            raise ValueError(
+                f"{name}: {value!r:.40} given, a time in ISO 8601 is needed, such as 2011-05-31T14:05:00"
+            ) from None
         aware = time.tzinfo is not None
         if self.aware is None:
             self.aware = aware
         if aware != self.aware:
             here, before = ("with", "without") if aware else ("without", "with")
-            raise ValueError(f"{name}: {value!s:.40} given {here} a time zone, but the log's first event is {before} one")
+            raise ValueError(
+                f"{name}: {value!s:.40} given {here} a time zone, but the log's first event is {before} one"
+            )
         if aware:
             self.offsets.add(time.utcoffset())
             time = time.astimezone(UTC).replace(tzinfo=None)
@@ -238,8 +277,13 @@ class _Reader:
         if time < self.latest.setdefault(user, time):
             reason = f"{place}: earlier than an event of the same user before it"
             if self.complaints.on_error == "raise":
-                raise UnusableRow(f"{reason} (sort the log by time; data.on_error=skip sorts each user's events)")
-            self.unordered, self.first_unordered = self.unordered + 1, self.first_unordered or reason
+                raise UnusableRow(
+                    f"{reason} (sort the log by time; data.on_error=skip sorts each user's events)"
+                )
+            self.unordered, self.first_unordered = (
+                self.unordered + 1,
+                self.first_unordered or reason,
+            )
         self.latest[user] = max(time, self.latest[user])
 
     def log(self, duplicates: str) -> Log:
@@ -249,30 +293,58 @@ class _Reader:
         order = np.lexsort([table["time"], rank[table["user"]]])  # stable
         order = self._without_repeats(table, order, duplicates)
         kinds: dict[str, Any] = {"time": "datetime64[s]", "action": np.int32, "item": np.int32}
-        sorted_table = {name: column[order].astype(kinds.get(name, np.int64)) for name, column in table.items()}
+        sorted_table = {
+            name: column[order].astype(kinds.get(name, np.int64)) for name, column in table.items()
+        }
         ends = np.flatnonzero(np.diff(sorted_table["user"], append=-1)) + 1
         histories = [
-            History(users[sorted_table["user"][start]], *(sorted_table[field.name][start:end] for field in fields(History)[1:]))
+            History(
+                users[sorted_table["user"][start]],
+                *(sorted_table[field.name][start:end] for field in fields(History)[1:]),
+            )
             for start, end in zip([0, *ends[:-1]], ends, strict=True)
         ]
         if self.unordered:
-            say(f"{self.unordered} events were out of order and are sorted; the first: {self.first_unordered}")
+            say(
+                f"{self.unordered} events were out of order and are sorted; the first: {self.first_unordered}"
+            )
         if self.aware:
-            say(f"times with {len(self.offsets)} offset{'s' * (len(self.offsets) > 1)} from UTC are shown in UTC")
-        descriptions = [self.descriptions[item] for item in items] if self.descriptions is not None else None
-        return Log(histories, items, descriptions, list(self.numbers["action"]), bool(self.columns.quantity), bool(self.columns.price))
+            say(
+                f"times with {len(self.offsets)} offset{'s' * (len(self.offsets) > 1)} from UTC are shown in UTC"
+            )
+        descriptions = (
+            [self.descriptions[item] for item in items] if self.descriptions is not None else None
+        )
+        return Log(
+            histories,
+            items,
+            descriptions,
+            list(self.numbers["action"]),
+            bool(self.columns.quantity),
+            bool(self.columns.price),
+        )
 
-    def _without_repeats(self, table: dict[str, np.ndarray], order: np.ndarray, duplicates: str) -> np.ndarray:
+    def _without_repeats(
+        self, table: dict[str, np.ndarray], order: np.ndarray, duplicates: str
+    ) -> np.ndarray:
         """Counts events that equal an earlier one in every column, and drops them if that is wanted."""
         names = ("user", "time", "action", "item", "quantity", "price")
-        together = np.lexsort([table[name] for name in names])  # stable: of equal events the first in the log comes first
+        together = np.lexsort(
+            [table[name] for name in names]
+        )  # stable: of equal events the first in the log comes first
         same = np.all([np.diff(table[name][together]) == 0 for name in names], axis=0)
         repeats = together[1:][same]
         if len(repeats):
             first = int(repeats.min())
             path = [path for before, path in self.paths if before <= first][-1]
-            done = "left out, as data.duplicates=drop says" if duplicates == "drop" else "kept (data.duplicates=drop leaves them out)"
-            say(f"{len(repeats)} events equal an earlier one in every column, the first: {path}:{table['row'][first]}; {done}")
+            done = (
+                "left out, as data.duplicates=drop says"
+                if duplicates == "drop"
+                else "kept (data.duplicates=drop leaves them out)"
+            )
+            say(
+                f"{len(repeats)} events equal an earlier one in every column, the first: {path}:{table['row'][first]}; {done}"
+            )
         return order[~np.isin(order, repeats)] if duplicates == "drop" else order
 
 
@@ -289,7 +361,11 @@ def _text(row: Row, name: str) -> str:
     value = _given(row, name)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # as files write whole numbers beside missing ones
-    text = " ".join(str(value).split()) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    text = (
+        " ".join(str(value).split())
+        if isinstance(value, (str, int)) and not isinstance(value, bool)
+        else ""
+    )
     if not text or not is_unicode(text):
         raise ValueError(f"{name}: {value!r:.40} given, text is needed")
     return text
@@ -317,7 +393,19 @@ def split_users(users: Sequence[str]) -> dict[str, list[str]]:
         UserError: fewer than three users.
     """
     if len(users) < 3:
-        raise UserError(f"data.root: {len(users)} user{'s' * (len(users) != 1)} found, three are needed, to train, validate and test")
-    ranked = sorted(users, key=lambda user: (hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest(), user))
+        raise UserError(
+            f"data.root: {len(users)} user{'s' * (len(users) != 1)} found, three are needed, to train, validate and test"
+        )
+    ranked = sorted(
+        users,
+        key=lambda user: (
+            hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8).digest(),
+            user,
+        ),
+    )
     size = min(max(3, round(len(users) / 10)), len(users) // 3)
-    return {"train": ranked[2 * size :], "validation": ranked[:size], "test": ranked[size : 2 * size]}
+    return {
+        "train": ranked[2 * size :],
+        "validation": ranked[:size],
+        "test": ranked[size : 2 * size],
+    }

@@ -56,7 +56,9 @@ class Question:
     end: int
     answer: str
     evidence: tuple[int, ...]  # events, in the history's numbering
-    age: int | None  # tokens from the oldest evidence's line to the history's end; None without evidence
+    age: (
+        int | None
+    )  # tokens from the oldest evidence's line to the history's end; None without evidence
 
 
 def wording(query: Query, log: Log, action: str, numbers: bool = False) -> str:
@@ -79,7 +81,9 @@ def wording(query: Query, log: Log, action: str, numbers: bool = False) -> str:
 # -- answers ----------------------------------------------------------------------------------------------------------------------------
 
 
-def solve(query: Query, history: History, log: Log, events: np.ndarray) -> tuple[str, tuple[int, ...]] | None:
+def solve(
+    query: Query, history: History, log: Log, events: np.ndarray
+) -> tuple[str, tuple[int, ...]] | None:
     """(answer, evidence) from some events of the action asked about, as they stand; None if they do not say.
 
     Args:
@@ -94,11 +98,20 @@ def solve(query: Query, history: History, log: Log, events: np.ndarray) -> tuple
             return str(len(found)), tuple(found.tolist())
         kinds, counts = np.unique(history.item[events], return_counts=True)
         best = kinds[counts == counts.max(initial=0)]
-        return (log.items[best[0]], tuple(events[history.item[events] == best[0]].tolist())) if len(best) == 1 else None
+        return (
+            (log.items[best[0]], tuple(events[history.item[events] == best[0]].tolist()))
+            if len(best) == 1
+            else None
+        )
     if query.kind == "total":
-        events = events[history.time[events].astype("datetime64[M]") == np.datetime64(str(query.first_day), "M")]
+        events = events[
+            history.time[events].astype("datetime64[M]") == np.datetime64(str(query.first_day), "M")
+        ]
         units = sum(
-            quantity * price for quantity, price in zip(history.quantity[events].tolist(), history.price[events].tolist(), strict=True)
+            quantity * price
+            for quantity, price in zip(
+                history.quantity[events].tolist(), history.price[events].tolist(), strict=True
+            )
         )
         return (amount(units), tuple(events.tolist())) if len(events) else None
     places = np.flatnonzero(items == query.item)
@@ -109,7 +122,11 @@ def solve(query: Query, history: History, log: Log, events: np.ndarray) -> tuple
     if query.kind in ("last_time", "first_time"):
         return str(history.time[at].astype("datetime64[D]")), (at,)
     if query.kind == "followed":
-        return (log.items[items[place + 1]], (at, int(events[place + 1]))) if place + 1 < len(events) else None
+        return (
+            (log.items[items[place + 1]], (at, int(events[place + 1])))
+            if place + 1 < len(events)
+            else None
+        )
     others = events[items == query.other]
     if not len(others) or history.time[others[-1]] == history.time[at]:
         return None
@@ -129,7 +146,9 @@ def oracle(query: Query, history: History, log: Log, events: np.ndarray) -> str:
         best = items[counts[items] == counts.max()] if len(items) else items
         return log.items[best[-1]] if len(best) else ""
     if query.kind == "bought_after" and query.item not in items:
-        return "yes" if query.other in items else "no"  # what is not in sight lies most likely further back
+        return (
+            "yes" if query.other in items else "no"
+        )  # what is not in sight lies most likely further back
     if query.kind == "bought_after" and query.other not in items:
         return "no"
     found = solve(query, history, log, events)
@@ -178,7 +197,9 @@ def _time(kind: str, window: _Window) -> Query:
 def _count(kind: str, window: _Window) -> Query:
     order = np.argsort(window.item, kind="stable")  # each item's events together, in order of time
     item, day = window.item[order], window.day[order]
-    begins = np.append(True, (item[1:] != item[:-1]) | (day[1:] != day[:-1]))  # no earlier event of this item on this day
+    begins = np.append(
+        True, (item[1:] != item[:-1]) | (day[1:] != day[:-1])
+    )  # no earlier event of this item on this day
     n, possible = len(order), np.zeros((MOST_COUNTED, len(order)), dtype=bool)
     for more in range(min(MOST_COUNTED, n)):  # events j to j + more are the counted ones
         ends = np.append(begins[1:], True)[more:]
@@ -188,9 +209,18 @@ def _count(kind: str, window: _Window) -> Query:
     j = int(able[window.pick(order[able])])
     one = np.timedelta64(1, "D")
     before = day[j - 1] + one if j and item[j - 1] == item[j] else window.day[0]
-    after = day[j + more + 1] - one if j + more + 1 < n and item[j + more + 1] == item[j] else window.day[-1]
+    after = (
+        day[j + more + 1] - one
+        if j + more + 1 < n and item[j + more + 1] == item[j]
+        else window.day[-1]
+    )
     first = _day(window.random, max(before, day[j] - MOST_DAYS), day[j])
-    return Query(kind, int(item[j]), first_day=first, last_day=_day(window.random, day[j + more], min(after, day[j + more] + MOST_DAYS)))
+    return Query(
+        kind,
+        int(item[j]),
+        first_day=first,
+        last_day=_day(window.random, day[j + more], min(after, day[j + more] + MOST_DAYS)),
+    )
 
 
 def _most_frequent(kind: str, window: _Window) -> Query | None:
@@ -217,8 +247,12 @@ def _bought_after(kind: str, window: _Window) -> Query | None:
     old = earlier[window.pick(last[earlier])]
     later = np.flatnonzero(window.time[last] > window.time[last[old]])
     classes = age_class(window.age[last[later]])
-    new = window.random.choice(later[classes == classes.max()])  # as old as can be: or the recent past alone would tell
-    x, y = (old, new) if window.random.random() < 0.5 else (new, old)  # the pair says nothing about the answer
+    new = window.random.choice(
+        later[classes == classes.max()]
+    )  # as old as can be: or the recent past alone would tell
+    x, y = (
+        (old, new) if window.random.random() < 0.5 else (new, old)
+    )  # the pair says nothing about the answer
     return Query(kind, int(items[x]), int(items[y]))
 
 
@@ -254,7 +288,14 @@ PROPOSE: dict[str, Callable[[str, _Window], Query | None]] = {
 
 
 def ask(
-    kind: str, log: Log, user: int, start: int, end: int, ages: np.ndarray, action: int, random: np.random.Generator
+    kind: str,
+    log: Log,
+    user: int,
+    start: int,
+    end: int,
+    ages: np.ndarray,
+    action: int,
+    random: np.random.Generator,
 ) -> Question | None:
     """A question of this kind about events start to end of a history; None if there is none, or if the draw found none.
 
@@ -264,13 +305,19 @@ def ask(
     history = log.histories[user]
     if kind == "next_item":
         known = end < len(history) and history.action[end] == action
-        return Question(Query(kind), user, start, end, log.items[history.item[end]], (), None) if known else None
+        return (
+            Question(Query(kind), user, start, end, log.items[history.item[end]], (), None)
+            if known
+            else None
+        )
     shown = np.flatnonzero(history.action[start:end] == action)
     if not len(shown):
         return None
     events = start + shown
     time = history.time[events]
-    window = _Window(events, history.item[events], time.astype("datetime64[D]"), time, ages[shown], random)
+    window = _Window(
+        events, history.item[events], time.astype("datetime64[D]"), time, ages[shown], random
+    )
     query = PROPOSE[kind](kind, window)
     found = solve(query, history, log, events) if query else None
     if query is None or found is None or not found[1]:

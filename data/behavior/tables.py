@@ -31,7 +31,13 @@ def rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
         UnusableRow: a line is no row, and complaints raise.
     """
     kind = kind_of(path)
-    return read(path, complaints) if kind == ".jsonl" else _csv(path, complaints) if kind == ".csv" else _parquet(path)
+    return (
+        read(path, complaints)
+        if kind == ".jsonl"
+        else _csv(path, complaints)
+        if kind == ".csv"
+        else _parquet(path)
+    )
 
 
 def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
@@ -44,7 +50,9 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
                 try:
                     yield line.decode("utf-8-sig" if line_number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
-                    complaints.add(f"{path}:{line_number}", f"not UTF-8 ({error.reason} at byte {error.start})")
+                    complaints.add(
+                        f"{path}:{line_number}", f"not UTF-8 ({error.reason} at byte {error.start})"
+                    )
 
     with _readable(path, lambda: line_number):
         reader = csv.DictReader(lines(), strict=True)
@@ -56,14 +64,19 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                if "end of data" in str(error):  # however bad rows are treated: these are not one row
+                if "end of data" in str(
+                    error
+                ):  # however bad rows are treated: these are not one row
                     raise UserError(
                         f"{place}: a quote is never closed, the {line_number - before} lines from here on are one field"
                     ) from None
                 complaints.add(place, str(error))
                 continue
             if None in row:
-                complaints.add(place, f"{len(row) - 1 + len(row[None])} fields, but the header has {len(row) - 1}")
+                complaints.add(
+                    place,
+                    f"{len(row) - 1 + len(row[None])} fields, but the header has {len(row) - 1}",
+                )
             else:
                 yield place, row
 
@@ -85,6 +98,16 @@ def _readable(path: Path, number: Callable[[], int]) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, csv.Error, ValueError) as error:  # Arrow's are ValueErrors
-        reason = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    except (
+        OSError,
+        EOFError,
+        lzma.LZMAError,
+        zstandard.ZstdError,
+        csv.Error,
+        ValueError,
+    ) as error:  # Arrow's are ValueErrors
+        reason = (
+            getattr(error, "strerror", None)
+            or (str(error).splitlines() or [type(error).__name__])[0]
+        )
         raise UserError(f"{path}: cannot be read after line {number()}: {reason}") from None

@@ -29,7 +29,12 @@ LONGEST_STRIDE = 128
 
 
 def chunk_plan(
-    kind: str, n: int, chunk_size: int, max_length: int, random: np.random.Generator, ends: Sequence[bool] | np.ndarray | None = None
+    kind: str,
+    n: int,
+    chunk_size: int,
+    max_length: int,
+    random: np.random.Generator,
+    ends: Sequence[bool] | np.ndarray | None = None,
 ) -> list[int]:
     """Sizes of the chunks of a text; [] if it has no tokens.
 
@@ -47,9 +52,13 @@ def chunk_plan(
     if kind not in (*KINDS, "mixture"):
         raise ValueError(f"kind: {kind!r} given, allowed: {', '.join(KINDS)}, mixture")
     if n < 0 or chunk_size < 1 or max_length < 1:
-        raise ValueError(f"n >= 0, chunk_size >= 1 and max_length >= 1 are needed; {n}, {chunk_size} and {max_length} given")
+        raise ValueError(
+            f"n >= 0, chunk_size >= 1 and max_length >= 1 are needed; {n}, {chunk_size} and {max_length} given"
+        )
     if kind in ("sentence", "mixture") and (ends is None or len(ends) != n):
-        raise ValueError(f"ends: {'none' if ends is None else len(ends)} given, {kind} needs one for each of {n} tokens")
+        raise ValueError(
+            f"ends: {'none' if ends is None else len(ends)} given, {kind} needs one for each of {n} tokens"
+        )
     if kind == "mixture":
         kind = draw_kind(n, chunk_size, max_length, random)
     if n == 0:
@@ -108,7 +117,9 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     V is the largest id + 1. A full stop that a tokenizer spells in several byte tokens is not seen.
     """
     size = max(tokenizer.get_vocab().values()) + 1
-    texts = tokenizer.batch_decode([[token] for token in range(size)], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[token] for token in range(size)], clean_up_tokenization_spaces=False
+    )
     found = np.array([text.endswith(SENTENCE_ENDS) or text in STOP_TOKENS for text in texts])
     if tokenizer.eos_token_id is not None:
         found[tokenizer.eos_token_id] = True
@@ -120,7 +131,11 @@ def _random_sizes(n: int, count: int, most: int, random: np.random.Generator) ->
     least = min(LEAST, n // count)
     sizes, left = [], n
     for later in reversed(range(count)):
-        size = int(random.integers(max(least, left - later * most), min(most, left - later * least), endpoint=True))
+        size = int(
+            random.integers(
+                max(least, left - later * most), min(most, left - later * least), endpoint=True
+            )
+        )
         sizes.append(size)
         left -= size
     return random.permutation(sizes).tolist()  # the first draws have the most room: spread them

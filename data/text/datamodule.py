@@ -11,12 +11,12 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError
 from comet_pl.config.schema import TextData
+from comet_pl.errors import UserError
 from data.batches import Rows, pad_rows, pad_token, say, validation_loader
+from data.text.chunk_plans import sentence_ends
 from data.text.loader import Cached, Feed, Layout, Streamed, Windows
 from data.text.packing import padding_share
-from data.text.chunk_plans import sentence_ends
 from data.text.tokenized import Source, cached
 
 
@@ -44,14 +44,30 @@ class TextDataModule(lightning.LightningDataModule):
         accumulate: int = 1,
     ):
         super().__init__()
-        self.data, self.tokenizer, self.seed, self.rows = data, tokenizer, seed, data.batch_size * accumulate
+        self.data, self.tokenizer, self.seed, self.rows = (
+            data,
+            tokenizer,
+            seed,
+            data.batch_size * accumulate,
+        )
         self.max_steps, self.max_epochs = max_steps, max_epochs
         self.rank, self.world, self.val_rank, self.val_world = 0, 1, 0, 1
         self.pad = pad_token(tokenizer)
         ends = sentence_ends(tokenizer) if data.chunk_plan in ("sentence", "mixture") else None
-        self.layout = Layout(data.max_length, chunk_size, stride, data.packing, data.chunk_plan, data.dynamic_stride, ends, self.weights())
+        self.layout = Layout(
+            data.max_length,
+            chunk_size,
+            stride,
+            data.packing,
+            data.chunk_plan,
+            data.dynamic_stride,
+            ends,
+            self.weights(),
+        )
         if data.dynamic_stride and stride is None:
-            raise UserError("data.dynamic_stride: true given, but model.compression_stride=null: there is no stride to draw")
+            raise UserError(
+                "data.dynamic_stride: true given, but model.compression_stride=null: there is no stride to draw"
+            )
         self.windows = self._windows(self.source("train"))
 
     def weights(self) -> dict[str, float] | None:
@@ -83,17 +99,25 @@ class TextDataModule(lightning.LightningDataModule):
         if data.packing != "none":
             rows = self.layout.rows(samples, np.random.default_rng((self.seed, 0, 0)))
             padding = padding_share(rows, samples.lengths, data.max_length)
-            say(f"train: {len(samples)} texts packed into {len(rows)} rows of {data.max_length} tokens, {padding:.1%} of them padding")
+            say(
+                f"train: {len(samples)} texts packed into {len(rows)} rows of {data.max_length} tokens, {padding:.1%} of them padding"
+            )
         return Cached(samples)
 
     def _refuse_nothing(self, some: bool, skipped: str | None = None) -> None:
         if not some:
             why = f"; {skipped}" if skipped else ""
-            raise UserError(f"data.root: {getattr(self.data, 'root', None)} has no training rows{self.asked()}{why}")
+            raise UserError(
+                f"data.root: {getattr(self.data, 'root', None)} has no training rows{self.asked()}{why}"
+            )
 
     def teardown(self, stage: str) -> None:
         """Says at the end what was skipped; where all rows are read before, that has been said before."""
-        if stage == "fit" and isinstance(self.windows, Streamed) and (line := self.windows.complaints.summary()):
+        if (
+            stage == "fit"
+            and isinstance(self.windows, Streamed)
+            and (line := self.windows.complaints.summary())
+        ):
             say(f"train: {line} (of the rows that were read)")
 
     def asked(self) -> str:
@@ -102,7 +126,16 @@ class TextDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> Feed:
         shard: dict[str, Any] = {"rank": self.rank, "world": self.world}
-        return Feed(self.windows, self.layout, self.pad, self.batches(), self.rows, self.seed, num_workers=self.data.num_workers, **shard)
+        return Feed(
+            self.windows,
+            self.layout,
+            self.pad,
+            self.batches(),
+            self.rows,
+            self.seed,
+            num_workers=self.data.num_workers,
+            **shard,
+        )
 
     def batches(self) -> int:
         """Of the whole training, on each rank: its steps."""
@@ -110,9 +143,14 @@ class TextDataModule(lightning.LightningDataModule):
             return self.max_steps
         assert isinstance(self.windows, Cached)
         samples, step = self.windows.samples, self.rows * self.world
-        rows = [len(self.layout.rows(samples, np.random.default_rng((self.seed, epoch, 0)))) for epoch in range(self.max_epochs)]
+        rows = [
+            len(self.layout.rows(samples, np.random.default_rng((self.seed, epoch, 0))))
+            for epoch in range(self.max_epochs)
+        ]
         return min(self.max_steps, sum(-(-count // step) for count in rows))
 
     def val_dataloader(self) -> DataLoader[Any]:
         collate = partial(pad_rows, pad_token=self.pad)
-        return validation_loader(self.validation_rows(), self.data.batch_size, collate, self.val_rank, self.val_world)
+        return validation_loader(
+            self.validation_rows(), self.data.batch_size, collate, self.val_rank, self.val_world
+        )

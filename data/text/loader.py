@@ -18,12 +18,14 @@ from torch import Tensor
 from comet_pl.errors import UserError
 from data.batches import IGNORED, loader, pad_rows
 from data.jsonl import Complaints
-from data.text.packing import join, pack
 from data.text.chunk_plans import chunk_plan, draw_stride
+from data.text.packing import join, pack
 from data.text.tokenized import CachedSamples, Sample, Source, encoded
 
 EMPTY_EPOCHS = 1000  # small weights may leave an epoch without a row, by lot; so many are no chance
-FIRST_WINDOW = 32  # rows; each window has twice as many as the one before, up to data.shuffle_window
+FIRST_WINDOW = (
+    32  # rows; each window has twice as many as the one before, up to data.shuffle_window
+)
 
 
 @dataclass(frozen=True)
@@ -46,26 +48,43 @@ class Layout:
     ends: np.ndarray | None = None
     weights: dict[str, float] | None = None
 
-    def rows(self, samples: Sequence[Sample] | CachedSamples, random: np.random.Generator) -> list[list[int]]:
+    def rows(
+        self, samples: Sequence[Sample] | CachedSamples, random: np.random.Generator
+    ) -> list[list[int]]:
         """Which samples make a row, in the order of the rows."""
         if isinstance(samples, CachedSamples):
             lengths, names = samples.lengths, samples.groups
         else:
-            lengths, names = np.array([len(one) for one in samples]), np.array([one.group for one in samples])
+            lengths, names = (
+                np.array([len(one) for one in samples]),
+                np.array([one.group for one in samples]),
+            )
         numbers = np.arange(len(lengths))
         if self.weights is not None and len(numbers):
             times = np.array([self.weights.get(name, 1.0) for name in names])
-            numbers = np.repeat(numbers, (times + random.random(len(times))).astype(int))  # 1.5: once or twice, by lot
+            numbers = np.repeat(
+                numbers, (times + random.random(len(times))).astype(int)
+            )  # 1.5: once or twice, by lot
         if self.packing == "none":
             return [[number] for number in random.permutation(numbers).tolist()]
-        return [numbers[group].tolist() for group in pack(lengths[numbers], self.max_length, random)]
+        return [
+            numbers[group].tolist() for group in pack(lengths[numbers], self.max_length, random)
+        ]
 
     def row(self, samples: Sequence[Sample], random: np.random.Generator) -> dict[str, Any]:
         """ids and labels (n,) int64, chunk_sizes, resets, and stride if it is drawn."""
         plans = [self._plan(sample, random) for sample in samples]
-        pairs = [(one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64)) for one in samples]
+        pairs = [
+            (one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64))
+            for one in samples
+        ]
         ids, labels, chunk_sizes, resets = join(pairs, plans, shared=self.packing == "shared")
-        row: dict[str, Any] = {"ids": ids, "labels": labels, "chunk_sizes": chunk_sizes, "resets": resets}
+        row: dict[str, Any] = {
+            "ids": ids,
+            "labels": labels,
+            "chunk_sizes": chunk_sizes,
+            "resets": resets,
+        }
         if self.dynamic_stride and self.stride is not None:
             row["stride"] = draw_stride(self.stride, random)
         return row
@@ -125,7 +144,9 @@ class Streamed:
             return self.held
         if number == 0 or self.place != (epoch, number - 1):
             start = sum(self._size(earlier) for earlier in range(number))
-            complaints = Complaints(self.source.on_error)  # each row is complained about once, not in each epoch
+            complaints = Complaints(
+                self.source.on_error
+            )  # each row is complained about once, not in each epoch
             self.complaints = complaints if epoch == 0 else self.complaints
             self.rows = encoded(self.source, complaints, self.workers, start)
         self.place, found = (epoch, number), list(islice(self.rows, self._size(number)))
@@ -159,7 +180,12 @@ class Feed:
         world: int = 1,
     ):
         self.windows, self.layout, self.pad_token = windows, layout, pad_token
-        self.batches, self.batch_size, self.seed, self.num_workers = batches, batch_size, seed, num_workers
+        self.batches, self.batch_size, self.seed, self.num_workers = (
+            batches,
+            batch_size,
+            seed,
+            num_workers,
+        )
         self.rank, self.world = rank, world
         self.epoch = self.window = self.place = self.given = 0
 
@@ -173,7 +199,9 @@ class Feed:
             if samples is None:
                 empty = empty + 1 if self.given == given else 0
                 if empty > EMPTY_EPOCHS:
-                    raise UserError(f"data.weights: {empty} epochs in a row had not a single row; larger weights are needed")
+                    raise UserError(
+                        f"data.weights: {empty} epochs in a row had not a single row; larger weights are needed"
+                    )
                 given, self.epoch, self.window, self.place = self.given, self.epoch + 1, 0, 0
                 continue
             yield from self._window(samples)
@@ -186,7 +214,9 @@ class Feed:
             [place % len(rows) for place in range(start + self.rank, start + step, self.world)]
             for start in range(self.place, len(rows), step)
         ]
-        for batch in loader(rows, numbers[: self.batches - self.given], self._collate, self.num_workers):
+        for batch in loader(
+            rows, numbers[: self.batches - self.given], self._collate, self.num_workers
+        ):
             self.place, self.given = self.place + step, self.given + 1
             yield batch
 
@@ -204,7 +234,9 @@ class Feed:
 class _Rows:
     """The rows of a window, by number; each a pure function of (seed, epoch, window, number)."""
 
-    def __init__(self, samples: Sequence[Sample] | CachedSamples, layout: Layout, key: tuple[int, int, int]):
+    def __init__(
+        self, samples: Sequence[Sample] | CachedSamples, layout: Layout, key: tuple[int, int, int]
+    ):
         self.samples, self.layout, self.key = samples, layout, key
         self.groups = layout.rows(samples, np.random.default_rng(key))
 

@@ -18,7 +18,9 @@ from data.batches import IGNORED
 BLUR = 0.2
 
 
-def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator) -> list[list[int]]:
+def pack(
+    lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random.Generator
+) -> list[list[int]]:
     """Samples as lists of document numbers; each document is in one.
 
     Time: O(n log n) for n documents, plus moves in a list of the different amounts of room, at most max_length of them; a million documents
@@ -32,7 +34,9 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(wrong := np.flatnonzero((sizes < 1) | (sizes > max_length))):
-        raise ValueError(f"lengths: document {wrong[0]} has {sizes[wrong[0]]} tokens, allowed: 1 to max_length = {max_length}")
+        raise ValueError(
+            f"lengths: document {wrong[0]} has {sizes[wrong[0]]} tokens, allowed: 1 to max_length = {max_length}"
+        )
     order = np.argsort(-sizes * random.uniform(1 - BLUR, 1, len(sizes)), kind="stable")
     samples: list[list[int]] = []
     rooms: list[int] = []  # that some sample has left, ascending
@@ -53,16 +57,22 @@ def pack(lengths: Sequence[int] | np.ndarray, max_length: int, random: np.random
             with_room[room] = []
             insort(rooms, room)
         with_room[room].append(sample)
-    return [random.permutation(samples[place]).tolist() for place in random.permutation(len(samples))]
+    return [
+        random.permutation(samples[place]).tolist() for place in random.permutation(len(samples))
+    ]
 
 
-def padding_share(samples: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, max_length: int) -> float:
+def padding_share(
+    samples: Sequence[Sequence[int]], lengths: Sequence[int] | np.ndarray, max_length: int
+) -> float:
     """Share of padding, 0 to 1, where each sample is filled up to max_length; 0 if there are no samples."""
     tokens = sum(int(lengths[number]) for sample in samples for number in sample)
     return 1 - tokens / (len(samples) * max_length) if samples else 0.0
 
 
-def sample_plan(lengths: Sequence[int], plans: Sequence[Sequence[int]], shared: bool = False) -> tuple[list[int], list[bool]]:
+def sample_plan(
+    lengths: Sequence[int], plans: Sequence[Sequence[int]], shared: bool = False
+) -> tuple[list[int], list[bool]]:
     """(chunk_sizes, resets) of a sample, as CometForCausalLM.forward takes them: every document starts a chunk with empty memory.
 
     Args:
@@ -74,14 +84,18 @@ def sample_plan(lengths: Sequence[int], plans: Sequence[Sequence[int]], shared: 
     """
     for number, (length, plan) in enumerate(zip(lengths, plans, strict=True)):
         if sum(plan) != length or min(plan, default=0) < 1:
-            raise ValueError(f"plans: document {number} has {length} tokens; sizes >= 1 with that sum are needed, {list(plan)} given")
+            raise ValueError(
+                f"plans: document {number} has {length} tokens; sizes >= 1 with that sum are needed, {list(plan)} given"
+            )
     chunk_sizes = [size for plan in plans for size in plan]
     resets = [not shared and place == 0 for plan in plans for place in range(len(plan))]
     return chunk_sizes, resets
 
 
 def join(
-    documents: Sequence[tuple[np.ndarray, np.ndarray]], plans: Sequence[Sequence[int]], shared: bool = False
+    documents: Sequence[tuple[np.ndarray, np.ndarray]],
+    plans: Sequence[Sequence[int]],
+    shared: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, list[int], list[bool]]:
     """A sample of some documents: (ids, labels, chunk_sizes, resets).
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError
-from comet_pl.evaluation.results import Bar
+from comet_pl.progress import Bar
 from data.batches import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
@@ -78,7 +78,9 @@ class _Encoded(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         complaints = _Listed()
-        for place, row in islice(complaints.merged(self.source.rows(complaints)), self.start + first, None, step):
+        for place, row in islice(
+            complaints.merged(self.source.rows(complaints)), self.start + first, None, step
+        ):
             if isinstance(row, str):
                 yield place, row
                 continue
@@ -109,7 +111,9 @@ class _Listed(Complaints):
         return taken
 
 
-def encoded(source: Source, complaints: Complaints, workers: int = 0, start: int = 0) -> Iterator[Sample | None]:
+def encoded(
+    source: Source, complaints: Complaints, workers: int = 0, start: int = 0
+) -> Iterator[Sample | None]:
     """A sample for each row, in order, from row `start` on; None for an unusable one, of which the complaints know.
 
     Raises:
@@ -122,7 +126,9 @@ def encoded(source: Source, complaints: Complaints, workers: int = 0, start: int
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
-    for found in loader:  # default conversion would make tensors of samples: batch_size=None leaves them
+    for (
+        found
+    ) in loader:  # default conversion would make tensors of samples: batch_size=None leaves them
         if isinstance(found, Sample):
             yield found
         else:
@@ -150,7 +156,12 @@ class CachedSamples:
 
     def __getitem__(self, number: int) -> Sample:
         row = self.table[int(number)]
-        return Sample(row["ids"].astype(np.int32), row["learned"], json.loads(str(row["notes"])), str(row["group"]))
+        return Sample(
+            row["ids"].astype(np.int32),
+            row["learned"],
+            json.loads(str(row["notes"])),
+            str(row["group"]),
+        )
 
 
 def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedSamples:
@@ -177,10 +188,20 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
 
     complaints, cut, count = Complaints(source.on_error), 0, 0
     beside = file.with_name(f".{file.name}.{os.getpid()}.part")
-    kinds = {"ids": Sequence(Value("int32")), "learned": Sequence(Value("bool")), "notes": Value("string"), "group": Value("string")}
+    kinds = {
+        "ids": Sequence(Value("int32")),
+        "learned": Sequence(Value("bool")),
+        "notes": Value("string"),
+        "group": Value("string"),
+    }
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with ArrowWriter(path=str(beside), features=Features(kinds), writer_batch_size=FLUSH) as writer, Bar(None) as bar:
+        with (
+            ArrowWriter(
+                path=str(beside), features=Features(kinds), writer_batch_size=FLUSH
+            ) as writer,
+            Bar(None) as bar,
+        ):
             bar.name(f"tokenises {name}")
             for sample in filter(None, encoded(source, complaints, workers)):
                 writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
@@ -191,14 +212,22 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
         report.write_text(json.dumps([*lines, *filter(None, [complaints.summary()])]))
         os.replace(beside, file)
     except OSError as error:
-        raise UserError(f"data.cache: {file.parent} cannot be written: {error.strerror or error}") from None
+        raise UserError(
+            f"data.cache: {file.parent} cannot be written: {error.strerror or error}"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
 
 
 def _digest(source: Source) -> str:
     tokenizer = source.tokenizer
-    facts = [VERSION, source.on_error, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, source.key()]  # type: ignore[attr-defined]
+    facts = [
+        VERSION,
+        source.on_error,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        source.key(),
+    ]  # type: ignore[attr-defined]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -7,9 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.models import FAMILIES, backbone, chunk_plans, memories, text, tiny
-from comet_pl.model.naive import SlotsInFull
-from tests.training.test_lit_module import fit, ragged
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,18 +14,38 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from callbacks.throughput import Throughput, step_operations, training_rows
 from comet_pl import CometConfig, CometForCausalLM
-from comet_pl.analysis import flops
 from comet_pl.analysis import bandwidth as traffic
-from comet_pl.training.trainable import add_adapters
-from comet_pl.training.lit_module import CometModule, read_windows
-from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row
+from comet_pl.analysis import flops
 from comet_pl.config.schema import PARAMETERS, TrainConfig
+from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row
+from comet_pl.model.naive import SlotsInFull
+from comet_pl.training.lit_module import CometModule, read_windows
+from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import cut_windows, split_rows
+from tests.support.models import FAMILIES, backbone, chunk_plans, memories, text, tiny
+from tests.training.test_lit_module import fit, ragged
 
-QWEN3 = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
+QWEN3 = {
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 BACKBONES = {
-    "qwen3_0_6b": Qwen3Config(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, intermediate_size=3072, **QWEN3),
-    "qwen3_4b": Qwen3Config(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, intermediate_size=9728, **QWEN3),
+    "qwen3_0_6b": Qwen3Config(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        intermediate_size=3072,
+        **QWEN3,
+    ),
+    "qwen3_4b": Qwen3Config(
+        hidden_size=2560,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        intermediate_size=9728,
+        **QWEN3,
+    ),
     "smollm2_135m": LlamaConfig(
         hidden_size=576,
         num_hidden_layers=30,
@@ -55,7 +72,13 @@ def counted(run):
 # ---- forward
 
 
-@given(comet=memories(), rows=st.integers(1, 3), n=st.integers(1, 40), more=st.integers(1, 20), data=st.data())
+@given(
+    comet=memories(),
+    rows=st.integers(1, 3),
+    n=st.integers(1, 40),
+    more=st.integers(1, 20),
+    data=st.data(),
+)
 def test_a_reading_takes_what_torch_counts(comet, rows, n, more, data):
     """Chunks of C or of any sizes, cache or not, and going on from one."""
     model = tiny(attention="eager", **comet)
@@ -64,11 +87,21 @@ def test_a_reading_takes_what_torch_counts(comet, rows, n, more, data):
     logits = data.draw(st.integers(1, n), "logits")
     out = []
     with torch.no_grad():
-        found = counted(lambda: out.append(model(text(rows, n), chunk_sizes=plan, use_cache=keep, logits_to_keep=logits)))
-        assert found == rows * flops.reading(model.config, n, plan, logits=logits, keep=keep, dense=True).total
+        found = counted(
+            lambda: out.append(
+                model(text(rows, n), chunk_sizes=plan, use_cache=keep, logits_to_keep=logits)
+            )
+        )
+        assert (
+            found
+            == rows
+            * flops.reading(model.config, n, plan, logits=logits, keep=keep, dense=True).total
+        )
         if keep:
             clock, cache = out[0].past_key_values.rows[0], out[0].past_key_values
-            found = counted(lambda: model(text(rows, more), past_key_values=cache, logits_to_keep=1))
+            found = counted(
+                lambda: model(text(rows, more), past_key_values=cache, logits_to_keep=1)
+            )
             assert found == rows * flops.reading(model.config, more, clock=clock, dense=True).total
 
 
@@ -79,7 +112,10 @@ def test_full_attention_takes_what_torch_counts(family):
     model, ids = AutoModelForCausalLM.from_config(config).eval(), text(2, 30)
     with torch.no_grad():
         out = []
-        assert counted(lambda: out.append(model(ids, logits_to_keep=1))) == 2 * flops.full_attention(config, 30, dense=True).total
+        assert (
+            counted(lambda: out.append(model(ids, logits_to_keep=1)))
+            == 2 * flops.full_attention(config, 30, dense=True).total
+        )
         cache = out[0].past_key_values
         found = counted(lambda: model(ids[:, :4], past_key_values=cache))
     assert found == 2 * flops.full_attention(config, 4, past=30, logits=4, dense=True).total
@@ -92,7 +128,10 @@ def test_slots_in_full_take_what_torch_counts(comet, n):
     sizes = fixed_chunks(n, model.config.chunk_size)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # whose products the counter sees
         found = counted(lambda: SlotsInFull(model).read(text(2, n), sizes))
-    assert found == 2 * flops.reading(model.config, n, sizes, logits=n, slots="in_full", dense=True).total
+    assert (
+        found
+        == 2 * flops.reading(model.config, n, sizes, logits=n, slots="in_full", dense=True).total
+    )
 
 
 @given(comet=memories(), n=st.integers(1, 40), slots=st.sampled_from(flops.SLOTS))
@@ -102,7 +141,9 @@ def test_causal_attention_counts_the_pairs_that_a_token_sees(comet, n, slots):
     config = CometConfig(backbone_config=backbone(), **comet)
     for segment in plan_row(flops.start(config), n, **flops.plan_sizes(config))[0]:
         first, last = segment.span(config.global_size)
-        asking = range(0 if slots == "in_full" else segment.before.memory, segment.before.memory + last - first)  # positions
+        asking = range(
+            0 if slots == "in_full" else segment.before.memory, segment.before.memory + last - first
+        )  # positions
         seen = sum(sum(column <= token for column in range(asking.stop)) for token in asking)
         causal, dense = (flops.cell(config, segment, slots, dense=dense) for dense in (False, True))
         assert causal.attention == seen * 2 * 2 * 16
@@ -115,9 +156,16 @@ def test_kept_keys_and_values_are_projected_once_an_entry(comet, n):
     comet = {**comet, "compression_stride": comet["compression_stride"] or 2}
     comet.pop("family")
     config = CometConfig(backbone_config=backbone(layers=1), **comet)
-    C, s, m, K = config.chunk_size, config.compression_stride, config.global_size, config.temporary_capacity
+    C, s, m, K = (
+        config.chunk_size,
+        config.compression_stride,
+        config.global_size,
+        config.temporary_capacity,
+    )
     chunks = -(-n // C)
-    entries = (chunks - 1) * min(K, -(-C // s))  # each that some chunk sees; of a chunk's own, those beyond K are never seen
+    entries = (chunks - 1) * min(
+        K, -(-C // s)
+    )  # each that some chunk sees; of a chunk's own, those beyond K are never seen
     kept, again = (flops.reading(config, n, slots=slots) for slots in ("kept", "recomputed"))
     assert kept.slots == 2 * 2 * 16 * 8 * ((chunks - 1) * m + entries)
     assert kept.total - kept.slots == again.total - again.slots
@@ -134,7 +182,12 @@ def training(draw):
     plan = draw(st.none() | chunk_plans(n))
     comet = draw(memories().filter(lambda one: one["global_size"] or one["compression_stride"]))
     ids = text(rows, n, draw(st.integers(0, 9)))
-    labels = torch.where(torch.rand(n, generator=torch.Generator().manual_seed(n)) < draw(st.sampled_from([0.1, 0.5, 1.0])), ids, -100)
+    labels = torch.where(
+        torch.rand(n, generator=torch.Generator().manual_seed(n))
+        < draw(st.sampled_from([0.1, 0.5, 1.0])),
+        ids,
+        -100,
+    )
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if plan is not None:
         batch["chunk_sizes"] = [plan] * rows
@@ -142,7 +195,14 @@ def training(draw):
     if comet["compression_stride"] is not None and draw(st.booleans()):
         batch["strides"] = [draw(st.integers(1, 5))] * rows
     learning = flops.Learning(draw(st.sampled_from(PARAMETERS)), draw(st.integers(1, 3)))
-    return comet, batch, draw(st.none() | st.integers(1, 3)), learning, draw(st.booleans()), draw(st.booleans())
+    return (
+        comet,
+        batch,
+        draw(st.none() | st.integers(1, 3)),
+        learning,
+        draw(st.booleans()),
+        draw(st.booleans()),
+    )
 
 
 @given(training())
@@ -166,13 +226,19 @@ def test_a_training_step_takes_what_torch_counts(case):
     rows = training_rows(whole) if whole else []
     with set_checkpoint_early_stop(False):
         found = counted(step)
-    assert found == flops.training_step(model.config, rows, chunks, learning, recompute, dense=True).total
+    assert (
+        found
+        == flops.training_step(model.config, rows, chunks, learning, recompute, dense=True).total
+    )
 
 
 def test_backward_is_twice_forward_and_recomputation_once_more():
     """Where everything learns and every chunk has targets, but for what no target reads: the last chunk of a text writes no memory."""
     config = papers("qwen3_0_6b")
-    step, again = (flops.training_step(config, [flops.Row.of(config, 32768)], recompute=recompute) for recompute in (False, True))
+    step, again = (
+        flops.training_step(config, [flops.Row.of(config, 32768)], recompute=recompute)
+        for recompute in (False, True)
+    )
     forward = flops.reading(config, 32768, fixed_chunks(32768, 2048), logits=32767, keep=False)
     assert step == forward * 3
     assert again.total - step.total == forward.total - forward.head
@@ -181,18 +247,28 @@ def test_backward_is_twice_forward_and_recomputation_once_more():
 def test_ragged_rows_count_as_rows_alone():
     model = tiny()
     together = ragged([23, 5, 14], labelled=1.0)
-    alone = [{key: value[b : b + 1, :n] for key, value in together.items()} for b, n in enumerate([23, 5, 14])]
+    alone = [
+        {key: value[b : b + 1, :n] for key, value in together.items()}
+        for b, n in enumerate([23, 5, 14])
+    ]
     module = CometModule(model, TrainConfig(), max_steps=1)
     assert step_operations(module, together) == sum(step_operations(module, one) for one in alone)
     module.settings = TrainConfig(accumulate=3)
-    assert step_operations(module, together) == sum(step_operations(module, one) for one in split_rows(together, 3))
+    assert step_operations(module, together) == sum(
+        step_operations(module, one) for one in split_rows(together, 3)
+    )
 
 
 # ---- the floors that the project is measured by
 
 
 @pytest.mark.parametrize(
-    ("name", "recomputed", "kept"), [("qwen3_0_6b", 0.6639, 0.6377), ("qwen3_4b", 0.5888, 0.5746), ("smollm2_135m", 0.6561, 0.6450)]
+    ("name", "recomputed", "kept"),
+    [
+        ("qwen3_0_6b", 0.6639, 0.6377),
+        ("qwen3_4b", 0.5888, 0.5746),
+        ("smollm2_135m", 0.6561, 0.6450),
+    ],
 )
 def test_floors_of_reading(name, recomputed, kept):
     """Against slots in full, head left out, memory full: 0.66 and 0.59; 0.64 and 0.57 with temporary keys and values kept."""
@@ -210,12 +286,19 @@ def test_a_cell_by_hand():
     assert one.attention == 2 * (2816 * 2560 + 2816 * 2817 // 2) * 4096
     assert one.memory == 2 * (512 * 2048 + (512 + 256) * 2 * 8 * 1024)  # the gate; both adapters
     in_full = flops.cell(config, flops.whole_chunk(config), "in_full")
-    assert (in_full.linear, in_full.slots, in_full.attention) == (2 * 5376 * 15_728_640, 0, 2 * (5376 * 5377 // 2) * 4096)
-    assert flops.cell(config, flops.whole_chunk(config), "kept").slots == 2 * (512 + 256) * 2_097_152
+    assert (in_full.linear, in_full.slots, in_full.attention) == (
+        2 * 5376 * 15_728_640,
+        0,
+        2 * (5376 * 5377 // 2) * 4096,
+    )
+    assert (
+        flops.cell(config, flops.whole_chunk(config), "kept").slots == 2 * (512 + 256) * 2_097_152
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "times", "with_head"), [("qwen3_0_6b", 1.31, 1.24), ("smollm2_135m", 1.26, 1.21), ("qwen3_4b", 1.05, 1.05)]
+    ("name", "times", "with_head"),
+    [("qwen3_0_6b", 1.31, 1.24), ("smollm2_135m", 1.26, 1.21), ("qwen3_4b", 1.05, 1.05)],
 )
 def test_floors_of_decoding(name, times, with_head):
     """Against full attention after 1,024 tokens."""
@@ -232,14 +315,29 @@ def test_bytes_of_decoding_by_hand():
     config = CometConfig(backbone_config=backbone(layers=1), **comet)
     weights = 2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24
     read, written, slots = (3 + 4 + 6) * 16, (1 + 1 + 2) * 16, 2 * (16 + 16)
-    assert traffic.decoding_bytes(config, 4, with_head=False) == (3 * weights + read + written + slots) * 4 / 2
-    assert traffic.decoding_bytes(config, 4) - traffic.decoding_bytes(config, 4, with_head=False) == 16 * 42 * 4
-    assert traffic.full_attention_bytes(config.backbone_config, 9, 2) == (weights + 16 * 42 + 16 * 10) * 2
+    assert (
+        traffic.decoding_bytes(config, 4, with_head=False)
+        == (3 * weights + read + written + slots) * 4 / 2
+    )
+    assert (
+        traffic.decoding_bytes(config, 4) - traffic.decoding_bytes(config, 4, with_head=False)
+        == 16 * 42 * 4
+    )
+    assert (
+        traffic.full_attention_bytes(config.backbone_config, 9, 2)
+        == (weights + 16 * 42 + 16 * 10) * 2
+    )
 
 
 def test_a_clock_may_stand_anywhere():
     """A text read in two calls takes what it takes in one; the same with tokens one by one, but for logits."""
-    config = CometConfig(backbone_config=backbone(), chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4)
+    config = CometConfig(
+        backbone_config=backbone(),
+        chunk_size=5,
+        global_size=2,
+        compression_stride=3,
+        temporary_capacity=4,
+    )
     clock, parts = flops.start(config), flops.Operations()
     for n in (1, 7, 1, 1, 13):
         parts += flops.reading(config, n, clock=clock, logits=0)
@@ -271,4 +369,6 @@ def test_throughput_logs_operations_and_their_share(peak):
     for values, operations, tokens in zip(logged, expected, (40, 20), strict=True):
         seconds = tokens / values["train/tokens_per_s"]
         assert values["train/tflops"] == pytest.approx(operations / seconds / 1e12)
-        assert values.get("train/mfu") == (None if peak is None else pytest.approx(values["train/tflops"] / peak))
+        assert values.get("train/mfu") == (
+            None if peak is None else pytest.approx(values["train/tflops"] / peak)
+        )

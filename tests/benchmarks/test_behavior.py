@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import behavior
 
@@ -19,12 +19,21 @@ from comet_pl.metrics.behavior import BehaviorAccuracy
 def values(answers: list[str]) -> dict:
     """Of four questions about days, all with the answer "b": one young, one 2-4k, two 4-8k tokens old."""
     metric = BehaviorAccuracy(sync_on_compute=False)
-    metric.update(answers, ["b"] * 4, ["last_time", "last_time", "first_time", "first_time"], [10, 3000, 5000, 8000])
+    metric.update(
+        answers,
+        ["b"] * 4,
+        ["last_time", "last_time", "first_time", "first_time"],
+        [10, 3000, 5000, 8000],
+    )
     return metric.compute()
 
 
 def run(folder: Path, comet: list[str], last: list[str]) -> Path:
-    found = {"CoMeT": values(comet), "last 4k": values(last), "ceilings": {"CoMeT": values(["b"] * 4), "last 4k": values(list("bbaa"))}}
+    found = {
+        "CoMeT": values(comet),
+        "last 4k": values(last),
+        "ceilings": {"CoMeT": values(["b"] * 4), "last 4k": values(list("bbaa"))},
+    }
     (folder / "eval").mkdir(parents=True)
     (folder / "eval" / "user_behavior.json").write_text(json.dumps(found))
     return folder
@@ -32,7 +41,10 @@ def run(folder: Path, comet: list[str], last: list[str]) -> Path:
 
 def test_mean_and_range_over_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    runs = [run(tmp_path / "x", list("bbab"), list("bbaa")), run(tmp_path / "y", list("abbb"), list("aaaa"))]
+    runs = [
+        run(tmp_path / "x", list("bbab"), list("bbaa")),
+        run(tmp_path / "y", list("abbb"), list("aaaa")),
+    ]
     behavior.main([*map(str, runs), "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "behavior.json").read_text())["methods"]
     assert set(found) == {"CoMeT", "last 4k", "last 4k, no mistakes"}
@@ -49,7 +61,10 @@ def test_mean_and_range_over_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_without_results_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"x/eval/user_behavior.json: No such file or directory; python eval.py ckpt=.*x writes it"):
+    with pytest.raises(
+        UserError,
+        match=r"x/eval/user_behavior.json: No such file or directory; python eval.py ckpt=.*x writes it",
+    ):
         behavior.main([str(tmp_path / "x")])
     folder = run(tmp_path / "y", list("bbab"), list("bbaa"))
     (folder / "eval" / "user_behavior.json").write_text("[1]")

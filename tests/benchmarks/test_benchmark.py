@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import chunk_plans, memories, text, tiny
-from comet_pl.model.naive import SlotsInFull
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from comet_pl.model.naive import SlotsInFull
+from tests.support.models import chunk_plans, memories, text, tiny
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import measure
 import prefill
@@ -29,7 +30,7 @@ from comet_pl.analysis import flops
 from comet_pl.errors import UserError
 from comet_pl.model import attention
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
 
 
@@ -62,7 +63,9 @@ def test_the_reference_depends_on_its_memory():
         ours = model(ids, chunk_sizes=[5, 5, 5]).logits[:, 10:]
         reference = SlotsInFull(model)
         reference.read(ids[:, :10], [5, 5])
-        torch.testing.assert_close(reference.read(ids[:, 10:], [5], logits_to_keep=2), ours[:, -2:], **EXACT)
+        torch.testing.assert_close(
+            reference.read(ids[:, 10:], [5], logits_to_keep=2), ours[:, -2:], **EXACT
+        )
         for name in ("states", "temporary"):
             forgetful = SlotsInFull(model)
             forgetful.read(ids[:, :10], [5, 5])
@@ -78,7 +81,11 @@ def test_readers_of_the_benchmark_compute_the_same():
     with torch.no_grad():
         for _ in range(3):
             ids = measure.text(32, "cpu")
-            ours, reference, other = both["comet"](ids), both["slots_in_full"](ids), others["comet"](ids)
+            ours, reference, other = (
+                both["comet"](ids),
+                both["slots_in_full"](ids),
+                others["comet"](ids),
+            )
             torch.testing.assert_close(ours, reference, **EXACT)
             assert ours.shape == (1, 1, shape.comet().vocab_size)
             assert not torch.allclose(ours, other, atol=1e-4)
@@ -122,32 +129,52 @@ def test_operations_count_what_the_kernels_get(monkeypatch):
     """torch's own counter of matrix products agrees on the projections and the MLP, which it sees whole."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    monkeypatch.setattr(attention, "FEW_SCORES", 0)  # the plain formula for few scores would be counted too
+    monkeypatch.setattr(
+        attention, "FEW_SCORES", 0
+    )  # the plain formula for few scores would be counted too
     shape = shapes.SHAPES["sixteenth"]
     both = measure.readers(shape, "cpu", torch.float32)
     ids = measure.text(shape.chunk, "cpu")
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     slot = 2 * shape.hidden * keys
     token = 2 * shape.hidden * queries + slot + 3 * shape.hidden * shape.intermediate
-    for name, expected in (("comet", shape.own * token + shape.slots * slot), ("slots_in_full", (shape.own + shape.slots) * token)):
+    for name, expected in (
+        ("comet", shape.own * token + shape.slots * slot),
+        ("slots_in_full", (shape.own + shape.slots) * token),
+    ):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             both[name](ids)
-        products = sum(flops for op, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(op)) / 2 / shape.layers
-        assert products == pytest.approx(expected, rel=0.03)  # the counter also sees gates and adapters
+        products = (
+            sum(
+                flops
+                for op, flops in counter.get_flop_counts()["Global"].items()
+                if "mm" in str(op)
+            )
+            / 2
+            / shape.layers
+        )
+        assert products == pytest.approx(
+            expected, rel=0.03
+        )  # the counter also sees gates and adapters
         assert products >= expected
 
 
 def test_floor_is_that_of_the_counts():
     """Gates and adapters, which the floor here leaves out, change it by less than a thousandth."""
     for shape in shapes.SHAPES.values():
-        assert shapes.floor(shape) == pytest.approx(flops.floor(shape.comet()), rel=3e-3 if shape.hidden < 1024 else 2e-4)
+        assert shapes.floor(shape) == pytest.approx(
+            flops.floor(shape.comet()), rel=3e-3 if shape.hidden < 1024 else 2e-4
+        )
 
 
 # ---- sliding window with sinks
 
 
 @pytest.mark.parametrize("few", [attention.FEW_SCORES, 0])
-@pytest.mark.parametrize(("window", "calls"), [(5, [4, 4, 4, 4, 3]), (0, [3, 1, 6]), (40, [7, 7, 7]), (3, [1, 1, 1, 1, 1, 1, 5])])
+@pytest.mark.parametrize(
+    ("window", "calls"),
+    [(5, [4, 4, 4, 4, 3]), (0, [3, 1, 6]), (40, [7, 7, 7]), (3, [1, 1, 1, 1, 1, 1, 5])],
+)
 def test_sinks_equal_a_mask(few, window, calls, monkeypatch):
     """All calls together are one call in which a token sees the sinks, the window before its call, and its call up to itself."""
     monkeypatch.setattr(attention, "FEW_SCORES", few)
@@ -170,8 +197,14 @@ def test_sinks_equal_a_mask(few, window, calls, monkeypatch):
     with torch.no_grad():
         expected = model(ids, attention_mask=seen[None, None]).logits
         reader = SinkReader(model, window, sinks)
-        torch.testing.assert_close(torch.cat([reader(part, logits_to_keep=0) for part in ids.split(calls, 1)], 1), expected, **EXACT)
-    assert all(layer.keys.shape[2] == min(sum(calls), sinks + window) for layer in reader.cache.layers)
+        torch.testing.assert_close(
+            torch.cat([reader(part, logits_to_keep=0) for part in ids.split(calls, 1)], 1),
+            expected,
+            **EXACT,
+        )
+    assert all(
+        layer.keys.shape[2] == min(sum(calls), sinks + window) for layer in reader.cache.layers
+    )
 
 
 def test_the_window_is_as_wide_as_a_cell_of_comet():
@@ -179,7 +212,10 @@ def test_the_window_is_as_wide_as_a_cell_of_comet():
     reader = measure.sliding_window(shape, "cpu", torch.float32)
     past = shape.own + shape.slots - shape.chunk
     pairs = shape.chunk * past + shape.chunk * (shape.chunk + 1) // 2
-    assert reader.operations(2 * shape.chunk).attention == 2 * shape.layers * 4 * pairs * shape.heads * shape.head_dim
+    assert (
+        reader.operations(2 * shape.chunk).attention
+        == 2 * shape.layers * 4 * pairs * shape.heads * shape.head_dim
+    )
 
 
 # ---- rates
@@ -196,11 +232,15 @@ def test_linear_layers_do_what_was_counted(what):
     counted = reader.operations(shape.chunk)
     assert found["operations"] == counted.linear + counted.slots and counted.head == 0
     assert found["rate"] == found["operations"] / found["seconds"] > 0
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in reader.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in reader.model.modules()
+    )
 
 
 def test_product_rate_is_that_of_the_best_round(monkeypatch):
-    times = iter([(0.1, 0.1), (9.0, 2.0), (8.0, 4.0), (9.0, 3.0), (9.0, 5.0)])  # the first one only warms up
+    times = iter(
+        [(0.1, 0.1), (9.0, 2.0), (8.0, 4.0), (9.0, 3.0), (9.0, 5.0)]
+    )  # the first one only warms up
     monkeypatch.setattr(rates, "timed", lambda run, device: run() is not None and next(times))
     monkeypatch.setitem(rates.SIZE, "cpu", 10)
     assert rates.product_rate("cpu", torch.float32, "processor") == 2 * 10**3 / 2.0
@@ -221,7 +261,14 @@ def test_rates_are_shares_of_the_product(monkeypatch):
 
 
 def reading(what, length, ms, mib):
-    return {"what": what, "length": length, "ms_per_token": 9.9, "processor_ms_per_token": ms, "peak_mib": mib + 300.0, "reading_mib": mib}
+    return {
+        "what": what,
+        "length": length,
+        "ms_per_token": 9.9,
+        "processor_ms_per_token": ms,
+        "peak_mib": mib + 300.0,
+        "reading_mib": mib,
+    }
 
 
 def test_extrapolation_by_hand():
@@ -232,17 +279,26 @@ def test_extrapolation_by_hand():
     assert verdict["cheaper_from"]["tokens"] == 1000
     assert verdict["longest"] == {"length": 4000, "time": 2.5, "memory": 2.5}
     beyond = verdict["extrapolated"]
-    assert (beyond["length"], beyond["processor_ms_per_token"], beyond["reading_mib"]) == (100_000, 101.0, 1010.0)
+    assert (beyond["length"], beyond["processor_ms_per_token"], beyond["reading_mib"]) == (
+        100_000,
+        101.0,
+        1010.0,
+    )
     assert (beyond["time"], beyond["memory"]) == (50.5, 50.5) and "2,000 and 4,000" in beyond["how"]
     assert "extrapolated" in report.against_full_attention({"against_full_attention": verdict})[-1]
-    assert [one["length"] for one in report.beyond({"against_full_attention": verdict, "lengths": found})] == [4000, 100_000]
+    assert [
+        one["length"]
+        for one in report.beyond({"against_full_attention": verdict, "lengths": found})
+    ] == [4000, 100_000]
 
 
 def test_nothing_is_extrapolated_without_need_or_ground():
     ours = [reading("comet", n, 2.0, 20.0) for n in (500, 2000)]
     full = [reading("full_attention", n, 1.0, 10.0) for n in (500, 2000)]
     assert prefill.against_full_attention([*ours, *full], 2000, "processor")["extrapolated"] is None
-    assert prefill.against_full_attention([*ours, full[0]], 2000, "processor")["extrapolated"] is None
+    assert (
+        prefill.against_full_attention([*ours, full[0]], 2000, "processor")["extrapolated"] is None
+    )
     assert set(prefill.against_full_attention(ours, 2000, "processor").values()) == {None}
 
 
@@ -253,23 +309,44 @@ def test_nothing_is_extrapolated_without_need_or_ground():
 def small(tmp_path_factory):
     """One run of the program as a user starts it."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "benchmarks/prefill.py", "--small", "--threads", "1", "--rounds", "2", "--lengths", "256"]
-    subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=True, capture_output=True, timeout=300)
+    command = [
+        sys.executable,
+        "benchmarks/prefill.py",
+        "--small",
+        "--threads",
+        "1",
+        "--rounds",
+        "2",
+        "--lengths",
+        "256",
+    ]
+    subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, check=True, capture_output=True, timeout=300
+    )
     return out
 
 
 def test_small_run_writes_valid_json(small):
-    assert sorted(file.name for file in small.iterdir()) == ["prefill-small.json", "prefill-small.png"]
+    assert sorted(file.name for file in small.iterdir()) == [
+        "prefill-small.json",
+        "prefill-small.png",
+    ]
     assert (small / "prefill-small.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((small / "prefill-small.json").read_text())
     found = {(one["what"], one["length"]): one for one in result["lengths"]}
     assert set(found) == {(what, 256) for what in report.NAMES}
     for one in found.values():
         assert one["ms_per_token"] > 0 and one["peak_mib"] > one["reading_mib"] > 0
-        assert one["achieved"]["product_rate"] > 1e8 and one["achieved"]["linear"]["share"] > 0 and one["achieved"]["share"] > 0
+        assert (
+            one["achieved"]["product_rate"] > 1e8
+            and one["achieved"]["linear"]["share"] > 0
+            and one["achieved"]["share"] > 0
+        )
     assert result["linear_rate"]["value"] == result["ratio"]["achieved"]["comet"]["linear"]["share"]
     assert result["linear_rate"]["met"] == (result["linear_rate"]["value"] >= 0.6)
-    assert result["against_full_attention"]["extrapolated"] is None  # full attention read the longest text itself
+    assert (
+        result["against_full_attention"]["extrapolated"] is None
+    )  # full attention read the longest text itself
     ratio = result["ratio"]
     assert ratio["floor"] == shapes.floor(shapes.SHAPES["sixteenth"])
     assert ratio["met"] == (ratio["processor_ratio"] <= 1.10 * ratio["floor"])
@@ -284,19 +361,29 @@ def test_the_layer_of_qwen3_4b_alone(tmp_path, monkeypatch, capsys):
     """At full size but for the shape: a file of its own, and no lengths."""
     jobs = []
     monkeypatch.setitem(shapes.SHAPES, "paper-4b", shapes.SHAPES["sixteenth"])
-    measured = {"rounds": 2, "processor_ratio": 0.5, "wall_ratio": 0.9, "achieved": {"comet": {"linear": {"share": 0.59}}}}
+    measured = {
+        "rounds": 2,
+        "processor_ratio": 0.5,
+        "wall_ratio": 0.9,
+        "achieved": {"comet": {"linear": {"share": 0.59}}},
+    }
     monkeypatch.setattr(prefill, "measure", lambda job: jobs.append(job) or measured)
     prefill.main(["--only-4b", "--threads", "1", "--rounds", "2", "--out", str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["prefill-4b.json"]
     result = json.loads((tmp_path / "prefill-4b.json").read_text())
-    assert [(job["what"], job["shape"], job["rounds"]) for job in jobs] == [("ratio", "sixteenth", 2)]
+    assert [(job["what"], job["shape"], job["rounds"]) for job in jobs] == [
+        ("ratio", "sixteenth", 2)
+    ]
     assert (result["ratio"]["value"], result["ratio"]["met"]) == (0.5, True)
     assert (result["linear_rate"]["value"], result["linear_rate"]["met"]) == (0.59, False)
     assert result["clock"] == "processor" and "lengths" not in result
     assert "CoMeT / slots in full, sixteenth shape: 0.500" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("size", "files"), [([], ["", "-4b"]), (["--full"], ["-full", "-4b"]), (["--small"], ["-small"])])
+@pytest.mark.parametrize(
+    ("size", "files"),
+    [([], ["", "-4b"]), (["--full"], ["-full", "-4b"]), (["--small"], ["-small"])],
+)
 def test_full_size_measures_the_layer_of_qwen3_4b_too(size, files, tmp_path, monkeypatch):
     monkeypatch.setattr(prefill, "benchmark", lambda options: {"of": options.size})
     monkeypatch.setattr(prefill, "ratio_alone", lambda options, shape: {"of": shape.name})
@@ -310,7 +397,11 @@ def test_peak_is_of_the_process_itself():
     """Not of the parent that it was started by: 600 MiB of ours do not count."""
     held = torch.ones(150_000_000)
     code = "import sys; sys.path.insert(0, 'benchmarks'); import process_memory; print(process_memory.resident('VmHWM'))"
-    child = float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    child = float(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+    )
     if child != child:
         pytest.skip("no /proc on this system")
     assert child < 572 < resident("VmHWM")
@@ -318,8 +409,16 @@ def test_peak_is_of_the_process_itself():
 
 
 def test_flatness_compares_long_comet_readings_only():
-    peaks = [("comet", 1024, 10.0), ("comet", 16384, 100.0), ("comet", 65536, 104.0), ("full_attention", 32768, 900.0)]
-    lengths = [{"what": what, "length": n, "peak_mib": peak, "reading_mib": peak / 10} for what, n, peak in peaks]
+    peaks = [
+        ("comet", 1024, 10.0),
+        ("comet", 16384, 100.0),
+        ("comet", 65536, 104.0),
+        ("full_attention", 32768, 900.0),
+    ]
+    lengths = [
+        {"what": what, "length": n, "peak_mib": peak, "reading_mib": peak / 10}
+        for what, n, peak in peaks
+    ]
     assert report.flatness(lengths)["peak_mib"] == pytest.approx(0.04)
     assert report.flatness(lengths[:2]) is None
 
@@ -368,11 +467,17 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     for found, device, dtype in ((False, "cpu", "float32"), (True, "cuda", "bfloat16")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
         options = prefill.parse(["--device", "auto"])
-        assert (options.device, options.dtype, options.full_attention_to) == (device, dtype, prefill.FULL_ATTENTION_TO[device])
+        assert (options.device, options.dtype, options.full_attention_to) == (
+            device,
+            dtype,
+            prefill.FULL_ATTENTION_TO[device],
+        )
 
 
 @pytest.mark.gpu
 def test_small_run_on_a_gpu(tmp_path):
-    prefill.main(["--small", "--device", "cuda", "--rounds", "2", "--lengths", "256", "--out", str(tmp_path)])
+    prefill.main(
+        ["--small", "--device", "cuda", "--rounds", "2", "--lengths", "256", "--out", str(tmp_path)]
+    )
     result = json.loads((tmp_path / "prefill-small-cuda.json").read_text())
     assert result["dtype"] == "bfloat16" and result["clock"] == "wall" and result["machine"]["gpu"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import feeding
 import measure_data
@@ -18,7 +18,7 @@ from comet_pl.errors import UserError, run_cli
 from data.batches import train_tokenizer
 from data.jsonl import Complaints, read
 
-HERE = Path(__file__).resolve().parents[1] / "benchmarks"
+HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 QUICK = ["--small", "--gigabytes", "0.0001", "--workers", "0"]
 
 
@@ -40,7 +40,14 @@ def rows(root):
 
 
 def job(root, cache, **more):
-    common = {"root": str(root), "cache": str(cache), "workers": 0, "max_length": 512, "batch_size": 2, "shuffle_window": 16}
+    common = {
+        "root": str(root),
+        "cache": str(cache),
+        "workers": 0,
+        "max_length": 512,
+        "batch_size": 2,
+        "shuffle_window": 16,
+    }
     return {**common, "started": time.time(), **more}
 
 
@@ -67,27 +74,49 @@ def test_small_run(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "data-small.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "data-small.json").read_text())
     corpus = result["corpora"]["generated"]
-    assert 85_000 < corpus["bytes"] < 100_000 + 6_100  # the texts of 100 kB of rows, and at most a row more
+    assert (
+        85_000 < corpus["bytes"] < 100_000 + 6_100
+    )  # the texts of 100 kB of rows, and at most a row more
     speed = result["throughput"]
     assert len(speed["rounds"]) == 2 and speed["ratio"] > 0 and speed["processor_ratio"] > 0
     for found in speed["rounds"]:
         assert found["ours"]["texts"] == found["plain"]["texts"] == corpus["rows"]
-        assert 0 < found["ours"]["pack_seconds"] < found["ours"]["seconds"] and 0 <= found["ours"]["padding_share"] < 0.3
+        assert (
+            0 < found["ours"]["pack_seconds"] < found["ours"]["seconds"]
+            and 0 <= found["ours"]["padding_share"] < 0.3
+        )
     assert all(0 < result["first_batch"][name] < 60 for name in ("streamed", "cached"))
     [memory] = result["memory"]
-    assert memory["texts"] >= corpus["rows"] and memory["tokens"] >= speed["rounds"][0]["ours"]["tokens"]
+    assert (
+        memory["texts"] >= corpus["rows"]
+        and memory["tokens"] >= speed["rounds"][0]["ours"]["tokens"]
+    )
     assert 50 < memory["baseline_mib"] <= memory["peak_mib"] and memory["highest_above_mib"] < 1024
-    assert memory["all_mib"] <= memory["all_rss_mib"] * 1.01 and memory["processes"] >= 1 and len(memory["curve"]) > 2
+    assert (
+        memory["all_mib"] <= memory["all_rss_mib"] * 1.01
+        and memory["processes"] >= 1
+        and len(memory["curve"]) > 2
+    )
 
 
 @pytest.mark.slow
 def test_small_run_with_workers_on_real_rows(tmp_path, shared_data):
     """All in processes of their own, by the name that the README gives."""
-    command = [sys.executable, str(HERE / "data.py"), "--small", "--root", str(shared_data / "scrolls_small"), "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(HERE / "data.py"),
+        "--small",
+        "--root",
+        str(shared_data / "scrolls_small"),
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "data-small.json").read_text())
-    assert [one["corpus"] for one in result["memory"]] == ["given", "generated"] and result["verdict"]["met"]
+    assert [one["corpus"] for one in result["memory"]] == ["given", "generated"] and result[
+        "verdict"
+    ]["met"]
     assert all(one["processes"] >= 3 for one in result["memory"])
 
 
@@ -97,9 +126,17 @@ def test_both_sides_tokenise_the_same_rows(root, tokenizer, tmp_path):
     ours = measure_data.ours(job(root, tmp_path / "ours", **wide), tokenizer)
     plain = measure_data.plain(job(root, tmp_path / "plain"), tokenizer)
     assert ours["texts"] == plain["texts"] == len(rows(root))
-    assert plain["tokens"] == sum(len(tokenizer(row[key])["input_ids"]) for _, row in rows(root) for key in ("input", "output"))
-    assert 3 <= (ours["tokens"] - plain["tokens"]) / ours["texts"] <= 6  # user, assistant, end; a blank line is split off the document
-    assert ours["padding_share"] == pytest.approx(1 - ours["tokens"] / (4096 * -(-ours["tokens"] // 4096)), abs=0.2)
+    assert plain["tokens"] == sum(
+        len(tokenizer(row[key])["input_ids"])
+        for _, row in rows(root)
+        for key in ("input", "output")
+    )
+    assert (
+        3 <= (ours["tokens"] - plain["tokens"]) / ours["texts"] <= 6
+    )  # user, assistant, end; a blank line is split off the document
+    assert ours["padding_share"] == pytest.approx(
+        1 - ours["tokens"] / (4096 * -(-ours["tokens"] // 4096)), abs=0.2
+    )
 
 
 def test_streaming_ends_after_one_epoch(root, tokenizer, tmp_path):
@@ -111,13 +148,17 @@ def test_streaming_ends_after_one_epoch(root, tokenizer, tmp_path):
 
 def test_generated_rows_are_always_the_same(root, tmp_path):
     feeding.generate(tmp_path / "x" / "train.jsonl", 60_000, 2_000)
-    assert (tmp_path / "x" / "train.jsonl").read_bytes() == (root / "qmsum" / "train.jsonl").read_bytes()
+    assert (tmp_path / "x" / "train.jsonl").read_bytes() == (
+        root / "qmsum" / "train.jsonl"
+    ).read_bytes()
     lengths = [len(row["input"]) for _, row in rows(root)]
     assert max(lengths) < 3 * 2_000 + 100 and 1_000 < sorted(lengths)[len(lengths) // 2] < 4_000
     assert (root / "qmsum" / "train.jsonl").stat().st_size >= 60_000
     assert feeding.text_size(str(root)) == {
         "rows": len(lengths),
-        "bytes": sum(len(row[key].encode()) for _, row in rows(root) for key in ("input", "output")),
+        "bytes": sum(
+            len(row[key].encode()) for _, row in rows(root) for key in ("input", "output")
+        ),
     }
 
 
@@ -128,7 +169,10 @@ def test_memory_is_that_of_all_processes():
     seen = feeding.watch(process)
     assert process.returncode == 0 and seen["processes"] == 2
     assert 60 < seen["all_mib"] < 100 and 110 < seen["all_rss_mib"] < 200
-    assert feeding.family(process.pid) == [process.pid] and feeding.resident_now(process.pid) == measure_data.proportional(process.pid) == 0
+    assert (
+        feeding.family(process.pid) == [process.pid]
+        and feeding.resident_now(process.pid) == measure_data.proportional(process.pid) == 0
+    )
 
 
 def test_clock_counts_workers():
@@ -147,7 +191,10 @@ def test_clock_counts_workers():
 
 def test_throughput_is_the_median_of_the_rounds():
     rounds = [
-        {"ours": {"seconds": s, "processor_seconds": 2.0, "tokens": 60}, "plain": {"seconds": p, "processor_seconds": 3.0, "tokens": 50}}
+        {
+            "ours": {"seconds": s, "processor_seconds": 2.0, "tokens": 60},
+            "plain": {"seconds": p, "processor_seconds": 3.0, "tokens": 50},
+        }
         for s, p in ((1.0, 2.0), (2.0, 2.0), (4.0, 12.0))
     ]
     found = feeding.throughput(rounds, 10_000_000)
@@ -157,8 +204,17 @@ def test_throughput_is_the_median_of_the_rounds():
 
 
 def test_above_is_the_higher_of_both():
-    found = {"baseline_mib": 400.0, "peak_mib": 500.0, "baseline_shared_mib": 300.0, "all_mib": 900.0}
-    assert feeding.above(found) == {"above_mib": 100, "all_above_mib": 600, "highest_above_mib": 600}
+    found = {
+        "baseline_mib": 400.0,
+        "peak_mib": 500.0,
+        "baseline_shared_mib": 300.0,
+        "all_mib": 900.0,
+    }
+    assert feeding.above(found) == {
+        "above_mib": 100,
+        "all_above_mib": 600,
+        "highest_above_mib": 600,
+    }
     assert feeding.above(found | {"peak_mib": 1600.0})["highest_above_mib"] == 1200
 
 
@@ -203,17 +259,24 @@ def test_a_root_without_training_rows(tmp_path):
 def test_malformed_rows_are_named(content, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "qmsum").mkdir()
     (tmp_path / "qmsum" / "train.jsonl").write_text(content)
-    monkeypatch.setattr(sys, "argv", ["data.py", *QUICK, "--root", str(tmp_path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(
+        sys, "argv", ["data.py", *QUICK, "--root", str(tmp_path), "--out", str(tmp_path / "out")]
+    )
     with pytest.raises(SystemExit) as caught:
         run_cli(feeding.main)
     told = capsys.readouterr().err
-    assert caught.value.code == 2 and message in told and told.splitlines()[-1].startswith("error: ")
+    assert (
+        caught.value.code == 2 and message in told and told.splitlines()[-1].startswith("error: ")
+    )
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_measurement_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(feeding, "HERE", tmp_path)
-    for code, why in (("raise SystemExit('error: no room')", "no room"), ("import os; os._exit(9)", "killed, most likely")):
+    for code, why in (
+        ("raise SystemExit('error: no room')", "no room"),
+        ("import os; os._exit(9)", "killed, most likely"),
+    ):
         (tmp_path / "measure_data.py").write_text(code)
         with pytest.raises(UserError, match=rf"measuring ours ended with status [19]: {why}"):
             feeding.measure({"what": "ours"})

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import pipeline
 import pipeline_steps
@@ -20,7 +20,7 @@ from pipeline_clock import Event, longest_chain, shares
 from comet_pl.errors import UserError
 from comet_pl.parallel.schedule import SCHEDULES, simulate
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # ---- the clocks
@@ -40,9 +40,20 @@ def events_of(timeline, chunks, stretch=1.0):
         before = totals[rank]
         totals[rank] += task.end - task.start
         if receives:
-            found[rank].append(Event("receive", link, (free[rank] * stretch, task.start * stretch), (before, before)))
+            found[rank].append(
+                Event(
+                    "receive", link, (free[rank] * stretch, task.start * stretch), (before, before)
+                )
+            )
         if sends:
-            found[rank].append(Event("send", link, (task.end * stretch, task.end * stretch), (totals[rank], totals[rank])))
+            found[rank].append(
+                Event(
+                    "send",
+                    link,
+                    (task.end * stretch, task.end * stretch),
+                    (totals[rank], totals[rank]),
+                )
+            )
         free[rank] = task.end
     return found, totals
 
@@ -69,19 +80,29 @@ def test_the_clocks_find_what_was_simulated(schedule, ranks, layers, costs, stre
 def test_a_message_takes_its_time_on_the_chain(layers, chunks, transfer):
     """Cells take longer than messages here, so that none waits for another."""
     events, totals = events_of(simulate("layer_level", 2, layers, chunks), chunks)
-    assert longest_chain(events, totals, transfer) == pytest.approx(simulate("layer_level", 2, layers, chunks, transfer=transfer).makespan)
+    assert longest_chain(events, totals, transfer) == pytest.approx(
+        simulate("layer_level", 2, layers, chunks, transfer=transfer).makespan
+    )
 
 
 def test_shares_by_hand():
     """Rank 1 waits from 1 to 5; rank 0 sends at 3, taking until 3.5. So two seconds for the neighbour, two for the transfer."""
-    ours = [Event("send", "memory", (3.0, 3.5), (3.0, 3.5)), Event("flush", "memory", (6.0, 6.25), (4.0, 4.0))]
+    ours = [
+        Event("send", "memory", (3.0, 3.5), (3.0, 3.5)),
+        Event("flush", "memory", (6.0, 6.25), (4.0, 4.0)),
+    ]
     theirs = [Event("receive", "memory", (1.0, 5.0), (1.0, 1.1))]
     assert shares([ours, theirs]) == [
         {"neighbour": 0.0, "transfer": 0.0, "sending": 0.5, "flushing": 0.25},
         {"neighbour": 2.0, "transfer": 2.0, "sending": 0.0, "flushing": 0.0},
     ]
     late = [Event("receive", "memory", (4.0, 5.0), (1.0, 1.1))]  # it was sent before anyone waited
-    assert shares([ours, late])[1] == {"neighbour": 0.0, "transfer": 1.0, "sending": 0.0, "flushing": 0.0}
+    assert shares([ours, late])[1] == {
+        "neighbour": 0.0,
+        "transfer": 1.0,
+        "sending": 0.0,
+        "flushing": 0.0,
+    }
 
 
 def test_a_message_that_nobody_sent_is_an_error():
@@ -127,7 +148,9 @@ def test_live_bytes_counts_what_autograd_keeps_and_what_it_recomputes():
             torch.autograd.grad(y.sum(), x)
         return kept, live.peak
 
-    assert peak(False)[0] == 8000  # the result of the first exp, which the cos wants too, and of the last
+    assert (
+        peak(False)[0] == 8000
+    )  # the result of the first exp, which the cos wants too, and of the last
     assert peak(True)[0] == 4000  # what comes out
     assert peak(True)[1] > 8000  # in the backward pass all of the layer is there again
 
@@ -137,7 +160,16 @@ def test_live_bytes_counts_what_autograd_keeps_and_what_it_recomputes():
 
 def steps(layer_level=2.5, gradients=1e-7, others=0.01):
     """One round with these seconds a step; a third of each is the forward pass."""
-    ranks = [{"waited": 0.2, "seconds": 2.0, "neighbour": 0.1, "transfer": 0.05, "sending": 0.01, "flushing": 0.0}] * 2
+    ranks = [
+        {
+            "waited": 0.2,
+            "seconds": 2.0,
+            "neighbour": 0.1,
+            "transfer": 0.05,
+            "sending": 0.01,
+            "flushing": 0.0,
+        }
+    ] * 2
     found = []
     for what, seconds in {
         "alone": 4.0,
@@ -148,7 +180,14 @@ def steps(layer_level=2.5, gradients=1e-7, others=0.01):
     }.items():
         clock = {"step": seconds, "forward": seconds / 3, "reduced": seconds + 0.5}
         step = {"what": what, "wall": clock, "processor": clock, "others": others}
-        found.append(step | ({"ranks": ranks, "loss_differs": 0.0, "gradients_differ": gradients} if what in SCHEDULES else {}))
+        found.append(
+            step
+            | (
+                {"ranks": ranks, "loss_differs": 0.0, "gradients_differ": gradients}
+                if what in SCHEDULES
+                else {}
+            )
+        )
     return found
 
 
@@ -161,7 +200,9 @@ def test_verdict_by_hand():
     """L = 12, P = 2, no transfer time: 24 / 13 predicted; two at once take 5 s instead of 4, so the ceiling is 1.6."""
     found = findings()
     for verdict in found["verdict"].values():
-        assert verdict["predicted"] == pytest.approx(24 / 13) and verdict["ceiling"] == pytest.approx(1.6)
+        assert verdict["predicted"] == pytest.approx(24 / 13) and verdict[
+            "ceiling"
+        ] == pytest.approx(1.6)
         assert verdict["bound"] == pytest.approx(0.9 * 1.6 / 2 * 24 / 13)  # 1.329
         assert verdict["speedup"] == pytest.approx(1.6) and verdict["met"]
     assert not findings(layer_level=3.1)["verdict"]["wall"]["met"]  # 1.29
@@ -173,7 +214,9 @@ def test_verdict_by_hand():
 def test_cell_times_by_hand():
     times = pipeline.cell_times(pipeline.Job(pipeline.SHAPE, 16), steps(), transfer=0.001)
     cell = 4 / 3 / (16 * 12)
-    assert times["cell_seconds"] == pytest.approx(cell) and times["transfer_cells"] == pytest.approx(0.001 / cell)
+    assert times["cell_seconds"] == pytest.approx(cell) and times[
+        "transfer_cells"
+    ] == pytest.approx(0.001 / cell)
     assert times["backward_cells"] == pytest.approx(2)
     assert times["message_bytes"] == 4 * 64 * 256
 
@@ -181,7 +224,9 @@ def test_cell_times_by_hand():
 def test_the_best_schedule_of_a_simulation():
     rows = pipeline.simulations({"transfer_cells": 0.0, "backward_cells": 2.0}, (64,), (2, 64))
     assert len(rows) == 2 * (1 + len(pipeline.TRANSFERS))
-    assert rows[0]["best"] == "interleaved" and rows[0]["efficiency"]["layer_level"] == pytest.approx(36 / 37)
+    assert rows[0]["best"] == "interleaved" and rows[0]["efficiency"][
+        "layer_level"
+    ] == pytest.approx(36 / 37)
     assert "layer_stages" not in rows[1]["efficiency"]  # more ranks than layers
     assert rows[1]["best"] == "layer_level"  # one chunk a rank: interleaved is the same
 
@@ -193,8 +238,22 @@ def test_the_best_schedule_of_a_simulation():
 def small(tmp_path_factory):
     """One run of the program as a user starts it: (folder, stdout)."""
     out = tmp_path_factory.mktemp("results")
-    command = [sys.executable, "benchmarks/pipeline.py", "--small", "--layers", "2", "--chunks", "4", "--rounds", "2", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
+    command = [
+        sys.executable,
+        "benchmarks/pipeline.py",
+        "--small",
+        "--layers",
+        "2",
+        "--chunks",
+        "4",
+        "--rounds",
+        "2",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300
+    )
     return out, done.stdout
 
 
@@ -202,7 +261,9 @@ def test_small_run(small):
     out, shown = small
     names = ["pipeline-small-simulated.png", "pipeline-small.json", "pipeline-small.png"]
     assert sorted(file.name for file in out.iterdir()) == names
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png"))
+    assert all(
+        (out / name).read_bytes().startswith(b"\x89PNG") for name in names if name.endswith("png")
+    )
     result = json.loads((out / "pipeline-small.json").read_text())
     assert result["command"].startswith("python benchmarks/pipeline.py --small --layers 2")
     assert (result["chunks"], result["rounds"], result["shape"]["layers"]) == (4, 2, 2)
@@ -215,7 +276,9 @@ def test_small_run(small):
         for clock in ("wall", "processor"):
             assert 0 < step[clock]["forward"] < step[clock]["step"] <= step[clock]["reduced"]
     for row in result["arrangements"]:
-        assert row["wall"]["step"] == min(step["wall"]["step"] for step in result["steps"] if step["what"] == row["what"])
+        assert row["wall"]["step"] == min(
+            step["wall"]["step"] for step in result["steps"] if step["what"] == row["what"]
+        )
 
 
 def test_small_run_knows_where_the_time_went(small):
@@ -224,7 +287,10 @@ def test_small_run_knows_where_the_time_went(small):
     for step in result["steps"]:
         for rank in step.get("ranks", []):
             waits = rank["neighbour"] + rank["transfer"]
-            assert 0 < waits <= rank["waited"] + 1e-9 and rank["waited"] - waits < 0.3 * rank["seconds"]
+            assert (
+                0 < waits <= rank["waited"] + 1e-9
+                and rank["waited"] - waits < 0.3 * rank["seconds"]
+            )
             assert 0 < rank["sending"] < rank["seconds"] - waits
     times = result["times"]
     assert times["message_bytes"] == 4 * (32 + 32) * 64
@@ -259,7 +325,9 @@ def test_mistakes_are_one_line(options, message, monkeypatch):
 
 
 def test_make_bench_runs_small_sizes():
-    commands = subprocess.run(["make", "-n", "bench"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    commands = subprocess.run(
+        ["make", "-n", "bench"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
     for name in ("prefill", "pipeline", "decode", "training", "data"):
         assert f"benchmarks/{name}.py --small" in commands
     assert "benchmarks/startup.py --rounds 1" in commands and "--lengths" not in commands

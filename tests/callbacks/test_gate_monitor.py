@@ -12,17 +12,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
-from tests.support.models import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.training.test_lit_module import fit, loader, ragged
 
 from callbacks.gate_monitor import PATIENCE, GateMonitor, half_life
 from comet_pl import build
 from comet_pl.config.load import load
-from comet_pl.training.lit_module import CometModule
-from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.experiment.run_folder import plan_run
 from comet_pl.config.schema import TrainConfig
+from comet_pl.experiment.run_folder import plan_run
+from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.training.lit_module import CometModule
+from tests.support.models import tiny
+from tests.training.test_lit_module import fit, loader, ragged
 
 EVERY_STEP = {"log_every_n_steps": 1}
 
@@ -38,13 +38,24 @@ def recorded(monkeypatch):
 def row_by_row(model, batch):
     """{(layer, chunk): g of all rows, flat}, of each row alone, the gates caught as they are made."""
     found, caught = {}, []
-    handles = [memory.gate.register_forward_hook(lambda module, inputs, g: caught.append(g.detach().flatten())) for memory in model.gates]
+    handles = [
+        memory.gate.register_forward_hook(
+            lambda module, inputs, g: caught.append(g.detach().flatten())
+        )
+        for memory in model.gates
+    ]
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
         caught.clear()
         with torch.no_grad():
-            model(ids[mask.bool()][None], chunk_sizes=fixed_chunks(int(mask.sum()), model.config.chunk_size), use_cache=False)
+            model(
+                ids[mask.bool()][None],
+                chunk_sizes=fixed_chunks(int(mask.sum()), model.config.chunk_size),
+                use_cache=False,
+            )
         for number, g in enumerate(caught):  # chunk by chunk, from the second on
-            found.setdefault((number % len(model.gates), 1 + number // len(model.gates)), []).append(g)
+            found.setdefault(
+                (number % len(model.gates), 1 + number // len(model.gates)), []
+            ).append(g)
     for handle in handles:
         handle.remove()
     return {place: torch.cat(parts) for place, parts in found.items()}
@@ -54,7 +65,10 @@ def row_by_row(model, batch):
 @pytest.mark.parametrize("left", [False, True])
 def test_a_ragged_batch_has_the_gates_of_its_rows(gate, left, recorded):
     """Neither rows that have ended nor first chunks are counted."""
-    model, batch = tiny(chunk_size=4, gate=gate, gate_bias=0.5), ragged([23, 5, 17, 3], 1.0, left=left)
+    model, batch = (
+        tiny(chunk_size=4, gate=gate, gate_bias=0.5),
+        ragged([23, 5, 17, 3], 1.0, left=left),
+    )
     expected = row_by_row(model, batch)
     monitor = GateMonitor()
     fit(model, [batch], [monitor], EVERY_STEP, accumulate=2)
@@ -68,7 +82,9 @@ def test_a_ragged_batch_has_the_gates_of_its_rows(gate, left, recorded):
         g = torch.cat([g for (layer, _), g in expected.items() if layer == i])
         assert recorded[f"gate/mean/layer_{i}"] == pytest.approx(float(g.mean()))
         assert recorded[f"gate/variance/layer_{i}"] == pytest.approx(float(g.var(correction=0)))
-        assert recorded[f"gate/half_life/layer_{i}"] == pytest.approx(math.log(0.5) / math.log(float(g.mean())))
+        assert recorded[f"gate/half_life/layer_{i}"] == pytest.approx(
+            math.log(0.5) / math.log(float(g.mean()))
+        )
     assert recorded["gate/mean"] == pytest.approx(float(torch.cat(list(expected.values())).mean()))
 
 
@@ -76,17 +92,28 @@ def test_a_ragged_batch_has_the_gates_of_its_rows(gate, left, recorded):
 @pytest.mark.parametrize("chunks", [1, 2, None])
 def test_windows_do_not_move_chunks(recompute, chunks):
     monitors = [GateMonitor(), GateMonitor()]
-    for monitor, options in zip(monitors, ({}, {"bptt_chunks": chunks, "recompute": recompute}), strict=True):
+    for monitor, options in zip(
+        monitors, ({}, {"bptt_chunks": chunks, "recompute": recompute}), strict=True
+    ):
         fit(tiny(), [ragged([23, 23], 1.0)], [monitor], EVERY_STEP, **options)
     torch.testing.assert_close(monitors[1].step, monitors[0].step)
-    assert monitors[1].step[0].any(0).tolist() == [False, True, True, True, False][: monitors[1].step.shape[2]]
+    assert (
+        monitors[1].step[0].any(0).tolist()
+        == [False, True, True, True, False][: monitors[1].step.shape[2]]
+    )
 
 
 def test_a_packed_document_starts_without_a_gate():
-    batch = {**ragged([12], 1.0), "chunk_sizes": [[3, 3, 3, 3]], "resets": [[True, False, True, False]]}
+    batch = {
+        **ragged([12], 1.0),
+        "chunk_sizes": [[3, 3, 3, 3]],
+        "resets": [[True, False, True, False]],
+    }
     monitor = GateMonitor()
     fit(tiny(chunk_size=3), [batch], [monitor], EVERY_STEP, bptt_chunks=2)
-    assert monitor.step[0].any(0).nonzero().flatten().tolist() == [1]  # the last chunk is read by nobody
+    assert monitor.step[0].any(0).nonzero().flatten().tolist() == [
+        1
+    ]  # the last chunk is read by nobody
 
 
 def test_without_gates_there_is_nothing(recorded):
@@ -114,12 +141,17 @@ def collapse(bias, steps, monitor=None):
     return [str(one.message) for one in caught if "collapsed" in str(one.message)]
 
 
-@pytest.mark.parametrize(("bias", "side", "advice"), [(20.0, "1", "smaller model.gate_bias"), (-20.0, "0", "model.gate_bias=3")])
+@pytest.mark.parametrize(
+    ("bias", "side", "advice"),
+    [(20.0, "1", "smaller model.gate_bias"), (-20.0, "0", "model.gate_bias=3")],
+)
 def test_a_planted_collapse_is_reported_once(bias, side, advice):
     lines = collapse(bias, PATIENCE + 3)
     assert len(lines) == 2  # layers
     for layer, line in enumerate(lines):
-        assert line.startswith(f"step {PATIENCE}: the gates of layer {layer} have collapsed to {side} (mean {float(side):.3f}")
+        assert line.startswith(
+            f"step {PATIENCE}: the gates of layer {layer} have collapsed to {side} (mean {float(side):.3f}"
+        )
         assert advice in line and "train.gate_pull" in line and "\n" not in line
 
 
@@ -175,11 +207,15 @@ def test_histograms_heat_map_and_text(tmp_path):
     )
     with pytest.warns(UserWarning, match="collapsed"):
         trainer.fit(module, loader([batch] * (PATIENCE + 1)), loader([batch]))
-    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0, "histograms": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(
+        str(tmp_path), size_guidance={"images": 0, "histograms": 0, "tensors": 0}
+    ).Reload()
     for layer in (0, 1):
         shown = events.Histograms(f"gate/layer_{layer}")
         assert [one.step for one in shown] == [3, 6]
-        assert shown[0].histogram_value.num == 2 * (3 + 2)  # slots; chunks of 5 with a state before and a chunk after
+        assert shown[0].histogram_value.num == 2 * (
+            3 + 2
+        )  # slots; chunks of 5 with a state before and a chunk after
         assert sum(shown[0].histogram_value.bucket) == 2 * (3 + 2)
     assert [one.step for one in events.Images("gate/by_chunk")] == [2, 4, 6]
     (text, *_) = events.Tensors("gate/collapsed/text_summary")
@@ -190,8 +226,19 @@ def test_histograms_heat_map_and_text(tmp_path):
 
 def test_the_conf_switches_it(tmp_path):
     for value, number in (("true", 1), ("false", 0)):
-        config = load([f"run.root={tmp_path}", "run.name=x", "trainer.accelerator=cpu", f"monitor.gates={value}", "monitor.gates_every=7"])
+        config = load(
+            [
+                f"run.root={tmp_path}",
+                "run.name=x",
+                "trainer.accelerator=cpu",
+                f"monitor.gates={value}",
+                "monitor.gates_every=7",
+            ]
+        )
         trainer = build.build_trainer(config, plan_run(config), {})
         found = [one for one in trainer.callbacks if isinstance(one, GateMonitor)]
         assert len(found) == number
-        assert all((one.every, one.folder) == (7, Path(tmp_path) / "passkey" / "x" / "monitor") for one in found)
+        assert all(
+            (one.every, one.folder) == (7, Path(tmp_path) / "passkey" / "x" / "monitor")
+            for one in found
+        )

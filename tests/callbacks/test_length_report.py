@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import text, tiny
 
 from callbacks.length_report import LengthReport
-from comet_pl.training.lit_module import CometModule
-from comet_pl.model.loss import cross_entropies, summed_cross_entropy
-from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.config.schema import TrainConfig
+from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
+from comet_pl.model.loss import cross_entropies, summed_cross_entropy
+from comet_pl.training.lit_module import CometModule
 from comet_pl.training.windows import count_targets
+from tests.support.models import text, tiny
 
 MODEL = tiny()
 BOUNDS = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
@@ -36,7 +36,9 @@ def batches(draw):
     for row, n in enumerate(lengths):
         mask[row, width - n if left else 0 : width if left else n] = 1
     ids = text(len(lengths), width, seed)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= share, -100).masked_fill(mask == 0, -100)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= share, -100).masked_fill(
+        mask == 0, -100
+    )
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if draw(st.booleans()):
         plans, resets = [], []
@@ -57,20 +59,35 @@ def by_a_loop(model, batch):
         real = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
         size = model.config.chunk_size
-        plan = batch["chunk_sizes"][row] if "chunk_sizes" in batch else [min(size, len(ids) - start) for start in range(0, len(ids), size)]
+        plan = (
+            batch["chunk_sizes"][row]
+            if "chunk_sizes" in batch
+            else [min(size, len(ids) - start) for start in range(0, len(ids), size)]
+        )
         flags = batch["resets"][row] if "resets" in batch else [False] * len(plan)
         begins = [0, *[number for number, flag in enumerate(flags) if flag and number], len(plan)]
         for first, last in pairwise(begins):
             start, chunks = sum(plan[:first]), plan[first:last]
             document = ids[start : start + sum(chunks)]
             with torch.no_grad():
-                logits = model(document[None], chunk_sizes=chunks, use_cache=False).logits[0].double()
+                logits = (
+                    model(document[None], chunk_sizes=chunks, use_cache=False).logits[0].double()
+                )
             number = [chunk for chunk, n in enumerate(chunks) for _ in range(n)]
             for token in range(len(document)):
-                if start + token + 1 < len(ids) and (target := int(labels[start + token + 1])) != -100:
+                if (
+                    start + token + 1 < len(ids)
+                    and (target := int(labels[start + token + 1])) != -100
+                ):
                     loss = -float(logits[token].log_softmax(-1)[target])
                     bucket = (
-                        next(place for place, (low, high) in enumerate(BOUNDS) if low <= number[token] <= high) if number[token] < 16 else 5
+                        next(
+                            place
+                            for place, (low, high) in enumerate(BOUNDS)
+                            if low <= number[token] <= high
+                        )
+                        if number[token] < 16
+                        else 5
                     )
                     found.setdefault(bucket, []).append(loss)
     return found
@@ -116,11 +133,20 @@ def test_it_equals_a_loop_over_tokens(tmp_path_factory, given):
 def test_files_and_picture(tmp_path):
     labels = torch.full((1, 24), -100)
     labels[0, 1:4], labels[0, 22:] = 3, 4  # chunks 0 and 4 of 5 tokens
-    batch = {"input_ids": text(1, 24), "attention_mask": torch.ones(1, 24, dtype=torch.long), "labels": labels}
+    batch = {
+        "input_ids": text(1, 24),
+        "attention_mask": torch.ones(1, 24, dtype=torch.long),
+        "labels": labels,
+    }
     buckets, _, _ = validated([batch], tmp_path)
     written = json.loads((tmp_path / "monitor" / "length_report.json").read_text())
     assert written == {"step": 7, "buckets": buckets}
-    assert [(one["from"], one["to"], one["labels"]) for one in written["buckets"]] == [(0, 0, 3), (1, 1, 0), (2, 3, 0), (4, 7, 2)]
+    assert [(one["from"], one["to"], one["labels"]) for one in written["buckets"]] == [
+        (0, 0, 3),
+        (1, 1, 0),
+        (2, 3, 0),
+        (4, 7, 2),
+    ]
     assert [one["loss"] is None for one in written["buckets"]] == [False, True, True, False]
     assert (tmp_path / "monitor" / "length_report.png").read_bytes().startswith(b"\x89PNG")
     (line,) = curve(written["buckets"]).axes[0].lines
@@ -128,15 +154,27 @@ def test_files_and_picture(tmp_path):
 
 
 def test_without_labels_nothing_is_written(tmp_path):
-    batch = {"input_ids": text(2, 9), "attention_mask": torch.ones(2, 9, dtype=torch.long), "labels": torch.full((2, 9), -100)}
+    batch = {
+        "input_ids": text(2, 9),
+        "attention_mask": torch.ones(2, 9, dtype=torch.long),
+        "labels": torch.full((2, 9), -100),
+    }
     assert validated([batch], tmp_path)[:2] == ([], {})
     assert not (tmp_path / "monitor").exists()
 
 
 def test_a_loss_that_is_not_finite_is_counted_and_not_drawn():
     metric = LossByPosition()
-    metric.update(torch.tensor([0, 1, 2]), torch.tensor([1.0, math.nan, 3.0]), chunk_of_columns(torch.ones(1, 3), 1))
-    assert [(one["loss"], one["labels"]) for one in metric.compute()] == [(1.0, 1), (None, 1), (3.0, 1)]
+    metric.update(
+        torch.tensor([0, 1, 2]),
+        torch.tensor([1.0, math.nan, 3.0]),
+        chunk_of_columns(torch.ones(1, 3), 1),
+    )
+    assert [(one["loss"], one["labels"]) for one in metric.compute()] == [
+        (1.0, 1),
+        (None, 1),
+        (3.0, 1),
+    ]
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2, 3, 4, 7, 8, 1023, 1024, 2**45, 2**46, 2**60])
@@ -169,5 +207,7 @@ def test_single_losses_sum_to_the_loss_in_any_blocks():
     hidden, head, targets = torch.randn(7, 5), torch.nn.Linear(5, 9), torch.arange(7)
     for block in (1, 3, 7, 8):
         losses = cross_entropies(hidden, targets, head, block)
-        torch.testing.assert_close(losses.sum(), summed_cross_entropy(hidden, targets, head).detach())
+        torch.testing.assert_close(
+            losses.sum(), summed_cross_entropy(hidden, targets, head).detach()
+        )
     assert cross_entropies(hidden[:0], targets[:0], head).shape == (0,)

@@ -10,12 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import memories, text, tiny
 
 from callbacks.memory_monitor import MemoryMonitor
 from comet_pl.analysis import memory
-from comet_pl.analysis.memory import attention_shares, effective_rank, picture, read_memory, slot_similarity
+from comet_pl.analysis.memory import (
+    attention_shares,
+    effective_rank,
+    picture,
+    read_memory,
+    slot_similarity,
+)
 from comet_pl.model import cell as backbone
+from tests.support.models import memories, text, tiny
 
 
 def seen_by_the_kernel(model, ids, monkeypatch):
@@ -43,7 +49,10 @@ def seen_by_the_kernel(model, ids, monkeypatch):
 def test_shares_are_those_of_the_models_own_attention(configuration, columns):
     model, ids = tiny(**configuration), text(1, columns)
     calls = []
-    hooks = [cell.register_forward_pre_hook(lambda cell, inputs: calls.append((cell, *inputs))) for cell in model.model.layers]
+    hooks = [
+        cell.register_forward_pre_hook(lambda cell, inputs: calls.append((cell, *inputs)))
+        for cell in model.model.layers
+    ]
     with pytest.MonkeyPatch.context() as patch:
         kernel = seen_by_the_kernel(model, ids, patch)
     for hook in hooks:
@@ -67,40 +76,66 @@ def test_a_text_is_reported_by_layer(monkeypatch, attention):
     report = read_memory(model, ids)
     assert len(report.layers) == 3
     for layer, values in enumerate(report.layers):
-        chunks = [share[step.source[0] < 23].mean(0) for step, share in kernel[layer::3]]  # a chunk has 5 text tokens: fewer than QUERIES
+        chunks = [
+            share[step.source[0] < 23].mean(0) for step, share in kernel[layer::3]
+        ]  # a chunk has 5 text tokens: fewer than QUERIES
         wanted = torch.stack(chunks).mean(0).tolist()
-        assert [values[f"attention_{part}"] for part in memory.PARTS] == pytest.approx(wanted, abs=1e-10)
+        assert [values[f"attention_{part}"] for part in memory.PARTS] == pytest.approx(
+            wanted, abs=1e-10
+        )
     assert not any(cell._forward_pre_hooks for cell in model.model.layers)
 
 
 def test_norms_ranks_and_similarity_are_those_of_the_cache():
-    model, ids = tiny(), text(1, 23)  # 5 chunks of at most 5; the last one finds what 20 tokens left
+    model, ids = (
+        tiny(),
+        text(1, 23),
+    )  # 5 chunks of at most 5; the last one finds what 20 tokens left
     report = read_memory(model, ids)
     with torch.no_grad():
-        caches = [model(ids[:, :n], chunk_sizes=[5] * (n // 5), use_cache=True).past_key_values for n in (5, 10, 15, 20)]
+        caches = [
+            model(ids[:, :n], chunk_sizes=[5] * (n // 5), use_cache=True).past_key_values
+            for n in (5, 10, 15, 20)
+        ]
     for layer, values in enumerate(report.layers):
-        state, temporary = caches[-1].memories[layer].state[0], caches[-1].memories[layer].temporary[0]
+        state, temporary = (
+            caches[-1].memories[layer].state[0],
+            caches[-1].memories[layer].temporary[0],
+        )
         cell = model.model.layers[layer]
         assert values["norm_state"] == pytest.approx(float(state.norm(dim=1).mean()), rel=1e-6)
-        assert values["norm_global"] == pytest.approx(float(cell.adapt(cell.global_memory, state).detach().norm(dim=1).mean()), rel=1e-6)
-        assert values["norm_temporary"] == pytest.approx(float(temporary.norm(dim=1).mean()), rel=1e-6)
+        assert values["norm_global"] == pytest.approx(
+            float(cell.adapt(cell.global_memory, state).detach().norm(dim=1).mean()), rel=1e-6
+        )
+        assert values["norm_temporary"] == pytest.approx(
+            float(temporary.norm(dim=1).mean()), rel=1e-6
+        )
         assert values["rank_state"] == pytest.approx(effective_rank(state), rel=1e-6)
         assert values["rank_temporary"] == pytest.approx(effective_rank(temporary), rel=1e-6)
     wanted = np.zeros((4, 4))
     for t, one in enumerate(caches):
         for u, other in enumerate(caches):
-            pairs = [(x.state[0, slot], y.state[0, slot]) for x, y in zip(one.memories, other.memories, strict=True) for slot in range(2)]
+            pairs = [
+                (x.state[0, slot], y.state[0, slot])
+                for x, y in zip(one.memories, other.memories, strict=True)
+                for slot in range(2)
+            ]
             wanted[t, u] = np.mean([float(torch.dot(a, b) / a.norm() / b.norm()) for a, b in pairs])
     np.testing.assert_allclose(report.similarity, wanted, atol=1e-6)
     np.testing.assert_allclose(np.diag(report.similarity), 1, atol=1e-6)
 
 
 def test_effective_rank():
-    row, column = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)), torch.arange(1.0, 6)[:, None]
+    row, column = (
+        torch.randn(1, 12, generator=torch.Generator().manual_seed(0)),
+        torch.arange(1.0, 6)[:, None],
+    )
     assert effective_rank(column * row) == pytest.approx(1, abs=1e-4)
     assert effective_rank(column.double() * row.double()) == pytest.approx(1, abs=1e-10)
     assert effective_rank(torch.eye(6)[:4]) == pytest.approx(4)
-    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25)))
+    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(
+        math.exp(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    )
     assert effective_rank((column * row).bfloat16()) < 1.1
     assert effective_rank(torch.zeros(3, 4)) == 0
     assert math.isnan(effective_rank(torch.tensor([[1.0, float("nan")]])))
@@ -121,7 +156,9 @@ def test_similarity_of_planted_states():
     states = torch.eye(3)[:, None]  # one slot, in another direction each time
     assert torch.equal(slot_similarity(states), torch.eye(3))
     states = torch.stack([torch.eye(2), torch.eye(2) * 5, -torch.eye(2)])
-    torch.testing.assert_close(slot_similarity(states), torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]]))
+    torch.testing.assert_close(
+        slot_similarity(states), torch.tensor([[1.0, 1, -1], [1, 1, -1], [-1, -1, 1]])
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,11 +200,16 @@ def test_looking_changes_nothing():
         assert torch.equal(model(ids).logits, before)
 
 
-@pytest.mark.parametrize(("padding", "step", "looks"), [("left", 6, True), ("right", 6, True), ("right", 4, False)])
+@pytest.mark.parametrize(
+    ("padding", "step", "looks"), [("left", 6, True), ("right", 6, True), ("right", 4, False)]
+)
 def test_the_first_row_of_a_validation_is_read_without_its_padding(tmp_path, padding, step, looks):
     model, ids, filler = tiny(), text(2, 23), torch.zeros(2, 4, dtype=torch.long)
     columns = [filler, ids] if padding == "left" else [ids, filler]
-    batch = {"input_ids": torch.cat(columns, 1), "attention_mask": torch.cat([(one is ids) * torch.ones_like(one) for one in columns], 1)}
+    batch = {
+        "input_ids": torch.cat(columns, 1),
+        "attention_mask": torch.cat([(one is ids) * torch.ones_like(one) for one in columns], 1),
+    }
     recorded = {}
     module = SimpleNamespace(model=model, device="cpu", logger=None, record=recorded.update)
     trainer = SimpleNamespace(global_step=step, world_size=1, is_global_zero=True)
@@ -179,5 +221,9 @@ def test_the_first_row_of_a_validation_is_read_without_its_padding(tmp_path, pad
         assert not recorded and not (tmp_path / "monitor").exists()
         return
     wanted = read_memory(model, ids[:1])
-    assert recorded == {f"memory/{tag}/layer_{i}": value for i, layer in enumerate(wanted.layers) for tag, value in layer.items()}
+    assert recorded == {
+        f"memory/{tag}/layer_{i}": value
+        for i, layer in enumerate(wanted.layers)
+        for tag, value in layer.items()
+    }
     assert (tmp_path / "monitor" / "memory.png").read_bytes().startswith(b"\x89PNG")

@@ -8,13 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.support.tiny_runs import ROOT, TINY
 
 from callbacks import scrolls_scores
 from callbacks.behavior_scores import BehaviorScores
 from callbacks.predictions import Predictions, as_table
 from comet_pl.errors import UserError
-from comet_pl.evaluation.results import as_json, worst_first
+from comet_pl.evaluation.results import worst_first
+from comet_pl.files import as_json
+from tests.support.tiny_runs import ROOT, TINY
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 WORDS = list("_abcdefghi")
@@ -48,17 +49,55 @@ def test_a_prediction_is_the_likeliest_token_at_each_label(tmp_path):
     logits[1, 1, 8] = 2
     predictions = Predictions(tmp_path)
     scores = BehaviorScores(predictions)
-    trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=Tokenizer()), world_size=1, is_global_zero=True, global_step=3)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels, "logits_to_keep": 4, "kinds": ["count"] * 3, "ages": [1, 2, 3]}
+    trainer = SimpleNamespace(
+        datamodule=SimpleNamespace(tokenizer=Tokenizer()),
+        world_size=1,
+        is_global_zero=True,
+        global_step=3,
+    )
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": labels,
+        "logits_to_keep": 4,
+        "kinds": ["count"] * 3,
+        "ages": [1, 2, 3],
+    }
     for callback in (scores, predictions):
         callback.on_validation_epoch_start(trainer, Module)
     scores.on_validation_batch_end(trainer, Module, {"logits": logits}, batch, 0)
     predictions.on_validation_epoch_end(trainer, Module)
-    found = [json.loads(line) for line in (tmp_path / "predictions-3.jsonl").read_text().splitlines()]
+    found = [
+        json.loads(line) for line in (tmp_path / "predictions-3.jsonl").read_text().splitlines()
+    ]
     assert found == [
-        {"id": "0", "prompt_end": "ab", "prediction": "cd", "references": ["cd"], "score": 1.0, "kind": "count", "age": 1},
-        {"id": "1", "prompt_end": "abc", "prediction": "eh", "references": ["ef"], "score": 0.0, "kind": "count", "age": 2},
-        {"id": "2", "prompt_end": "gghhg", "prediction": "e", "references": ["e"], "score": 1.0, "kind": "count", "age": 3},
+        {
+            "id": "0",
+            "prompt_end": "ab",
+            "prediction": "cd",
+            "references": ["cd"],
+            "score": 1.0,
+            "kind": "count",
+            "age": 1,
+        },
+        {
+            "id": "1",
+            "prompt_end": "abc",
+            "prediction": "eh",
+            "references": ["ef"],
+            "score": 0.0,
+            "kind": "count",
+            "age": 2,
+        },
+        {
+            "id": "2",
+            "prompt_end": "gghhg",
+            "prediction": "e",
+            "references": ["e"],
+            "score": 1.0,
+            "kind": "count",
+            "age": 3,
+        },
     ]
     predictions.on_validation_epoch_start(trainer, Module)
     assert predictions.answers == []
@@ -70,14 +109,24 @@ def test_answers_of_all_ranks_come_together(tmp_path):
         predictions = Predictions(tmp_path)
         predictions.answers = parts[rank]
         strategy = SimpleNamespace(broadcast=lambda mine, src: parts[src])
-        trainer = SimpleNamespace(world_size=3, strategy=strategy, is_global_zero=rank == 0, global_step=1)
+        trainer = SimpleNamespace(
+            world_size=3, strategy=strategy, is_global_zero=rank == 0, global_step=1
+        )
         predictions.on_validation_epoch_end(trainer, Module)
         assert (tmp_path / "predictions-1.jsonl").exists() == (rank == 0)
-    assert [json.loads(line)["id"] for line in (tmp_path / "predictions-1.jsonl").read_text().splitlines()] == ["a", "b", "c"]
+    assert [
+        json.loads(line)["id"]
+        for line in (tmp_path / "predictions-1.jsonl").read_text().splitlines()
+    ] == ["a", "b", "c"]
 
 
 def test_a_table_shows_texts_as_they_are():
-    one = {"prompt_end": "x | y\n\n<|user|> # *b*", "references": ["a", "b"], "prediction": "<script>", "score": 100 / 3}
+    one = {
+        "prompt_end": "x | y\n\n<|user|> # *b*",
+        "references": ["a", "b"],
+        "prediction": "<script>",
+        "score": 100 / 3,
+    }
     head, _, line = as_table([one]).splitlines()
     assert head.count("|") == line.count("|") == 5
     assert "&lt;script&gt;" in line and "*" not in line and "<" not in line
@@ -89,12 +138,21 @@ def test_scrolls_answers_are_generated_once(tmp_path, monkeypatch):
         folder = tmp_path / "data" / "narrative_qa"
         folder.mkdir(parents=True, exist_ok=True)
         rows = [
-            {"id": f"{split}{n}", "pid": f"{split}{n}", "input": f"What is it?\n\n{n} {'a house by the sea ' * 9}", "output": "a lamp"}
+            {
+                "id": f"{split}{n}",
+                "pid": f"{split}{n}",
+                "input": f"What is it?\n\n{n} {'a house by the sea ' * 9}",
+                "output": "a lamp",
+            }
             for n in range(3)
         ]
         (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     generated = []
-    monkeypatch.setattr(scrolls_scores, "answer_prompts", lambda *args: generated.append(len(args[2])) or ["a lamp", "what a lamp"])
+    monkeypatch.setattr(
+        scrolls_scores,
+        "answer_prompts",
+        lambda *args: generated.append(len(args[2])) or ["a lamp", "what a lamp"],
+    )
     keys = [
         "conf=scrolls",
         f"data.root={tmp_path / 'data'}",
@@ -102,24 +160,38 @@ def test_scrolls_answers_are_generated_once(tmp_path, monkeypatch):
         "data.max_length=128",
         "data.batch_size=2",
     ]
-    keys += ["eval.val_questions=2", "trainer.max_steps=2", "trainer.val_check_interval=1", "eval.after_fit=false"]
+    keys += [
+        "eval.val_questions=2",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=1",
+        "eval.after_fit=false",
+    ]
     main([*TINY, f"run.root={tmp_path}", "run.name=x", *keys])
     assert generated == [2, 2]
     folder = tmp_path / "scrolls" / "x" / "monitor"
-    assert sorted(path.name for path in folder.glob("predictions*")) == ["predictions-1.jsonl", "predictions-2.jsonl"]
+    assert sorted(path.name for path in folder.glob("predictions*")) == [
+        "predictions-1.jsonl",
+        "predictions-2.jsonl",
+    ]
     found = [json.loads(line) for line in (folder / "predictions-2.jsonl").read_text().splitlines()]
     assert [(one["id"], one["prediction"], one["task"]) for one in found] == [
         ("validation0", "a lamp", "narrative_qa"),
         ("validation2", "what a lamp", "narrative_qa"),
     ]
     assert [one["score"] for one in found] == pytest.approx([100, 200 / 3])
-    assert all(one["references"] == ["a lamp"] and one["prompt_end"].endswith("<|assistant|>") for one in found)
+    assert all(
+        one["references"] == ["a lamp"] and one["prompt_end"].endswith("<|assistant|>")
+        for one in found
+    )
 
 
 def test_the_worst_come_first(tmp_path):
     """Equal scores in the file's order, secret answers last; a line's text may hold what Python takes for line ends."""
     scores = [1.0, None, 0.0, 0.5, 0.0]
-    answers = [{"id": str(n), "prediction": "a\u2028b\x85", "references": [], "score": score} for n, score in enumerate(scores)]
+    answers = [
+        {"id": str(n), "prediction": "a\u2028b\x85", "references": [], "score": score}
+        for n, score in enumerate(scores)
+    ]
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"".join(map(as_json, answers)))
     assert worst_first(file) == [answers[n] for n in (2, 4, 3, 0, 1)]

@@ -12,20 +12,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.models import backbone, same_cache
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM, ask, read
-from comet_pl.chat import open_model as any_model
 from comet_pl.chat import conversation
+from comet_pl.chat import open_model as any_model
 from comet_pl.chat.conversation import Conversation, encode, frame, separator
 from comet_pl.errors import UserError, run_cli
 from data.batches import train_tokenizer
+from tests.support.models import backbone, same_cache
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = "It was a dark night; the rain fell in torrents, and the wind swept up the streets of the town.\n"
-MEMORY = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4, "adapter_rank": 2}
+MEMORY = {
+    "chunk_size": 5,
+    "global_size": 2,
+    "compression_stride": 3,
+    "temporary_capacity": 4,
+    "adapter_rank": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +70,17 @@ def start(module, *arguments):
 
 
 def run(module, *arguments, **more):
-    return subprocess.run(start(module, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120, **more)
+    return subprocess.run(
+        start(module, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=120, **more
+    )
 
 
 def typed(monkeypatch, text):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode())))
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode())),
+    )
 
 
 def one_go(model, ids):
@@ -80,7 +92,11 @@ def greedy(model, tokenizer, ids, count):
     """Generation from the whole text, without a stop token at its end."""
     ids = torch.tensor([ids])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
     )
     answer = out[0, ids.shape[1] :].tolist()
     return answer[:-1] if answer[-1] == tokenizer.eos_token_id else answer
@@ -99,11 +115,18 @@ def test_what_one_process_reads_another_answers(folder, model, tokenizer, tmp_pa
     cache = CometCache.load(memory)
     same_cache(cache, one_go(model, document))
     assert f"read    {len(document):,} tokens" in done.stdout
-    assert f"memory  {cache.nbytes:,} bytes after {-(-len(document) // 5)} chunks of 5" in done.stdout
+    assert (
+        f"memory  {cache.nbytes:,} bytes after {-(-len(document) // 5)} chunks of 5" in done.stdout
+    )
     content = memory.read_bytes()
     done = run("ask", folder, memory, "Who fell?", "--max-new-tokens", "20")
     assert done.returncode == 0, done.stderr
-    ids = greedy(model, tokenizer, [*document, *encode(tokenizer, "\n\n"), *encode(tokenizer, "Who fell?"), *after], 20)
+    ids = greedy(
+        model,
+        tokenizer,
+        [*document, *encode(tokenizer, "\n\n"), *encode(tokenizer, "Who fell?"), *after],
+        20,
+    )
     assert done.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
     assert done.stderr == ""
     assert memory.read_bytes() == content
@@ -118,12 +141,17 @@ def test_a_plain_decoder_is_the_same_model_in_both_programs(tokenizer, book, tmp
     read.main([str(tmp_path / "plain"), str(book[0]), "--save", str(tmp_path / "memory"), *keys])
     cache = CometCache.load(tmp_path / "memory")
     assert cache.memories[0].state.shape == (1, 64, 16)  # global_size is the default's
-    assert cache.memories[0].temporary.shape == (1, 3, 16) and cache.memories[0].temporary.dtype == torch.bfloat16
+    assert (
+        cache.memories[0].temporary.shape == (1, 3, 16)
+        and cache.memories[0].temporary.dtype == torch.bfloat16
+    )
     assert "untrained" in capsys.readouterr().err
     torch.manual_seed(99)
     state = torch.random.get_rng_state()
     ask.main([str(tmp_path / "plain"), str(tmp_path / "memory"), "Who?", "--max-new-tokens", "3"])
-    assert torch.equal(torch.random.get_rng_state(), state)  # sampling is as random as the process is
+    assert torch.equal(
+        torch.random.get_rng_state(), state
+    )  # sampling is as random as the process is
 
 
 def test_files_are_read_one_after_the_other_at_once_or_later(folder, model, tokenizer, tmp_path):
@@ -133,9 +161,21 @@ def test_files_are_read_one_after_the_other_at_once_or_later(folder, model, toke
         file.write_text(text, encoding="utf-8")
     read.main([str(folder), *map(str, files), "--save", str(tmp_path / "all")])
     read.main([str(folder), str(files[0]), "--save", str(tmp_path / "first")])
-    read.main([str(folder), str(files[1]), str(files[2]), "--onto", str(tmp_path / "first"), "--save", str(tmp_path / "rest")])
+    read.main(
+        [
+            str(folder),
+            str(files[1]),
+            str(files[2]),
+            "--onto",
+            str(tmp_path / "first"),
+            "--save",
+            str(tmp_path / "rest"),
+        ]
+    )
     parts = [TEXT, "\n\n", "Only a line", "\n\n", TEXT * 2]
-    whole = one_go(model, [*frame(tokenizer)[0], *(i for part in parts for i in encode(tokenizer, part))])
+    whole = one_go(
+        model, [*frame(tokenizer)[0], *(i for part in parts for i in encode(tokenizer, part))]
+    )
     for name in ("all", "rest"):
         same_cache(CometCache.load(tmp_path / name), whole)
 
@@ -150,7 +190,16 @@ def test_standard_input(folder, book, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "text", ["a line\n" * 40, "words and words " * 20, "x" * 300, "ä€𝄞 " * 50, "ä€𝄞" * 50, "line\n" + "€" * 100 + " end", "\ufeffmark"]
+    "text",
+    [
+        "a line\n" * 40,
+        "words and words " * 20,
+        "x" * 300,
+        "ä€𝄞 " * 50,
+        "ä€𝄞" * 50,
+        "line\n" + "€" * 100 + " end",
+        "\ufeffmark",
+    ],
 )
 def test_pieces_are_the_whole_text(text, tmp_path, monkeypatch):
     monkeypatch.setattr(read, "PIECE", 32)
@@ -184,7 +233,9 @@ def test_a_model_that_does_not_roll_over_reads_at_constant_memory(folder, model,
 
 
 def rendered(tokenizer, chat, **more):
-    return tokenizer(tokenizer.apply_chat_template(chat, tokenize=False, **more), add_special_tokens=False)["input_ids"]
+    return tokenizer(
+        tokenizer.apply_chat_template(chat, tokenize=False, **more), add_special_tokens=False
+    )["input_ids"]
 
 
 def test_every_end_that_the_model_knows_ends_an_answer(model, tokenizer):
@@ -248,7 +299,9 @@ def test_a_conversation_holds_exactly_its_turns(ending, from_memory, model, toke
     for turn, question in enumerate(["Who fell?", "Why? " * 9, "x"]):
         ids = [*ids, *encode(tokenizer, question), *after]
         expected = greedy(model, tokenizer, ids, 23)
-        if ending == "stop token":  # it stops where the model would say its 7th token: that becomes a stop token
+        if (
+            ending == "stop token"
+        ):  # it stops where the model would say its 7th token: that becomes a stop token
             talk.stops = [tokenizer.eos_token_id, expected[6]]
             expected = expected[: expected.index(expected[6])]
             answer = talk.ask(question, 23)
@@ -297,19 +350,33 @@ def test_a_tokenizer_without_a_template(model, tokenizer, folder):
 
 
 @pytest.mark.parametrize("with_memory", [True, False])
-def test_interactive_goes_on_after_saving(with_memory, folder, model, tokenizer, book, tmp_path, monkeypatch, capsys):
+def test_interactive_goes_on_after_saving(
+    with_memory, folder, model, tokenizer, book, tmp_path, monkeypatch, capsys
+):
     """Two questions in one program, the third in another; the answers are those of one conversation."""
     questions = ["Who fell?", "Why?", "And then?"]
     memory = [str(book[1])] if with_memory else []
     typed(monkeypatch, f"{questions[0]}\n\n  {questions[1]} \n")
-    ask.main([str(folder), *memory, "--interactive", "--max-new-tokens", "9", "--save", str(tmp_path / "after")])
+    ask.main(
+        [
+            str(folder),
+            *memory,
+            "--interactive",
+            "--max-new-tokens",
+            "9",
+            "--save",
+            str(tmp_path / "after"),
+        ]
+    )
     ask.main([str(folder), str(tmp_path / "after"), questions[2], "--max-new-tokens", "9"])
     printed = capsys.readouterr()
     assert printed.err == f"wrote {tmp_path / 'after'}\n"
     talk = Conversation(model, tokenizer, CometCache())
     if with_memory:
         talk = Conversation(model, tokenizer, CometCache.load(book[1]), encode(tokenizer, "\n\n"))
-    answers = [tokenizer.decode(talk.ask(question, 9), skip_special_tokens=True) for question in questions]
+    answers = [
+        tokenizer.decode(talk.ask(question, 9), skip_special_tokens=True) for question in questions
+    ]
     assert printed.out == "".join(f"{answer}\n" for answer in answers)
 
 
@@ -337,7 +404,9 @@ def test_an_interrupted_answer_leaves_the_conversation_valid(folder, tmp_path):
 def test_sampling(folder, book, capsys):
     def sampled():
         torch.manual_seed(3)
-        ask.main([str(folder), str(book[1]), "Who?", "--temperature", "5", "--max-new-tokens", "12"])
+        ask.main(
+            [str(folder), str(book[1]), "Who?", "--temperature", "5", "--max-new-tokens", "12"]
+        )
         return capsys.readouterr().out
 
     one = sampled()
@@ -362,12 +431,19 @@ def test_files_that_cannot_be_read(folder, tmp_path):
     (tmp_path / "latin").write_bytes(b"A caf\xe9 in the town")
     (tmp_path / "cut").write_bytes("café".encode()[:-1])
     save = ["--save", tmp_path / "memory"]
-    assert refusal(read, folder, tmp_path / "none.txt", *save) == f"{tmp_path}/none.txt: cannot be read: No such file or directory"
+    assert (
+        refusal(read, folder, tmp_path / "none.txt", *save)
+        == f"{tmp_path}/none.txt: cannot be read: No such file or directory"
+    )
     assert "Is a directory" in refusal(read, folder, tmp_path, *save)
     assert refusal(read, folder, tmp_path / "empty", *save) == f"{tmp_path}/empty: holds no text"
     assert refusal(read, folder, tmp_path / "blank", *save) == f"{tmp_path}/blank: holds no text"
-    assert "latin: is not text in UTF-8 (invalid continuation byte at byte 5)" in refusal(read, folder, tmp_path / "latin", *save)
-    assert "cut: is not text in UTF-8 (unexpected end of data at byte 3)" in refusal(read, folder, tmp_path / "cut", *save)
+    assert "latin: is not text in UTF-8 (invalid continuation byte at byte 5)" in refusal(
+        read, folder, tmp_path / "latin", *save
+    )
+    assert "cut: is not text in UTF-8 (unexpected end of data at byte 3)" in refusal(
+        read, folder, tmp_path / "cut", *save
+    )
     assert not (tmp_path / "memory").exists()
 
 
@@ -384,7 +460,9 @@ def test_targets_that_cannot_be_written(folder, book, tmp_path):
     assert "is there already" in refusal(read, folder, file, "--save", memory)
     assert "is there already" in refusal(ask, folder, memory, "Who?", "--save", memory)
     assert "is a folder" in refusal(read, folder, file, "--save", tmp_path)
-    assert f"there is no folder {tmp_path}/none" in refusal(read, folder, file, "--save", tmp_path / "none" / "memory")
+    assert f"there is no folder {tmp_path}/none" in refusal(
+        read, folder, file, "--save", tmp_path / "none" / "memory"
+    )
     assert "--save" in refusal(read, folder, file)
     (tmp_path / "old").write_text("old")
     read.main([str(folder), str(file), "--save", str(tmp_path / "old"), "--force"])
@@ -401,7 +479,9 @@ def test_models_that_cannot_be_loaded(folder, book, tmp_path):
     assert f"MODEL: {tmp_path}/bare: cannot be loaded" in refusal(read, tmp_path / "bare", *rest)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / "bare" / name).write_bytes((folder / name).read_bytes())
-    (tmp_path / "bare" / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    (tmp_path / "bare" / "model.safetensors").write_bytes(
+        (folder / "model.safetensors").read_bytes()[:-100]
+    )
     assert f"MODEL: {tmp_path}/bare: cannot be loaded" in refusal(read, tmp_path / "bare", *rest)
 
 
@@ -410,17 +490,25 @@ def test_memories_that_do_not_fit(folder, tokenizer, book, tmp_path):
     assert "no such memory file" in refusal(ask, folder, tmp_path / "none", "Who?")
     assert "is a folder" in refusal(ask, folder, tmp_path, "Who?")
     (tmp_path / "cut").write_bytes(memory.read_bytes()[:-100])
-    assert f"{tmp_path}/cut: not a readable CometCache file" in refusal(ask, folder, tmp_path / "cut", "Who?")
+    assert f"{tmp_path}/cut: not a readable CometCache file" in refusal(
+        ask, folder, tmp_path / "cut", "Who?"
+    )
     assert "not a readable CometCache file" in refusal(ask, folder, book[0], "Who?")
-    assert "chunk_size" not in refusal(read, folder, book[0], "--onto", tmp_path / "cut", "--save", tmp_path / "new")
+    assert "chunk_size" not in refusal(
+        read, folder, book[0], "--onto", tmp_path / "cut", "--save", tmp_path / "new"
+    )
     CometCache.load(memory).save(tmp_path / "bare", notes={})
-    assert "not one that python -m comet_pl.read wrote" in refusal(ask, folder, tmp_path / "bare", "Who?")
+    assert "not one that python -m comet_pl.read wrote" in refusal(
+        ask, folder, tmp_path / "bare", "Who?"
+    )
     other = tmp_path / "other"
     for seed, layers, reason in ((1, 2, "other weights"), (0, 3, "another configuration")):
         config = backbone(layers=layers)
         config.vocab_size = len(tokenizer)
         torch.manual_seed(seed)
-        CometForCausalLM(CometConfig(backbone_config=config, **MEMORY)).double().save_pretrained(other)
+        CometForCausalLM(CometConfig(backbone_config=config, **MEMORY)).double().save_pretrained(
+            other
+        )
         tokenizer.save_pretrained(other)
         message = refusal(ask, other, memory, "Who?")
         assert message.startswith(f"{memory} (made with {folder}): ") and reason in message
@@ -450,7 +538,9 @@ def test_memories_that_do_not_fit(folder, tokenizer, book, tmp_path):
     ],
 )
 def test_options_that_cannot_be_meant(arguments, message, folder, book):
-    assert message in refusal(ask, folder, *(book[1] if one == "MEMORY" else one for one in arguments))
+    assert message in refusal(
+        ask, folder, *(book[1] if one == "MEMORY" else one for one in arguments)
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -475,7 +565,9 @@ def test_too_little_memory_for_the_cache(folder, book, tmp_path, monkeypatch):
 
 def test_reading_that_breaks_off_leaves_no_file(folder, tmp_path, monkeypatch):
     typed(monkeypatch, TEXT.encode() * 3 + b"\xff")
-    assert "standard input: is not text" in refusal(read, folder, "-", "--save", tmp_path / "memory")
+    assert "standard input: is not text" in refusal(
+        read, folder, "-", "--save", tmp_path / "memory"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -487,7 +579,9 @@ def test_a_real_model_reads_a_book(shared_data, tmp_path):
     real = ROOT / "models" / "smollm2_135m"
     if not real.is_dir():
         pytest.skip("no models/smollm2_135m; make smollm2 makes it")
-    (tmp_path / "book.txt").write_bytes((shared_data / "books" / "pride_and_prejudice.txt").read_bytes()[:20_000])
+    (tmp_path / "book.txt").write_bytes(
+        (shared_data / "books" / "pride_and_prejudice.txt").read_bytes()[:20_000]
+    )
     done = run("read", real, tmp_path / "book.txt", "--save", tmp_path / "memory")
     assert done.returncode == 0, done.stderr
     done = run("ask", real, tmp_path / "memory", "Who wrote this book?", "--max-new-tokens", "12")
@@ -497,4 +591,8 @@ def test_a_real_model_reads_a_book(shared_data, tmp_path):
     text = (tmp_path / "book.txt").read_text().removeprefix("\ufeff")
     words = [encode(tokenizer, part) for part in (text, "\n\n", "Who wrote this book?")]
     ids = [*before, *(i for part in words for i in part), *after]
-    assert done.stdout == tokenizer.decode(greedy(loaded.model, tokenizer, ids, 12), skip_special_tokens=True) + "\n"
+    assert (
+        done.stdout
+        == tokenizer.decode(greedy(loaded.model, tokenizer, ids, 12), skip_special_tokens=True)
+        + "\n"
+    )

@@ -12,20 +12,57 @@ from typing import Any
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from comet_pl.evaluation.results import worst_first
+from comet_pl.metrics.scrolls import PAPER
 from tests.evaluation.test_agent_run import write_traces
 from tests.laws.test_resume import write_events
 from tests.support.tiny_runs import ROOT, TINY, train
 
-from comet_pl.metrics.scrolls import PAPER
-from comet_pl.evaluation.results import worst_first
-
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"
-SHORT = [*TINY, "trainer.max_steps=6", "trainer.val_check_interval=3", "trainer.log_every_n_steps=1", "data.batch_size=4"]
-PASSKEY = ["conf=passkey", "data.train_length=96", "data.length_schedule=null", "eval.lengths=[96,384]", "eval.depths=3", "eval.examples=1"]
-SCROLLS = ["conf=scrolls", "data.max_length=256", "eval.after_fit=false", "eval.examples=3", "eval.max_new_tokens=4"]
-AGENT = ["conf=agent", "data.val_share=0.3", "data.max_length=512", "data.packing=none", "eval.max_new_tokens=4", "eval.examples=2"]
-BEHAVIOR = ["conf=user_behavior", "data.train_length=1600", "data.length_schedule=[[0,200],[3,400]]", "data.questions=3"]
-BEHAVIOR += ["data.val_examples=4", "eval.examples=8", "eval.budget=1024", "eval.batch_size=4", "eval.after_fit=true"]
+SHORT = [
+    *TINY,
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.log_every_n_steps=1",
+    "data.batch_size=4",
+]
+PASSKEY = [
+    "conf=passkey",
+    "data.train_length=96",
+    "data.length_schedule=null",
+    "eval.lengths=[96,384]",
+    "eval.depths=3",
+    "eval.examples=1",
+]
+SCROLLS = [
+    "conf=scrolls",
+    "data.max_length=256",
+    "eval.after_fit=false",
+    "eval.examples=3",
+    "eval.max_new_tokens=4",
+]
+AGENT = [
+    "conf=agent",
+    "data.val_share=0.3",
+    "data.max_length=512",
+    "data.packing=none",
+    "eval.max_new_tokens=4",
+    "eval.examples=2",
+]
+BEHAVIOR = [
+    "conf=user_behavior",
+    "data.train_length=1600",
+    "data.length_schedule=[[0,200],[3,400]]",
+    "data.questions=3",
+]
+BEHAVIOR += [
+    "data.val_examples=4",
+    "eval.examples=8",
+    "eval.budget=1024",
+    "eval.batch_size=4",
+    "eval.after_fit=true",
+]
 BEHAVIOR += ["backbone.num_key_value_heads=2"]  # for lookback
 LIVE = 2  # pictures of one text: gates, memories
 
@@ -38,7 +75,9 @@ def read_notebook() -> nbformat.NotebookNode:
 
 def parse(notebook: nbformat.NotebookNode) -> ast.Module:
     """The code cells as one module, without IPython's % lines."""
-    lines = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code").splitlines()
+    lines = "\n".join(
+        cell.source for cell in notebook.cells if cell.cell_type == "code"
+    ).splitlines()
     return ast.parse("\n".join(line for line in lines if not line.startswith("%")))
 
 
@@ -50,16 +89,29 @@ def test_the_committed_notebook_has_no_outputs():
 
 def test_the_notebook_defines_nothing():
     definitions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
-    assert [ast.unparse(node) for node in ast.walk(parse(read_notebook())) if isinstance(node, definitions)] == []
+    assert [
+        ast.unparse(node)
+        for node in ast.walk(parse(read_notebook()))
+        if isinstance(node, definitions)
+    ] == []
 
 
 def test_what_the_notebook_imports_exists():
-    imports = [node for node in ast.walk(parse(read_notebook())) if isinstance(node, ast.ImportFrom)]
-    assert {"comet_pl.build", "comet_pl.evaluation", "comet_pl.analysis.gates", "comet_pl.evaluation.results"} <= {node.module for node in imports}
+    imports = [
+        node for node in ast.walk(parse(read_notebook())) if isinstance(node, ast.ImportFrom)
+    ]
+    assert {
+        "comet_pl.build",
+        "comet_pl.evaluation",
+        "comet_pl.analysis.gates",
+        "comet_pl.evaluation.results",
+    } <= {node.module for node in imports}
     for node in imports:
         for alias in node.names:
             package = importlib.import_module(node.module)
-            assert hasattr(package, alias.name) or importlib.import_module(f"{node.module}.{alias.name}")
+            assert hasattr(package, alias.name) or importlib.import_module(
+                f"{node.module}.{alias.name}"
+            )
 
 
 def outputs_of(run: Path, monkeypatch: pytest.MonkeyPatch, **choices: Any) -> tuple[str, int]:
@@ -72,13 +124,26 @@ def outputs_of(run: Path, monkeypatch: pytest.MonkeyPatch, **choices: Any) -> tu
     document = run.parent / "document.txt"
     document.write_text("The house by the sea has a red boat and a lamp.\n" * 20)
     for name, value in {"document": str(document), **choices}.items():
-        (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and re.search(rf"^{name} = ", cell.source, re.MULTILINE)]
+        (cell,) = [
+            cell
+            for cell in notebook.cells
+            if cell.cell_type == "code" and re.search(rf"^{name} = ", cell.source, re.MULTILINE)
+        ]
         cell.source += f"\n{name} = {value!r}"
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(NOTEBOOK.parent)}},
+    ).execute()
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     assert not [output for output in outputs if output.output_type == "error"]
     data = [output.get("data", {}) for output in outputs]
-    texts = [output.get("text", "") for output in outputs] + [one.get("text/plain", "") for one in data]
+    texts = [output.get("text", "") for output in outputs] + [
+        one.get("text/plain", "") for one in data
+    ]
     return "\n".join(texts), sum("image/png" in one for one in data)
 
 
@@ -86,7 +151,11 @@ def check_document(text: str, run: Path) -> None:
     """The memory file is there, as large as is said, and answered each question."""
     size = (run / "document.memory").stat().st_size
     assert re.search(rf"{size:,} bytes on disk, for {48 * 20:,} bytes of text", text)
-    assert re.search(r"read +\d[\d,]* tokens", text) and text.count("> ") >= 2 and "unchanged after 2 questions" in text
+    assert (
+        re.search(r"read +\d[\d,]* tokens", text)
+        and text.count("> ") >= 2
+        and "unchanged after 2 questions" in text
+    )
 
 
 def monitored(run: Path) -> int:
@@ -112,23 +181,35 @@ def test_the_notebook_shows_a_passkey_run(tmp_path, monkeypatch):
         assert re.search(rf"{int(length):,} .* {accuracy:.1%}", text), length
     assert "96 tokens in chunks of 16" in text
     best = worst_first(run / "predictions" / "passkey.jsonl")[5]
-    assert "predictions/passkey.jsonl, example 5 of 6" in text and shown(best["prompt_end"]) in shown(text)
+    assert "predictions/passkey.jsonl, example 5 of 6" in text and shown(
+        best["prompt_end"]
+    ) in shown(text)
     assert re.search(r"answer .*, right is \d{5}\n", text)
     check_document(text, run)
 
 
 @pytest.mark.slow
 def test_the_notebook_evaluates_and_shows_a_scrolls_run(tmp_path, monkeypatch):
-    answers = {"narrative_qa": ["the red boat", "a lamp"], "contract_nli": ["Entailment", "Not mentioned"]}
+    answers = {
+        "narrative_qa": ["the red boat", "a lamp"],
+        "contract_nli": ["Entailment", "Not mentioned"],
+    }
     metric, comet, full = PAPER["narrative_qa"]
     for task, outputs in answers.items():
         (tmp_path / "data" / task).mkdir(parents=True)
         for split in ("train", "validation"):
             rows = [
-                {"id": f"{split}{n}", "pid": f"{split}{n}_0", "input": f"What is it?\n\n{n} {'a house by the sea ' * 40}", "output": output}
+                {
+                    "id": f"{split}{n}",
+                    "pid": f"{split}{n}_0",
+                    "input": f"What is it?\n\n{n} {'a house by the sea ' * 40}",
+                    "output": output,
+                }
                 for n, output in enumerate(outputs * 3)
             ]
-            (tmp_path / "data" / task / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text(
+                "".join(f"{json.dumps(row)}\n" for row in rows)
+            )
     train(tmp_path, "tiny", *SHORT, *SCROLLS, f"data.root={tmp_path / 'data'}")
     run = tmp_path / "scrolls" / "tiny"
     assert not (run / "eval").exists()  # so that the notebook has to evaluate
@@ -141,7 +222,9 @@ def test_the_notebook_evaluates_and_shows_a_scrolls_run(tmp_path, monkeypatch):
     assert re.search(rf"average .* {scores['average']:.2f} .* 40.10 .* 42.23", text)
     assert re.search(rf"narrative_qa .* {metric} {comet} .* {metric} {full}", text)
     last = worst_first(run / "predictions" / "narrative_qa.jsonl")[2]
-    assert "predictions/narrative_qa.jsonl, example 2 of 3" in text and shown(last["prompt_end"]) in shown(text)
+    assert "predictions/narrative_qa.jsonl, example 2 of 3" in text and shown(
+        last["prompt_end"]
+    ) in shown(text)
     assert last["question"] == "What is it?" and last["question"] in text
     check_document(text, run)
 
@@ -154,7 +237,9 @@ def test_the_notebook_shows_an_agent_run(tmp_path, monkeypatch):
     text, pictures = outputs_of(run, monkeypatch)
     assert pictures == 2 + monitored(run) + LIVE  # curves, scores by distance
     found = json.loads((run / "eval" / "agent.json").read_text())["all"]
-    assert re.search(rf"all .* {found['turns']} .* {found['perplexity']:.2f} .* {found['f1']:.1%}", text)
+    assert re.search(
+        rf"all .* {found['turns']} .* {found['perplexity']:.2f} .* {found['f1']:.1%}", text
+    )
     assert "predictions/agent.jsonl: 4 predictions" in text and "example 0 of 4" in text
     check_document(text, run)
 

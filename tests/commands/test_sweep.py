@@ -15,12 +15,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from tests.support.tiny_runs import ROOT, TINY
 
 from comet_pl import sweep
-from comet_pl.experiment import sweep_table
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
+from comet_pl.experiment import sweep_table
+from tests.support.tiny_runs import ROOT, TINY
 
 SMALL = [
     *TINY,
@@ -72,16 +72,26 @@ def test_a_list_is_swept_unless_the_key_takes_it(argument, items):
     assert sweep.list_items(*argument.split("=", 1)) == items
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True), st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True))
+@given(
+    st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
+    st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
+)
 def test_the_runs_are_what_train_py_makes_of_each_point(sizes, rates):
     _, runs = sweep.plan([f"model.global_size={sizes}", f"train.lr={rates}"])
     configs = [load(run.arguments) for run in runs]
-    assert [(one.model.global_size, one.train.lr) for one in configs] == [(size, rate) for size in sizes for rate in rates]
+    assert [(one.model.global_size, one.train.lr) for one in configs] == [
+        (size, rate) for size in sizes for rate in rates
+    ]
     assert len({run.folder for run in runs}) == len(runs)
 
 
 def test_sections_and_nulls_reach_the_run():
-    _, runs = sweep.plan(["model=[{}, {global_size: 0, compression_stride: null}]", "data.length_schedule=[null,[[0,64]]]"])
+    _, runs = sweep.plan(
+        [
+            "model=[{}, {global_size: 0, compression_stride: null}]",
+            "data.length_schedule=[null,[[0,64]]]",
+        ]
+    )
     configs = [load(run.arguments) for run in runs]
     assert [one.model.global_size for one in configs] == [8, 8, 0, 0]
     assert configs[2].model.compression_stride is None
@@ -90,7 +100,10 @@ def test_sections_and_nulls_reach_the_run():
 
 def test_a_folder_depends_on_the_whole_configuration(tmp_path):
     root = f"run.root={tmp_path}"
-    [[one], [other], [again]] = [sweep.plan([root, *keys])[1] for keys in (["seed=[1]"], ["seed=[1]", "train.lr=1e-5"], ["seed=[1]"])]
+    [[one], [other], [again]] = [
+        sweep.plan([root, *keys])[1]
+        for keys in (["seed=[1]"], ["seed=[1]", "train.lr=1e-5"], ["seed=[1]"])
+    ]
     assert one.folder == again.folder != other.folder
     one.folder.mkdir(parents=True)
     [_, found] = sweep.plan([root, "train.clip=[2.0,1.0]", "seed=1"])[1]
@@ -100,13 +113,19 @@ def test_a_folder_depends_on_the_whole_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "match"),
     [
-        (["model.globl_size=[0,4]"], r"^model\.globl_size: no such key \(did you mean model\.global_size\?\)$"),
+        (
+            ["model.globl_size=[0,4]"],
+            r"^model\.globl_size: no such key \(did you mean model\.global_size\?\)$",
+        ),
         (["seed=[]"], r"^seed: \[\] given, which makes a sweep of no runs"),
         (["eval.lengths=[]"], r"^eval\.lengths: \[\] given"),
         (["seed=[0,-1]"], r"^seed: -1 given, allowed"),
         (["seed=[0,1"], r"^seed: '\[0,1' cannot be read"),
         (["seed=[0,0]"], r"^seed=0: the same configuration as seed=0"),
-        (["model=[{}, {gate: scalar}]"], r"^model=gate_scalar: the same configuration as model=default"),
+        (
+            ["model=[{}, {gate: scalar}]"],
+            r"^model=gate_scalar: the same configuration as model=default",
+        ),
         (["model=[{gat: none}]"], r"^model\.gat: no such key"),
         (["train.betas=[[0.9,0.9],[2,0.9]]"], r"^train\.betas: \[2, 0\.9\] given"),
         (["run.name=x"], r"^run\.name: x given, but a sweep names its runs itself"),
@@ -135,8 +154,14 @@ def test_a_dry_run_shows_the_grid_and_writes_nothing(tmp_path, capsys):
 
 def test_the_commands_of_the_experiments_page_are_grids():
     page = (ROOT / "docs" / "experiments.md").read_text("utf-8")
-    commands = [shlex.split(text)[3:] for text in re.findall(r"python -m comet_pl\.sweep [^`]*", page)]
-    sizes = {argv[0].removeprefix("conf=ablation/"): len(sweep.plan(argv)[1]) for argv in commands if argv[0].startswith("conf=")}
+    commands = [
+        shlex.split(text)[3:] for text in re.findall(r"python -m comet_pl\.sweep [^`]*", page)
+    ]
+    sizes = {
+        argv[0].removeprefix("conf=ablation/"): len(sweep.plan(argv)[1])
+        for argv in commands
+        if argv[0].startswith("conf=")
+    }
     confs = {path.stem for path in (ROOT / "conf" / "ablation").glob("*.yaml")} - {"task"}
     assert set(sizes) == confs
     assert sizes["memory_sizes"] == 24 and sizes["which_memory"] == 21 and sizes["chunk_plans"] == 6
@@ -145,8 +170,14 @@ def test_the_commands_of_the_experiments_page_are_grids():
 # ---- the table
 
 FOUND = [
-    ({"model.gate": "scalar", "seed": "0"}, {"val/loss": 1.0, "passkey/64": 0.5, "passkey/128": 0.25}),
-    ({"model.gate": "scalar", "seed": "1"}, {"val/loss": 2.0, "passkey/64": 1.0, "passkey/128": 0.25}),
+    (
+        {"model.gate": "scalar", "seed": "0"},
+        {"val/loss": 1.0, "passkey/64": 0.5, "passkey/128": 0.25},
+    ),
+    (
+        {"model.gate": "scalar", "seed": "1"},
+        {"val/loss": 2.0, "passkey/64": 1.0, "passkey/128": 0.25},
+    ),
     ({"model.gate": "a|b", "seed": "0"}, {"val/loss": 30.0, "passkey/64": 0.0}),
 ]
 
@@ -155,7 +186,10 @@ def test_seeds_are_taken_together():
     groups = sweep_table.group(FOUND)
     assert list(groups) == [(("model.gate", "scalar"),), (("model.gate", "a|b"),)]
     assert groups[(("model.gate", "scalar"),)]["val/loss"] == (1.5, pytest.approx(0.5**0.5), 2)
-    assert groups[(("model.gate", "a|b"),)] == {"val/loss": (30.0, None, 1), "passkey/64": (0.0, None, 1)}
+    assert groups[(("model.gate", "a|b"),)] == {
+        "val/loss": (30.0, None, 1),
+        "passkey/64": (0.0, None, 1),
+    }
 
 
 def test_markdown_csv_and_picture(tmp_path, capsys):
@@ -180,15 +214,25 @@ def test_markdown_csv_and_picture(tmp_path, capsys):
 
 
 def test_a_metric_that_no_run_has():
-    with pytest.raises(UserError, match=r"^sweep\.metrics: 'passky/\*' given, but no metric is called so"):
+    with pytest.raises(
+        UserError, match=r"^sweep\.metrics: 'passky/\*' given, but no metric is called so"
+    ):
         sweep_table.choose(FOUND, ["passky/*"])
 
 
 def test_numbers_of_an_evaluation(tmp_path):
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "scrolls.json").write_text(json.dumps({"qmsum": {"f1": 3, "n": 9, "ok": True, "cells": [1]}, "average": 2.5}))
-    (tmp_path / "eval" / "passkey.json").write_text(json.dumps({"mean": {"64": 0.5}, "train_length": 64, "weights": "ab"}))
-    assert sweep_table.read_values(tmp_path) == {"passkey/64": 0.5, "scrolls/qmsum/f1": 3.0, "scrolls/average": 2.5}
+    (tmp_path / "eval" / "scrolls.json").write_text(
+        json.dumps({"qmsum": {"f1": 3, "n": 9, "ok": True, "cells": [1]}, "average": 2.5})
+    )
+    (tmp_path / "eval" / "passkey.json").write_text(
+        json.dumps({"mean": {"64": 0.5}, "train_length": 64, "weights": "ab"})
+    )
+    assert sweep_table.read_values(tmp_path) == {
+        "passkey/64": 0.5,
+        "scrolls/qmsum/f1": 3.0,
+        "scrolls/average": 2.5,
+    }
 
 
 # ---- runs (train.py's place is taken by a script that is quick to start, but for the last test)
@@ -225,7 +269,9 @@ def tables(root: Path):
 
 def starts(root: Path):
     """How often each run was started, by name."""
-    return {path.parent.name.rsplit("-", 1)[0]: len(path.read_text()) for path in root.rglob("starts")}
+    return {
+        path.parent.name.rsplit("-", 1)[0]: len(path.read_text()) for path in root.rglob("starts")
+    }
 
 
 def kill_when(ready, target, *arguments):
@@ -238,7 +284,9 @@ def kill_when(ready, target, *arguments):
     process = multiprocessing.get_context("fork").Process(target=session)
     process.start()
     try:
-        end = time.monotonic() + 900  # a watchdog: on a machine that does much else a start takes minutes
+        end = (
+            time.monotonic() + 900
+        )  # a watchdog: on a machine that does much else a start takes minutes
         while not ready() and time.monotonic() < end:
             assert process.is_alive(), "it ended by itself"
             time.sleep(0.02)
@@ -251,12 +299,22 @@ def kill_when(ready, target, *arguments):
 def test_killed_in_two_of_its_runs_and_started_again(tmp_path, quick, monkeypatch, capsys):
     root, argv = tmp_path / "runs", [*quick, "sweep.jobs=2"]
     monkeypatch.setenv("SLOW", "1")
-    kill_when(lambda: len(starts(root)) == 4 and len(list(root.rglob(sweep.DONE))) == 2, sweep.main, argv)
+    kill_when(
+        lambda: len(starts(root)) == 4 and len(list(root.rglob(sweep.DONE))) == 2, sweep.main, argv
+    )
     assert not (root / "passkey" / "sweep.md").exists()
     monkeypatch.delenv("SLOW")
     sweep.main(argv)
-    assert starts(root) == {"gate=scalar,seed=0": 1, "gate=scalar,seed=1": 2, "gate=none,seed=0": 1, "gate=none,seed=1": 2}
-    assert tables(root)[0].splitlines()[2:4] == ["| scalar | 0.500 ± 0.707 |", "| none | 1.000 ± 0.707 |"]
+    assert starts(root) == {
+        "gate=scalar,seed=0": 1,
+        "gate=scalar,seed=1": 2,
+        "gate=none,seed=0": 1,
+        "gate=none,seed=1": 2,
+    }
+    assert tables(root)[0].splitlines()[2:4] == [
+        "| scalar | 0.500 ± 0.707 |",
+        "| none | 1.000 ± 0.707 |",
+    ]
     before = tables(root)
     capsys.readouterr()
     sweep.main(argv)
@@ -274,11 +332,18 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, quick, monkeyp
     assert shown.count("failed: gate=") == 2
     assert "exit code 1: error: this seed is unlucky" in shown
     assert f"all it said: {root / 'passkey'}" in shown
-    assert shown.splitlines()[-1] == "2 of 4 runs are not finished; the same command goes on with them"
+    assert (
+        shown.splitlines()[-1] == "2 of 4 runs are not finished; the same command goes on with them"
+    )
     assert tables(root)[0].splitlines()[2:4] == ["| scalar | 1.000 |", "| none | 1.500 |"]
     monkeypatch.delenv("FAILS")
     sweep.main(quick)
-    assert starts(root) == {"gate=scalar,seed=0": 2, "gate=scalar,seed=1": 1, "gate=none,seed=0": 2, "gate=none,seed=1": 1}
+    assert starts(root) == {
+        "gate=scalar,seed=0": 2,
+        "gate=scalar,seed=1": 1,
+        "gate=none,seed=0": 2,
+        "gate=none,seed=1": 1,
+    }
 
 
 def test_a_run_that_another_process_is_at_is_left_alone(tmp_path):
@@ -294,11 +359,15 @@ def test_a_run_that_another_process_is_at_is_left_alone(tmp_path):
 def test_a_sweep_of_real_runs_killed_in_the_middle_of_one_gives_the_same_table(tmp_path):
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     argv = [*SMALL, *GRID]
-    kill_when(lambda: len(list(killed.rglob("last.ckpt"))) == 2, sweep.main, [f"run.root={killed}", *argv])
+    kill_when(
+        lambda: len(list(killed.rglob("last.ckpt"))) == 2, sweep.main, [f"run.root={killed}", *argv]
+    )
     assert len(list(killed.rglob(sweep.DONE))) == 1
     sweep.main([f"run.root={killed}", *argv])
     sweep.main([f"run.root={straight}", *argv])
     assert tables(killed) == tables(straight)
     assert "passkey/48" in tables(killed)[0] and "val/loss" in tables(killed)[0]
     begun = sweep.plan([f"run.root={killed}", *argv])[1][1]
-    assert [path for path in killed.rglob("*.log") if "goes on from step" in path.read_text()] == [begun.log]
+    assert [path for path in killed.rglob("*.log") if "goes on from step" in path.read_text()] == [
+        begun.log
+    ]

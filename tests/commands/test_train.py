@@ -16,7 +16,6 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.support.tiny_runs import ROOT, TINY, command, train
 
 from callbacks.checkpoints import AtomicCheckpointIO
 from comet_pl import CometForCausalLM
@@ -24,6 +23,7 @@ from comet_pl.build import load_checkpoint
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.run_folder import plan_run
+from tests.support.tiny_runs import ROOT, TINY, command, train
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 SMALL = [
@@ -57,7 +57,9 @@ def trained(tmp_path_factory):
 
 
 def tree(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 # ---- what a run writes
@@ -77,11 +79,17 @@ def test_a_run_folder_holds_everything(trained):
 
 
 def test_tensorboard_holds_the_pinned_tags(trained):
-    events = EventAccumulator(str(trained), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(
+        str(trained), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
+    ).Reload()
     steps = {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     layers = yaml.safe_load((trained / "config.yaml").read_text())["backbone"]["num_hidden_layers"]
     values = ("loss", "lr", "grad_norm", "tokens_per_s", "padding", "tflops", "skipped")
-    gates = (f"gate/{value}/layer_{layer}" for value in ("mean", "variance", "half_life") for layer in range(layers))
+    gates = (
+        f"gate/{value}/layer_{layer}"
+        for value in ("mean", "variance", "half_life")
+        for layer in range(layers)
+    )
     train = (*(f"train/{value}" for value in values), "memory/peak_gb", "gate/mean", *gates)
     memory = ("norm_state", "norm_global", "norm_temporary", "rank_state", "rank_temporary")
     memory += ("attention_global", "attention_temporary", "attention_own")
@@ -103,22 +111,45 @@ def test_tensorboard_holds_the_pinned_tags(trained):
 
 
 def test_monitors_write_files_beside(trained):
-    names = {"gates.png", "memory.png", "length_report.png", "length_report.json", "predictions-2.jsonl", "predictions-4.jsonl"}
+    names = {
+        "gates.png",
+        "memory.png",
+        "length_report.png",
+        "length_report.json",
+        "predictions-2.jsonl",
+        "predictions-4.jsonl",
+    }
     assert {path.name for path in (trained / "monitor").iterdir()} == names
-    answers = [json.loads(line) for line in (trained / "monitor" / "predictions-4.jsonl").read_text().splitlines()]
-    assert [(one["depth"], one["length"], one["score"]) for one in answers] == [(0, 64, 0), (1, 64, 0)]
-    assert all(len(one["references"][0]) == 5 and one["prompt_end"].endswith("The pass key is ") for one in answers)
+    answers = [
+        json.loads(line)
+        for line in (trained / "monitor" / "predictions-4.jsonl").read_text().splitlines()
+    ]
+    assert [(one["depth"], one["length"], one["score"]) for one in answers] == [
+        (0, 64, 0),
+        (1, 64, 0),
+    ]
+    assert all(
+        len(one["references"][0]) == 5 and one["prompt_end"].endswith("The pass key is ")
+        for one in answers
+    )
     report = json.loads((trained / "monitor" / "length_report.json").read_text())
-    assert (report["step"], sum(one["labels"] for one in report["buckets"])) == (4, 12)  # five digits and the stop token, two rows
+    assert (report["step"], sum(one["labels"] for one in report["buckets"])) == (
+        4,
+        12,
+    )  # five digits and the stop token, two rows
 
 
 def test_monitors_that_are_off_write_nothing(tmp_path):
     keys = [f"monitor.{name}=false" for name in ("gates", "memory", "length_report", "predictions")]
     folder = run(tmp_path, "off", *keys, "trainer.max_steps=2", "eval.after_fit=false")
     assert not (folder / "monitor").exists()
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    events = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}
+    ).Reload()
     assert not [
-        tag for tag in events.Tags()["scalars"] if tag.startswith(("gate/", "memory/norm", "memory/rank", "memory/att", "val/loss_by"))
+        tag
+        for tag in events.Tags()["scalars"]
+        if tag.startswith(("gate/", "memory/norm", "memory/rank", "memory/att", "val/loss_by"))
     ]
     assert events.Tags()["images"] == ["val/heatmap"]
     assert "val/predictions/text_summary" not in events.Tags()["tensors"]
@@ -131,7 +162,9 @@ def test_without_a_name_a_run_has_a_time_stamp(tmp_path):
     second = plan_run(config)
     second.create()
     assert first.path != second.path
-    assert yaml.safe_load((second.path / "config.yaml").read_text())["run"]["name"] == second.path.name
+    assert (
+        yaml.safe_load((second.path / "config.yaml").read_text())["run"]["name"] == second.path.name
+    )
     assert plan_run(config, rank=1).path == second.path  # another process of the same run
 
 
@@ -181,7 +214,9 @@ def test_a_resumed_run_keeps_its_configuration(trained, key, match):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_here(tmp_path):
-    match = r"^trainer\.accelerator: cuda given, but there is no such device here, allowed: cpu, auto$"
+    match = (
+        r"^trainer\.accelerator: cuda given, but there is no such device here, allowed: cpu, auto$"
+    )
     refused(match, f"run.root={tmp_path}", *SMALL, "trainer.accelerator=cuda")
     assert not list(tmp_path.iterdir())
 
@@ -192,15 +227,27 @@ def test_a_gpu_that_is_not_here(tmp_path):
         (["data.haystack=/nowhere.txt"], r"^data\.haystack: .*nowhere\.txt cannot be read"),
         (["backbone.path=/nowhere"], r"^backbone\.path: no such folder: /nowhere"),
         (["trainer.strategy=nonsense"], r"^trainer: .*nonsense"),
-        (["trainer.limit_val_batches=0.1"], r"^trainer: .*0\.1 of the `val_dataloader`.*limit_val_batches"),
-        (["checkpoint.monitor=val/los"], r"^checkpoint\.monitor: 'val/los' given, allowed: a logged value, .*val/loss"),
+        (
+            ["trainer.limit_val_batches=0.1"],
+            r"^trainer: .*0\.1 of the `val_dataloader`.*limit_val_batches",
+        ),
+        (
+            ["checkpoint.monitor=val/los"],
+            r"^checkpoint\.monitor: 'val/los' given, allowed: a logged value, .*val/loss",
+        ),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, keys, match):
     refused(match, f"run.root={tmp_path}", "run.name=x", *SMALL, *keys)
-    left = list((tmp_path / "passkey" / "x").rglob("*")) if (tmp_path / "passkey" / "x").exists() else []
+    left = (
+        list((tmp_path / "passkey" / "x").rglob("*"))
+        if (tmp_path / "passkey" / "x").exists()
+        else []
+    )
     assert not [path for path in left if "ckpt" in path.name]
-    assert bool(left) == ("checkpoint.monitor=val/los" in keys)  # steps were taken: their curves stay; otherwise there is no folder
+    assert bool(left) == (
+        "checkpoint.monitor=val/los" in keys
+    )  # steps were taken: their curves stay; otherwise there is no folder
 
 
 def test_one_line_on_stderr_and_exit_code_2(tmp_path):
@@ -222,7 +269,14 @@ def test_resume_without_a_checkpoint_starts(tmp_path):
 
 def test_max_steps_may_grow(tmp_path):
     run(tmp_path, "grows", "eval.after_fit=false")
-    path = run(tmp_path, "grows", "eval.after_fit=false", "resume=true", "trainer.max_steps=6", "data.num_workers=1")
+    path = run(
+        tmp_path,
+        "grows",
+        "eval.after_fit=false",
+        "resume=true",
+        "trainer.max_steps=6",
+        "data.num_workers=1",
+    )
     assert torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
     assert yaml.safe_load((path / "config.yaml").read_text())["trainer"]["max_steps"] == 6
 
@@ -231,15 +285,29 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     path = run(tmp_path, "damaged", "eval.after_fit=false")
     last = path / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-2000])
-    refused(r"last\.ckpt: not a readable checkpoint: truncated", f"run.root={tmp_path}", "run.name=damaged", "resume=true", *SMALL)
+    refused(
+        r"last\.ckpt: not a readable checkpoint: truncated",
+        f"run.root={tmp_path}",
+        "run.name=damaged",
+        "resume=true",
+        *SMALL,
+    )
 
 
 def test_a_run_shorter_than_its_intervals_is_validated_at_its_end(tmp_path):
-    long = ["trainer.val_check_interval=200", "trainer.log_every_n_steps=50", "checkpoint.every_steps=200", "eval.after_fit=false"]
+    long = [
+        "trainer.val_check_interval=200",
+        "trainer.log_every_n_steps=50",
+        "checkpoint.every_steps=200",
+        "eval.after_fit=false",
+    ]
     shown = train(tmp_path, "x", *SMALL, *long)
     assert "logging interval" not in shown
     checkpoints = tmp_path / "passkey" / "x" / "checkpoints"
-    assert [torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["global_step"] for name in ("last", "best")] == [4, 4]
+    assert [
+        torch.load(checkpoints / f"{name}.ckpt", weights_only=True)["global_step"]
+        for name in ("last", "best")
+    ] == [4, 4]
 
 
 def test_by_minutes_only(tmp_path):
@@ -247,19 +315,25 @@ def test_by_minutes_only(tmp_path):
     code = "import train, callbacks.checkpoints as c; save = c.RunCheckpoints._save\n"
     code += "c.RunCheckpoints._save = lambda self, t, name: (print('saved', name, t.global_step), save(self, t, name))\n"
     code += "import sys; train.main(sys.argv[1:])"
-    keys = ["checkpoint.every_steps=null", "checkpoint.every_minutes=0.00001", "eval.after_fit=false"]
+    keys = [
+        "checkpoint.every_steps=null",
+        "checkpoint.every_minutes=0.00001",
+        "eval.after_fit=false",
+    ]
     argv = [sys.executable, "-c", code, f"run.root={tmp_path}", "run.name=x", *SMALL, *keys]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert [line for line in done.stdout.splitlines() if line.startswith("saved last")] == [f"saved last.ckpt {n}" for n in (1, 2, 3, 4)], (
-        done
-    )
+    assert [line for line in done.stdout.splitlines() if line.startswith("saved last")] == [
+        f"saved last.ckpt {n}" for n in (1, 2, 3, 4)
+    ], done
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
     """A terminal sends it to the worker processes too."""
     keys = [*SMALL, "trainer.max_steps=100000", "checkpoint.every_steps=null", "data.num_workers=2"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command(tmp_path, "x", *keys), cwd=ROOT, start_new_session=True, **streams)
+    process = subprocess.Popen(
+        command(tmp_path, "x", *keys), cwd=ROOT, start_new_session=True, **streams
+    )
     watchdog = threading.Timer(60, process.kill)
     watchdog.start()
     for line in process.stdout:
@@ -272,7 +346,9 @@ def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(tmp_path):
     assert "Traceback" not in errors
     assert out.count("stopping after this step") == 1
     last = out.splitlines()[-1]
-    step = torch.load(tmp_path / "passkey" / "x" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    step = torch.load(tmp_path / "passkey" / "x" / "checkpoints" / "last.ckpt", weights_only=True)[
+        "global_step"
+    ]
     assert last.startswith(f"stopped after step {step}, saved in ")
     assert last.endswith("run.name=x resume=true")
 
@@ -307,14 +383,34 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize("depths", [4, 1])
 def test_two_processes_are_one_with_all_rows(tmp_path, depths):
     """Validation: two batches for each, or a single one for both."""
-    keys = [f"run.root={tmp_path}", *SMALL, "eval.after_fit=false", f"data.val_depths={depths}", "data.val_examples=2"]
-    argv = [sys.executable, "train.py", *keys, "run.name=two", "data.batch_size=2", "trainer.strategy=ddp", "trainer.devices=2"]
+    keys = [
+        f"run.root={tmp_path}",
+        *SMALL,
+        "eval.after_fit=false",
+        f"data.val_depths={depths}",
+        "data.val_examples=2",
+    ]
+    argv = [
+        sys.executable,
+        "train.py",
+        *keys,
+        "run.name=two",
+        "data.batch_size=2",
+        "trainer.strategy=ddp",
+        "trainer.devices=2",
+    ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     main([*keys, "run.name=one", "data.batch_size=4"])
-    two, one = (torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("two", "one"))
+    two, one = (
+        torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("two", "one")
+    )
     assert len(two["random_states"]) == 2
-    best = [next(state["best"] for state in one["callbacks"].values() if "best" in state) for one in (two, one)]
+    best = [
+        next(state["best"] for state in one["callbacks"].values() if "best" in state)
+        for one in (two, one)
+    ]
     assert best[0] == pytest.approx(best[1], rel=1e-4), "val/loss"
     for name, weight in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
@@ -329,7 +425,9 @@ def test_a_trained_model_comes_back_whole(trained):
     assert isinstance(model, CometForCausalLM)
     assert not model.training
     weights = torch.load(last, weights_only=True)["state_dict"]
-    assert all(torch.equal(weights[f"model.{name}"], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(weights[f"model.{name}"], value) for name, value in model.state_dict().items()
+    )
     assert (config.model.chunk_size, config.data.train_length) == (16, 64)
     ids = tokenizer(" The pass key is 12345", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == " The pass key is 12345"
@@ -339,9 +437,13 @@ def test_a_trained_model_comes_back_whole(trained):
 
 
 def test_keys_over_a_trained_model(trained):
-    model, _, config = load_checkpoint(trained / "checkpoints" / "best.ckpt", ["ckpt=x", "model.chunk_size=8", "eval.depths=3"])
+    model, _, config = load_checkpoint(
+        trained / "checkpoints" / "best.ckpt", ["ckpt=x", "model.chunk_size=8", "eval.depths=3"]
+    )
     assert (model.config.chunk_size, config.eval.depths) == (8, 3)
-    with pytest.raises(UserError, match=r"adapter_rank.*: 2 given, but this checkpoint's weights were made with 8"):
+    with pytest.raises(
+        UserError, match=r"adapter_rank.*: 2 given, but this checkpoint's weights were made with 8"
+    ):
         load_checkpoint(trained, ["ckpt=x", "model.adapter_rank=2"])
 
 
@@ -352,7 +454,9 @@ def test_a_saved_model_folder_loads_too(trained, tmp_path):
     again, same, _ = load_checkpoint(tmp_path, [f"ckpt={tmp_path}", "model.chunk_size=8"])
     assert again.config.chunk_size == 8
     assert same("key 7")["input_ids"] == tokenizer("key 7")["input_ids"]
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "other"])
@@ -367,7 +471,9 @@ def test_other_files_are_refused_in_one_line(trained, tmp_path, content):
     else:
         whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
         file.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
-    match = {"foreign": "not one that train.py wrote", "other": "do not fit"}.get(content, "not a readable checkpoint")
+    match = {"foreign": "not one that train.py wrote", "other": "do not fit"}.get(
+        content, "not a readable checkpoint"
+    )
     with pytest.raises(UserError, match=match):
         load_checkpoint(file, ["ckpt=x"])
     with pytest.raises(UserError, match="does not exist"):

@@ -31,7 +31,7 @@ from comet_pl.config.load import (
 )
 from comet_pl.errors import UserError, run_cli
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -61,10 +61,17 @@ def message(argv: list[str], command: str = "train", **more: Any) -> str:
 
 def test_defaults_then_base_then_conf_then_command_line(conf):
     folder = conf(
-        base="train: {lr: 0.1, clip: 2.0, warmup_steps: 3}", passkey="train: {lr: 0.2, clip: 3.0}", other="train: {lr: 0.3}\nseed: 7\n"
+        base="train: {lr: 0.1, clip: 2.0, warmup_steps: 3}",
+        passkey="train: {lr: 0.2, clip: 3.0}",
+        other="train: {lr: 0.3}\nseed: 7\n",
     )
     config = load(["train.lr=0.4"], conf_dir=folder)
-    assert (config.train.lr, config.train.clip, config.train.warmup_steps, config.train.accumulate) == (0.4, 3.0, 3, 1)
+    assert (
+        config.train.lr,
+        config.train.clip,
+        config.train.warmup_steps,
+        config.train.accumulate,
+    ) == (0.4, 3.0, 3, 1)
     other = load(["conf=other"], conf_dir=folder)
     assert (other.conf, other.train.lr, other.train.clip, other.seed) == ("other", 0.3, 2.0, 7)
     assert config.conf == "passkey"
@@ -83,8 +90,14 @@ def test_a_defaults_list_is_merged_in_order_before_its_conf(conf):
 
 
 def test_backbone_by_name_goes_over_the_conf_and_under_the_keys(conf):
-    folder = conf(passkey="backbone: {hidden_size: 32, head_dim: 8}", backbone__wide="hidden_size: 512\nnum_hidden_layers: 6\n")
-    for argv in (["backbone=wide", "backbone.num_hidden_layers=2"], ["backbone.num_hidden_layers=2", "backbone=wide"]):
+    folder = conf(
+        passkey="backbone: {hidden_size: 32, head_dim: 8}",
+        backbone__wide="hidden_size: 512\nnum_hidden_layers: 6\n",
+    )
+    for argv in (
+        ["backbone=wide", "backbone.num_hidden_layers=2"],
+        ["backbone.num_hidden_layers=2", "backbone=wide"],
+    ):
         backbone = load(argv, conf_dir=folder).backbone
         assert (backbone.hidden_size, backbone.num_hidden_layers, backbone.head_dim) == (512, 2, 8)
 
@@ -96,7 +109,9 @@ def test_data_kind_chooses_the_schema_and_starts_the_section_afresh(conf):
 
 
 def test_interpolation_sees_defaults_and_the_command_line(conf):
-    folder = conf(passkey="data: {train_length: '${model.chunk_size}'}\nrun: {name: 'chunk-${model.chunk_size}'}")
+    folder = conf(
+        passkey="data: {train_length: '${model.chunk_size}'}\nrun: {name: 'chunk-${model.chunk_size}'}"
+    )
     config = load(["model.chunk_size=48"], conf_dir=folder)
     assert (config.data.train_length, config.run.name) == (48, "chunk-48")
     assert "model.chunks" in message(["train.lr=${model.chunks}"], conf_dir=folder)
@@ -135,7 +150,9 @@ def test_interpolation_sees_defaults_and_the_command_line(conf):
 def test_values_from_the_command_line(argument: str, value: Any):
     config = load([argument])
     if argument.startswith("model="):
-        assert config.model.chunk_size == 9 and config.model.global_size == load([]).model.global_size
+        assert (
+            config.model.chunk_size == 9 and config.model.global_size == load([]).model.global_size
+        )
         return
     key = argument.partition("=")[0]
     got: Any = config
@@ -145,7 +162,12 @@ def test_values_from_the_command_line(argument: str, value: Any):
 
 
 def test_yaml_files_read_numbers_as_people_write_them(conf):
-    config = load([], conf_dir=conf(passkey="train: {lr: 1e-3, clip: 3e0}\ntrainer:\n  max_steps: 2e2\n# run is left empty\nrun:\n"))
+    config = load(
+        [],
+        conf_dir=conf(
+            passkey="train: {lr: 1e-3, clip: 3e0}\ntrainer:\n  max_steps: 2e2\n# run is left empty\nrun:\n"
+        ),
+    )
     assert (config.train.lr, config.train.clip, config.trainer.max_steps) == (1e-3, 3.0, 200)
 
 
@@ -164,7 +186,10 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
         ("trainer.max_steps=true", ["trainer.max_steps", "integer >= 1"]),
         ("model.chunk_size=0", ["model.chunk_size", "integer >= 1"]),
         ("model.compression_stride=0", ["model.compression_stride", "integer >= 1 or null"]),
-        ("model.gate=scaler", ["model.gate", "'scaler'", "scalar, elementwise, none", "did you mean scalar?"]),
+        (
+            "model.gate=scaler",
+            ["model.gate", "'scaler'", "scalar, elementwise, none", "did you mean scalar?"],
+        ),
         ("trainer.precision=bf16", ["trainer.precision", "bf16-mixed, bf16-true"]),
         ("checkpoint.mode=least", ["checkpoint.mode", "min, max"]),
         ("data.length_schedule=[[0,64],[0,128]]", ["data.length_schedule", "growing steps"]),
@@ -173,7 +198,10 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
         ("data.val_lengths=[0]", ["data.val_lengths", ">= 1"]),
         ("data.val_lengths=[]", ["data.val_lengths", "list"]),
         ("data.val_lengths=64", ["data.val_lengths", "64", "list"]),
-        ("data.kind=scrols", ["data.kind", "'scrols'", "passkey, scrolls", "did you mean scrolls?"]),
+        (
+            "data.kind=scrols",
+            ["data.kind", "'scrols'", "passkey, scrolls", "did you mean scrolls?"],
+        ),
         ("trainer.val_check_interval=1.5", ["trainer.val_check_interval", "1.5", "fraction"]),
         ("trainer.val_check_interval=0", ["trainer.val_check_interval", "0", "integer >= 1"]),
         ("trainer.devices=0", ["trainer.devices", "0", "auto"]),
@@ -183,7 +211,10 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
         ("resume=maybe", ["resume", "'maybe'", "true or false"]),
         ("resume=true", ["resume", "run.name"]),
         ("run.name=a/b", ["run.name", "'a/b'", "folder name (no slashes)"]),
-        ("backbone.num_key_value_heads=5", ["backbone.num_key_value_heads", "5", "num_attention_heads=6"]),
+        (
+            "backbone.num_key_value_heads=5",
+            ["backbone.num_key_value_heads", "5", "num_attention_heads=6"],
+        ),
         ("backbone.head_dim=33", ["backbone.head_dim", "33", "even"]),
         ("eval.examples=null", ["eval.examples", "null"]),
         ("train=3", ["train", "3", "section"]),
@@ -231,7 +262,10 @@ def test_mistakes_about_user_behaviour(override: str, expected: str):
 )
 def test_unknown_keys_get_the_nearest_match(argument: str, near: str):
     text = message([argument])
-    assert text.startswith(f"{argument.partition('=')[0]}: no such key") and f"did you mean {near}?" in text
+    assert (
+        text.startswith(f"{argument.partition('=')[0]}: no such key")
+        and f"did you mean {near}?" in text
+    )
 
 
 def test_a_key_of_another_kind_of_data_is_said_to_be_one():
@@ -246,11 +280,17 @@ def test_eval_only_keys_are_unknown_to_training():
 
 
 def test_unknown_confs_get_the_nearest_match_and_the_list(conf):
-    folder = conf(scrolls="", backbone__tiny="hidden_size: 16", top="seed: 1\ndefaults: [nowhere]\n")
-    assert (
-        message(["conf=scrols"], conf_dir=folder) == "conf=scrols: no such conf (did you mean scrolls?); there are: passkey, scrolls, top"
+    folder = conf(
+        scrolls="", backbone__tiny="hidden_size: 16", top="seed: 1\ndefaults: [nowhere]\n"
     )
-    assert "backbone=tine" in (text := message(["backbone=tine"], conf_dir=folder)) and "did you mean tiny?" in text
+    assert (
+        message(["conf=scrols"], conf_dir=folder)
+        == "conf=scrols: no such conf (did you mean scrolls?); there are: passkey, scrolls, top"
+    )
+    assert (
+        "backbone=tine" in (text := message(["backbone=tine"], conf_dir=folder))
+        and "did you mean tiny?" in text
+    )
     assert "conf/top.yaml:2" in message(["conf=top"], conf_dir=folder)
     assert "no such conf" in message(["conf=base"], conf_dir=folder)
     assert "no such conf" in message(["conf=../passkey"], conf_dir=folder)
@@ -259,7 +299,10 @@ def test_unknown_confs_get_the_nearest_match_and_the_list(conf):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("train:\n  lr: 1\n  lrr: 2\n", ["train.lrr", "conf/passkey.yaml:3", "did you mean train.lr?"]),
+        (
+            "train:\n  lr: 1\n  lrr: 2\n",
+            ["train.lrr", "conf/passkey.yaml:3", "did you mean train.lr?"],
+        ),
         ("train:\n\n  lr: fast\n", ["train.lr", "'fast'", "conf/passkey.yaml:3"]),
         ("train: 3\n", ["train", "3", "conf/passkey.yaml:1", "section"]),
         ("run:\n  name: 2024\n", ["run.name", "2024", "conf/passkey.yaml:2", "quotes"]),
@@ -287,7 +330,9 @@ def test_defaults_in_a_circle_are_refused(conf):
 def test_a_missing_value_names_its_key_and_its_place(conf):
     folder = conf(passkey="data:\n  haystack: ???\n")
     text = message([], conf_dir=folder)
-    assert text.startswith("data.haystack: missing (conf/passkey.yaml:2 leaves it open), give it as data.haystack=VALUE")
+    assert text.startswith(
+        "data.haystack: missing (conf/passkey.yaml:2 leaves it open), give it as data.haystack=VALUE"
+    )
     assert load(["data.haystack=x.txt"], conf_dir=folder).data.haystack == "x.txt"
 
 
@@ -303,15 +348,25 @@ def test_binary_and_unreadable_files_are_one_line(conf):
 
 
 def test_eval_starts_from_the_checkpoint_then_conf_then_keys(conf):
-    folder = conf(base="train: {lr: 9.0}", scrolls="data: {kind: scrolls, max_length: 300}\nmodel: {chunk_size: 30}")
-    base = to_dict(load(["train.lr=0.5", "model.global_size=3", "data.train_length=99"], conf_dir=folder))
+    folder = conf(
+        base="train: {lr: 9.0}",
+        scrolls="data: {kind: scrolls, max_length: 300}\nmodel: {chunk_size: 30}",
+    )
+    base = to_dict(
+        load(["train.lr=0.5", "model.global_size=3", "data.train_length=99"], conf_dir=folder)
+    )
     same = load(["ckpt=x", "out=y"], "eval", base=base, conf_dir=folder)
     assert same == from_dict(base)
     key = load(["ckpt=x", "eval.depths=2"], "eval", base=base, conf_dir=folder)
     assert key == dataclasses.replace(same, eval=dataclasses.replace(same.eval, depths=2))
     other = load(["ckpt=x", "conf=scrolls"], "eval", base=base, conf_dir=folder)
     assert other.data == ScrollsData(max_length=300)
-    assert (other.conf, other.train.lr, other.model.chunk_size, other.model.global_size) == ("scrolls", 0.5, 30, 3)
+    assert (other.conf, other.train.lr, other.model.chunk_size, other.model.global_size) == (
+        "scrolls",
+        0.5,
+        30,
+        3,
+    )
 
 
 def test_eval_without_a_known_configuration_takes_base_and_keys_only(conf):
@@ -330,7 +385,9 @@ def test_eval_paths():
 def test_a_checkpoint_with_keys_of_another_version_is_one_line():
     values = to_dict(load([]))
     values["train"]["novelty"] = 3
-    with pytest.raises(UserError, match=r"train\.novelty: no such key \(the checkpoint's configuration\)"):
+    with pytest.raises(
+        UserError, match=r"train\.novelty: no such key \(the checkpoint's configuration\)"
+    ):
         from_dict(values)
 
 
@@ -338,12 +395,26 @@ def test_a_checkpoint_with_keys_of_another_version_is_one_line():
 
 
 @given(
-    name=st.sampled_from(conf_names(CONF_DIR)), lr=st.floats(1e-8, 1e3), steps=st.integers(1, 10**9), stride=st.none() | st.integers(1, 999)
+    name=st.sampled_from(conf_names(CONF_DIR)),
+    lr=st.floats(1e-8, 1e3),
+    steps=st.integers(1, 10**9),
+    stride=st.none() | st.integers(1, 999),
 )
 def test_dict_yaml_and_pickle_round_trips(name: str, lr: float, steps: int, stride: int | None):
     shown = "null" if stride is None else stride
-    config = load([f"conf={name}", f"train.lr={lr!r}", f"trainer.max_steps={steps}", f"model.compression_stride={shown}"])
-    assert (config.train.lr, config.trainer.max_steps, config.model.compression_stride) == (lr, steps, stride)
+    config = load(
+        [
+            f"conf={name}",
+            f"train.lr={lr!r}",
+            f"trainer.max_steps={steps}",
+            f"model.compression_stride={shown}",
+        ]
+    )
+    assert (config.train.lr, config.trainer.max_steps, config.model.compression_stride) == (
+        lr,
+        steps,
+        stride,
+    )
     assert from_dict(to_dict(config)) == config
     assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
     assert pickle.loads(pickle.dumps(config)) == config
@@ -398,12 +469,17 @@ def test_help_lists_every_conf_and_every_key_with_default_and_meaning(command: s
     text = help_text(command)
     flat = " ".join(text.split())
     for name in conf_names(CONF_DIR):
-        comment = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        comment = (
+            (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        )
         assert f"conf={name} {comment}" in flat
     keys = [line for line in text.splitlines() if line and not line.startswith(" ")]
     lines = {line.split()[0]: line for line in reversed(keys)}
     starts = [number for number, line in enumerate(keys) if line.split()[0] == "data.kind"]
-    parts = [{line.split()[0]: line for line in keys[start:end]} for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    parts = [
+        {line.split()[0]: line for line in keys[start:end]}
+        for start, end in zip(starts, [*starts[1:], None], strict=True)
+    ]
     hints = get_type_hints(Config)
     for one in dataclasses.fields(Config):
         schemas = [*DATA_KINDS.values()] if one.name == "data" else [hints[one.name]]
@@ -412,7 +488,9 @@ def test_help_lists_every_conf_and_every_key_with_default_and_meaning(command: s
                 assert leaf.metadata["help"].split()[0] in part[f"{one.name}.{leaf.name}"]
     assert " 1024 " in lines["data.train_length"]
     assert " scalar, elementwise, none " in lines["model.gate"]
-    assert {"conf", "resume", "seed"} <= set(lines) and ({"ckpt", "out"} <= set(lines)) == (command == "eval")
+    assert {"conf", "resume", "seed"} <= set(lines) and ({"ckpt", "out"} <= set(lines)) == (
+        command == "eval"
+    )
 
 
 @pytest.mark.parametrize("columns", [20, 100, 500])
@@ -425,7 +503,10 @@ def test_help_fits_the_terminal(columns: int, monkeypatch):
 def test_help_shows_the_values_of_the_default_conf(conf):
     folder = conf(passkey="# My job.\ntrain: {lr: 0.125}")
     assert "conf=passkey  My job." in help_text(conf_dir=folder)
-    assert any(line.startswith("train.lr ") and " 0.125 " in line for line in help_text(conf_dir=folder).splitlines())
+    assert any(
+        line.startswith("train.lr ") and " 0.125 " in line
+        for line in help_text(conf_dir=folder).splitlines()
+    )
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -461,11 +542,15 @@ def test_the_configuration_needs_neither_torch_nor_lightning():
         "load(['conf=scrolls']); help_text()\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert result.stdout.strip() == "[]", result.stderr
 
 
-FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_type"].metadata["choices"]
+FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_type"].metadata[
+    "choices"
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -475,11 +560,19 @@ def test_every_family_can_be_built_from_scratch(family):
     from data.batches import train_tokenizer
 
     assert set(SUPPORTED) == set(FAMILIES)
-    sizes = ["hidden_size=16", "head_dim=8", "num_attention_heads=2", "num_key_value_heads=2", "intermediate_size=24"]
+    sizes = [
+        "hidden_size=16",
+        "head_dim=8",
+        "num_attention_heads=2",
+        "num_key_value_heads=2",
+        "intermediate_size=24",
+    ]
     config = load([f"backbone.model_type={family}", *(f"backbone.{size}" for size in sizes)])
     model = build_model(config, train_tokenizer(["a b c"], 300))
     assert model.config.backbone_config.model_type == family
-    assert model.config.backbone_config.max_position_embeddings == 8 + 16 + 64 + 8 + 8  # m + K + C + C/s + m of conf=passkey
+    assert (
+        model.config.backbone_config.max_position_embeddings == 8 + 16 + 64 + 8 + 8
+    )  # m + K + C + C/s + m of conf=passkey
 
 
 def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatch):
@@ -487,7 +580,10 @@ def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatc
 
     config = load(["backbone=smollm2_135m"])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"backbone.path: models/smollm2_135m is not there yet; `make smollm2` builds it"):
+    with pytest.raises(
+        UserError,
+        match=r"backbone.path: models/smollm2_135m is not there yet; `make smollm2` builds it",
+    ):
         build_tokenizer(config)
 
 
@@ -495,12 +591,30 @@ def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatc
 def test_the_paper_confs_hold_the_papers_recipe(conf):
     config = load([f"conf={conf}"])
     m, t = config.model, config.train
-    assert (m.chunk_size, m.global_size, m.compression_stride, m.temporary_capacity, m.adapter_rank) == (2048, 512, 8, 2048, 8)
-    assert (t.lr, t.memory_lr_factor, t.betas, t.weight_decay, t.warmup_steps, t.final_lr, t.clip) == (5e-5, 5, [0.9, 0.999], 0, 10, 0, 1)
+    assert (
+        m.chunk_size,
+        m.global_size,
+        m.compression_stride,
+        m.temporary_capacity,
+        m.adapter_rank,
+    ) == (2048, 512, 8, 2048, 8)
+    assert (
+        t.lr,
+        t.memory_lr_factor,
+        t.betas,
+        t.weight_decay,
+        t.warmup_steps,
+        t.final_lr,
+        t.clip,
+    ) == (5e-5, 5, [0.9, 0.999], 0, 10, 0, 1)
     assert config.backbone.path == "Qwen/Qwen3-4B-Instruct-2507"
     length = config.data.train_length if conf.startswith("user") else config.data.max_length
     assert length == 32768
-    assert conf.startswith("user") or (config.data.chunk_plan, config.data.dynamic_stride, config.trainer.max_epochs) == (
+    assert conf.startswith("user") or (
+        config.data.chunk_plan,
+        config.data.dynamic_stride,
+        config.trainer.max_epochs,
+    ) == (
         "mixture",
         True,
         3,

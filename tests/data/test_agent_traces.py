@@ -22,11 +22,17 @@ TOKENIZER = train_tokenizer(["find the order W123 of Ann Lee, please"] * 3, 300,
 
 
 def row(name: str, reward: float | None = 1.0, words: str = "Hi") -> dict:
-    return {"uniq_id": name, "reward": reward, "messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "Yes."}]}
+    return {
+        "uniq_id": name,
+        "reward": reward,
+        "messages": [{"role": "user", "content": words}, {"role": "assistant", "content": "Yes."}],
+    }
 
 
 def written(folder: Path, rows: list, name: str = "traces.jsonl") -> Path:
-    (folder / name).write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows))
+    (folder / name).write_text(
+        "".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in rows)
+    )
     return folder / name
 
 
@@ -90,20 +96,38 @@ def test_a_tasks_split_is_a_function_of_seed_and_task(task, seed, share):
 def test_the_share_of_tasks():
     chosen = Counter(split_of(f"task{number}", 0.2) for number in range(5000))
     assert 0.18 < chosen["validation"] / 5000 < 0.22
-    assert [split_of(f"{number}", 0.5, 0) for number in range(50)] != [split_of(f"{number}", 0.5, 1) for number in range(50)]
+    assert [split_of(f"{number}", 0.5, 0) for number in range(50)] != [
+        split_of(f"{number}", 0.5, 1) for number in range(50)
+    ]
 
 
 def test_no_task_is_in_both_splits(tmp_path):
-    path = str(written(tmp_path, [row(f"x-task{task}-trial{trial}") for trial in range(4) for task in range(40)]))
-    parts = [ids(AgentSource(TOKENIZER, path, split, val_share=0.3)) for split in ("train", "validation")]
-    assert sorted([*parts[0], *parts[1]]) == sorted(f"x-task{task}-trial{trial}" for trial in range(4) for task in range(40))
+    path = str(
+        written(
+            tmp_path,
+            [row(f"x-task{task}-trial{trial}") for trial in range(4) for task in range(40)],
+        )
+    )
+    parts = [
+        ids(AgentSource(TOKENIZER, path, split, val_share=0.3)) for split in ("train", "validation")
+    ]
+    assert sorted([*parts[0], *parts[1]]) == sorted(
+        f"x-task{task}-trial{trial}" for trial in range(4) for task in range(40)
+    )
     tasks = [{name.rpartition("-")[0] for name in part} for part in parts]
     assert all(tasks) and not tasks[0] & tasks[1]
     assert all(len(part) == 4 * len(there) for part, there in zip(parts, tasks, strict=True))
 
 
 def test_filters_count_what_they_leave_out(tmp_path):
-    rows = [row("a", 1.0), row("b", 0.5), row("c", None), row("d", 0), row("e", True), {**row("f"), "reward": 2}]
+    rows = [
+        row("a", 1.0),
+        row("b", 0.5),
+        row("c", None),
+        row("d", 0),
+        row("e", True),
+        {**row("f"), "reward": 2},
+    ]
     del rows[2]["reward"]
     path = str(written(tmp_path, rows))
     source = AgentSource(TOKENIZER, path, "train", val_share=0.0, min_reward=1)
@@ -115,7 +139,11 @@ def test_filters_count_what_they_leave_out(tmp_path):
 def test_a_sample(tmp_path):
     messages = [
         {"role": "user", "content": "Find order W123"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "name": "find", "arguments": {"order": "w123"}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "1", "name": "find", "arguments": {"order": "w123"}}],
+        },
         {"role": "tool", "content": "gone", "tool_call_id": "1"},
         {"role": "assistant", "content": "It is gone."},
     ]
@@ -123,9 +151,20 @@ def test_a_sample(tmp_path):
     source = AgentSource(TOKENIZER, str(written(tmp_path, [whole])), "train")
     sample = source.encode(whole)
     assert json.loads(json.dumps(sample.notes)) == sample.notes
-    assert (sample.notes["id"], sample.notes["task"], sample.notes["reward"]) == ("t-trial0", "t", 1)
-    assert [(turn[0], turn[4]) for turn in sample.notes["turns"]] == [("user", None), ("assistant", 1), ("tool", None), ("assistant", None)]
-    parts = [TOKENIZER.decode(sample.ids[start:end]) for _, start, _, end, _ in sample.notes["turns"]]
+    assert (sample.notes["id"], sample.notes["task"], sample.notes["reward"]) == (
+        "t-trial0",
+        "t",
+        1,
+    )
+    assert [(turn[0], turn[4]) for turn in sample.notes["turns"]] == [
+        ("user", None),
+        ("assistant", 1),
+        ("tool", None),
+        ("assistant", None),
+    ]
+    parts = [
+        TOKENIZER.decode(sample.ids[start:end]) for _, start, _, end, _ in sample.notes["turns"]
+    ]
     assert parts[0] == "<|user|>Find order W123" and parts[3] == "<|assistant|>It is gone.<|end|>"
     assert TOKENIZER.decode(sample.ids[sample.learned]).count("<|end|>") == 2
     last = AgentSource(TOKENIZER, source.root, "train", supervise=1).encode(whole)
@@ -137,7 +176,14 @@ def test_what_samples_depend_on_is_in_the_key(tmp_path):
     keys = [
         AgentSource(TOKENIZER, path, split, **choice).key()
         for split in ("train", "validation")
-        for choice in ({}, {"min_reward": 0}, {"max_length": 9}, {"supervise": 2}, {"val_share": 0.5}, {"seed": 1})
+        for choice in (
+            {},
+            {"min_reward": 0},
+            {"max_length": 9},
+            {"supervise": 2},
+            {"val_share": 0.5},
+            {"seed": 1},
+        )
     ]
     assert len({json.dumps(key) for key in keys}) == len(keys)
 
@@ -154,7 +200,9 @@ def test_what_samples_depend_on_is_in_the_key(tmp_path):
     ],
 )
 def test_malformed_rows_are_named_and_counted(tmp_path, bad, line):
-    source = AgentSource(TOKENIZER, str(written(tmp_path, [row("good"), bad, row("better")])), "train", val_share=0.0)
+    source = AgentSource(
+        TOKENIZER, str(written(tmp_path, [row("good"), bad, row("better")])), "train", val_share=0.0
+    )
     with pytest.raises(UnusableRow, match=f"traces.jsonl:2: malformed row: {line}"):
         ids(source)
     complaints = Complaints("skip")
@@ -178,7 +226,11 @@ def test_rows_that_cannot_be_encoded():
 
 
 def test_texts_come_once(tmp_path):
-    path = str(written(tmp_path, [row("a"), row("b", words="Ho"), row("c", words=""), row("d", 0.0, "Never")]))
+    path = str(
+        written(
+            tmp_path, [row("a"), row("b", words="Ho"), row("c", words=""), row("d", 0.0, "Never")]
+        )
+    )
     assert list(texts(path, "train", "skip", val_share=0.0, min_reward=1)) == ["Hi", "Yes.", "Ho"]
 
 
@@ -187,7 +239,9 @@ def test_texts_come_once(tmp_path):
 
 def distance(*said: Message | str, **arguments) -> int | None:
     messages = [one if isinstance(one, Message) else Message("user", one) for one in said]
-    return turn_distance([*messages, Message("assistant", "W123", (Call("f", arguments),))], len(messages))
+    return turn_distance(
+        [*messages, Message("assistant", "W123", (Call("f", arguments),))], len(messages)
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +257,11 @@ def distance(*said: Message | str, **arguments) -> int | None:
         (None, ["true 12"], {}),
         (2, ['{"price": 250}', "ok"], {"nested": {"list": [{"price": 250.0}]}}),
         (2, ["c++ (new)", "ok"], {"language": "c++ (new)"}),
-        (1, [Message("assistant", "", (Call("g", {"id": "W123"}),))], {"order": "W123"}),  # an earlier call's argument
+        (
+            1,
+            [Message("assistant", "", (Call("g", {"id": "W123"}),))],
+            {"order": "W123"},
+        ),  # an earlier call's argument
         (None, ["x"], {"order": "W123"}),  # its own text does not count
     ],
 )
@@ -212,9 +270,16 @@ def test_turn_distance(expected, said, arguments):
 
 
 def test_only_the_assistants_calls_have_a_distance():
-    messages = [Message("user", "W123"), Message("user", "", (Call("f", {"a": "W123"}),)), Message("assistant", "W123")]
+    messages = [
+        Message("user", "W123"),
+        Message("user", "", (Call("f", {"a": "W123"}),)),
+        Message("assistant", "W123"),
+    ]
     assert [turn_distance(messages, number) for number in range(3)] == [None] * 3
-    broken = [Message("user", "{order: W123"), Message("assistant", "", (Call("f", "{order: W123"),))]
+    broken = [
+        Message("user", "{order: W123"),
+        Message("assistant", "", (Call("f", "{order: W123"),)),
+    ]
     assert turn_distance(broken, 1) == 1
 
 
@@ -224,8 +289,13 @@ def test_only_the_assistants_calls_have_a_distance():
 def test_real_traces(shared_data):
     root = str(shared_data / "agent")
     parts = {split: AgentSource(TOKENIZER, root, split) for split in ("train", "validation")}
-    rows = {split: [one for _, one in source.rows(Complaints("raise"))] for split, source in parts.items()}
-    assert sum(map(len, rows.values())) == sum(path.read_text().count("\n") for path in (shared_data / "agent").glob("*.jsonl"))
+    rows = {
+        split: [one for _, one in source.rows(Complaints("raise"))]
+        for split, source in parts.items()
+    }
+    assert sum(map(len, rows.values())) == sum(
+        path.read_text().count("\n") for path in (shared_data / "agent").glob("*.jsonl")
+    )
     tasks = {split: {task_of(one) for one in found} for split, found in rows.items()}
     assert tasks["validation"] and not tasks["train"] & tasks["validation"]
     found = Counter[int | None]()
@@ -234,6 +304,10 @@ def test_real_traces(shared_data):
         for number, message in enumerate(messages):
             found[distance := turn_distance(messages, number)] += bool(message.calls)
             if distance:  # some value of the call stands in the message that is so far back
-                words = re.findall(r"\w{3,}", json.dumps([call.arguments for call in message.calls]).lower())
-                assert set(words) & set(re.findall(r"\w{3,}", messages[number - distance].text.lower()))
+                words = re.findall(
+                    r"\w{3,}", json.dumps([call.arguments for call in message.calls]).lower()
+                )
+                assert set(words) & set(
+                    re.findall(r"\w{3,}", messages[number - distance].text.lower())
+                )
     assert sum(count for distance, count in found.items() if distance and distance >= 8) >= 3

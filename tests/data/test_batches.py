@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from data.batches import ResumableLoader, validation_loader
 
 ROWS = 23
-pytestmark = pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual", "ignore:Checkpoint directory")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using ModelCheckpoint with manual", "ignore:Checkpoint directory"
+)
 
 
 class Numbers:
@@ -25,7 +27,9 @@ class Numbers:
 
 
 def loader(num_workers: int = 0, **options) -> ResumableLoader:
-    return ResumableLoader(Numbers(), 4, torch.tensor, **{"seed": 7, "num_workers": num_workers, **options})
+    return ResumableLoader(
+        Numbers(), 4, torch.tensor, **{"seed": 7, "num_workers": num_workers, **options}
+    )
 
 
 def epochs(one: ResumableLoader, count: int) -> list[list[list[int]]]:
@@ -42,7 +46,9 @@ def test_every_epoch_has_every_row_in_an_order_of_its_own():
     for epoch in (first, second):
         rows = flat(epoch)
         assert sorted(rows[:ROWS]) == list(range(ROWS))
-        assert rows[ROWS:] == rows[: len(rows) - ROWS], "the last batch is filled up with the epoch's first rows"
+        assert rows[ROWS:] == rows[: len(rows) - ROWS], (
+            "the last batch is filled up with the epoch's first rows"
+        )
     assert first != second
     assert epochs(loader(), 2) == [first, second]
     assert epochs(loader(seed=8), 1) != [first]
@@ -71,7 +77,10 @@ def test_validation_begins_at_the_first_row_each_time():
 
 @pytest.mark.parametrize("world", [2, 3, 8, 24])
 def test_validation_gives_every_rank_equally_many_batches_and_each_row_once(world: int):
-    parts = [[batch.tolist() for batch in validation_loader(Numbers(), 4, torch.tensor, rank, world)] for rank in range(world)]
+    parts = [
+        [batch.tolist() for batch in validation_loader(Numbers(), 4, torch.tensor, rank, world)]
+        for rank in range(world)
+    ]
     assert {len(part) for part in parts} == {-(-ROWS // (4 * world))}
     assert sorted(flat(flat(parts))) == list(range(ROWS))
     assert world <= ROWS or [] in parts[-1], "nothing is left for the last rank"
@@ -117,7 +126,12 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(before: int, after
         other.batch_size = size
         other.load_state_dict(one.state_dict())
         parts.append([batch.tolist() for batch in other])
-    rest = [row for batch in zip(*parts, strict=True) for rows in zip(*batch, strict=True) for row in rows]
+    rest = [
+        row
+        for batch in zip(*parts, strict=True)
+        for rows in zip(*batch, strict=True)
+        for row in rows
+    ]
     assert rest[: ROWS - 8] == order[8:]
 
 
@@ -186,9 +200,17 @@ def fit(folder: Path, max_steps: int, num_workers: int, ckpt: Path | None = None
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         val_check_interval=2,
-        callbacks=[ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
+        callbacks=[
+            ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        ],
     )
-    trainer.fit(toy, loader(num_workers), validation_loader(Numbers(), 4, torch.tensor), ckpt_path=ckpt, weights_only=False)
+    trainer.fit(
+        toy,
+        loader(num_workers),
+        validation_loader(Numbers(), 4, torch.tensor),
+        ckpt_path=ckpt,
+        weights_only=False,
+    )
     return toy
 
 

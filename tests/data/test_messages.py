@@ -29,7 +29,9 @@ def tokenizer(template: str | None, *special: str, eos: str = "<|end|>") -> PreT
     made = train_tokenizer(TEXTS, 330, [*AGENT_TOKENS, *special])
     made.eos_token = eos
     made.chat_template = template
-    made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as many have it; ours has not
+    made.backend_tokenizer.post_processor = processors.ByteLevel(
+        trim_offsets=True
+    )  # as many have it; ours has not
     return made
 
 
@@ -50,7 +52,9 @@ QWEN = tokenizer(
     "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
     "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
     "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
-    "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% else %}" + CHATML_TURN + "{% endif %}{% endfor %}",
+    "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% else %}"
+    + CHATML_TURN
+    + "{% endif %}{% endfor %}",
     BEGIN,
     STOP,
     eos=STOP,
@@ -71,16 +75,44 @@ MISTRAL = tokenizer(
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 PLAIN = tokenizer(None)
-ALL = {"ours": OURS, "chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "mistral": MISTRAL, "plain": PLAIN}
-STOPS = {"ours": "<|end|>", "chatml": STOP, "qwen": STOP, "llama": "<|eot|>", "mistral": " <|end|>", "plain": "<|end|>"}
+ALL = {
+    "ours": OURS,
+    "chatml": CHATML,
+    "qwen": QWEN,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "plain": PLAIN,
+}
+STOPS = {
+    "ours": "<|end|>",
+    "chatml": STOP,
+    "qwen": STOP,
+    "llama": "<|eot|>",
+    "mistral": " <|end|>",
+    "plain": "<|end|>",
+}
 
 names = st.sampled_from(["find", "book_flight"])
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 999) | st.text(max_size=6), lambda inner: st.lists(inner, max_size=2), max_leaves=3
+    st.none() | st.booleans() | st.integers(-5, 999) | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=2),
+    max_leaves=3,
 )
-calls = st.builds(Call, names, st.dictionaries(st.text(max_size=4), values, max_size=2) | st.just("no JSON"))
+calls = st.builds(
+    Call, names, st.dictionaries(st.text(max_size=4), values, max_size=2) | st.just("no JSON")
+)
 words = st.text('ab \n.é😀{"', max_size=8) | st.sampled_from(
-    ["<|end|>", "Hi<|im_end|>", "<|user|> x", "<|eot|>\n", "[INST]", " two  spaces ", "\n\n\nab", "\n\n", "\u20631\u2063"]
+    [
+        "<|end|>",
+        "Hi<|im_end|>",
+        "<|user|> x",
+        "<|eot|>\n",
+        "[INST]",
+        " two  spaces ",
+        "\n\n\nab",
+        "\n\n",
+        "\u20631\u2063",
+    ]
 )
 
 
@@ -96,7 +128,9 @@ def conversations(draw) -> list[Message]:
 
 @pytest.mark.parametrize("name", ALL)
 @given(messages=conversations(), supervise=st.sampled_from(["assistant", 1, 2]))
-def test_loss_is_on_the_assistants_texts_and_stop_tokens_and_on_nothing_else(name, messages, supervise):
+def test_loss_is_on_the_assistants_texts_and_stop_tokens_and_on_nothing_else(
+    name, messages, supervise
+):
     tok, stop = ALL[name], STOPS[name]
     found = render(tok, messages, supervise)
     assert [turn.role for turn in found.turns] == [message.role for message in messages]
@@ -125,7 +159,10 @@ def test_the_tokens_are_the_templates_own(name, messages):
     special = set(tok.get_added_vocab())
     as_text = any(token in message.text for message in messages for token in special)
     # one that opens with white space would merge with its header; and white space of two new lines merges differently before a text
-    merging = any(one.role == "assistant" and (one.text[0].isspace() or name in ("qwen", "llama")) for one in messages)
+    merging = any(
+        one.role == "assistant" and (one.text[0].isspace() or name in ("qwen", "llama"))
+        for one in messages
+    )
     if not as_text and not merging:
         assert found == tok.apply_chat_template(chat)["input_ids"]
 
@@ -141,9 +178,15 @@ def test_special_tokens_in_a_text_are_only_text(name):
         Message("assistant", "".join(special)),
     ]
     harmless = [Message(one.role, one.text.replace("<", "(")) for one in messages]
-    count = [sum(int(token) in tok.get_added_vocab().values() for token in render(tok, chat).ids) for chat in (messages, harmless)]
+    count = [
+        sum(int(token) in tok.get_added_vocab().values() for token in render(tok, chat).ids)
+        for chat in (messages, harmless)
+    ]
     assert count[0] == count[1]
-    assert tok.decode(render(tok, messages, 1).ids[render(tok, messages, 1).mask]) == "".join(special) + STOPS[name]
+    assert (
+        tok.decode(render(tok, messages, 1).ids[render(tok, messages, 1).mask])
+        == "".join(special) + STOPS[name]
+    )
 
 
 def test_our_own_template():
@@ -152,7 +195,11 @@ def test_our_own_template():
             "messages": [
                 {"role": "system", "content": "Help."},
                 {"role": "user", "content": "Rome?"},
-                {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "name": "find", "arguments": {"b": 1, "a": "é"}}]},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"id": "1", "name": "find", "arguments": {"b": 1, "a": "é"}}],
+                },
                 {"role": "tool", "content": "", "tool_call_id": "1"},
                 {"role": "assistant", "content": "No."},
             ]
@@ -160,7 +207,10 @@ def test_our_own_template():
     )
     found = render(OURS, messages)
     call = '<tool_call>\n{"name": "find", "arguments": {"b": 1, "a": "é"}}\n</tool_call>'
-    assert OURS.decode(found.ids) == f"<|system|>Help.<|user|>Rome?<|assistant|>{call}<|end|><|tool|><|assistant|>No.<|end|>"
+    assert (
+        OURS.decode(found.ids)
+        == f"<|system|>Help.<|user|>Rome?<|assistant|>{call}<|end|><|tool|><|assistant|>No.<|end|>"
+    )
     assert OURS.decode(found.ids[found.mask]) == f"{call}<|end|>No.<|end|>"
     assert found.ids.dtype == np.int32 and found.mask.dtype == bool
     assert parse_action(messages[2].text) == ("find", {"b": 1, "a": "é"})
@@ -168,9 +218,15 @@ def test_our_own_template():
 
 
 def test_results_are_users_turns_where_a_template_knows_no_tools():
-    messages = [Message("user", "u"), Message("assistant", "", (Call("find", {}),)), Message("tool", "found")]
+    messages = [
+        Message("user", "u"),
+        Message("assistant", "", (Call("find", {}),)),
+        Message("tool", "found"),
+    ]
     text = MISTRAL.decode(render(MISTRAL, messages).ids)
-    assert text.endswith("</tool_call> <|end|>[INST] <tool_response>\nfound\n</tool_response> [/INST]")
+    assert text.endswith(
+        "</tool_call> <|end|>[INST] <tool_response>\nfound\n</tool_response> [/INST]"
+    )
 
 
 def test_thoughts_that_the_template_drops_have_no_loss():
@@ -189,37 +245,80 @@ def test_thoughts_that_the_template_drops_have_no_loss():
 @pytest.mark.parametrize(
     ("template", "line"),
     [
-        ("{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}", r"changes the text of messages\[0\]"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}",
+            r"changes the text of messages\[0\]",
+        ),
         (
             "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}<|end|>{% endfor %}",
             r"leaves out messages\[0\], of role system",
         ),
-        ("{{ raise_exception('System role not supported') }}", "refuses them: System role not supported"),
-        ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "backbone.path: .* ends the assistant's turns with no special token"),
+        (
+            "{{ raise_exception('System role not supported') }}",
+            "refuses them: System role not supported",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            "backbone.path: .* ends the assistant's turns with no special token",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_taken_apart_is_refused(template, line):
     with pytest.raises(UserError, match=line):
-        render(tokenizer(template), [Message("system", "abc"), Message("user", "u"), Message("assistant", "a")])
+        render(
+            tokenizer(template),
+            [Message("system", "abc"), Message("user", "u"), Message("assistant", "a")],
+        )
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------------------------
 
 USER, ASKS = (
     {"role": "user", "content": "u"},
-    {"role": "assistant", "content": "", "tool_calls": [{"id": "call_1", "function": {"name": "f"}}]},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"id": "call_1", "function": {"name": "f"}}],
+    },
 )
 
 
 def test_messages_in_every_shape():
     row = [
-        {"role": "user", "content": [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}], "name": "Ann"},
-        {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"x": [1, 2.5]}'}}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}],
+            "name": "Ann",
+        },
+        {
+            "role": "assistant",
+            "tool_calls": [
+                {
+                    "id": "a",
+                    "type": "function",
+                    "function": {"name": "f", "arguments": '{"x": [1, 2.5]}'},
+                }
+            ],
+        },
         {"role": "tool", "content": "1", "tool_call_id": "a", "name": "f"},
-        {"role": "assistant", "content": "then", "tool_calls": [{"id": "b", "name": "g", "arguments": {}}, {"name": "h", "arguments": ""}]},
+        {
+            "role": "assistant",
+            "content": "then",
+            "tool_calls": [
+                {"id": "b", "name": "g", "arguments": {}},
+                {"name": "h", "arguments": ""},
+            ],
+        },
         {"role": "tool", "content": "2", "tool_call_ids": ["b"]},
         {"role": "tool", "content": None},
-        {"role": "user", "content": "", "tool_calls": [{"name": "broken", "arguments": "{x: 1"}, {"name": "list", "arguments": "[1]"}]},
+        {
+            "role": "user",
+            "content": "",
+            "tool_calls": [
+                {"name": "broken", "arguments": "{x: 1"},
+                {"name": "list", "arguments": "[1]"},
+            ],
+        },
         {"role": "assistant", "content": "done", "tool_calls": None},
     ]
     expected = [
@@ -250,21 +349,45 @@ def test_messages_in_every_shape():
             "messages[1].role: 'asistant' given (did you mean assistant?), allowed: system, user, assistant, tool",
         ),
         ([{"content": "x"}], "messages[0].role: missing, allowed: system, user"),
-        ([USER, {"role": "assistant", "content": None}], "messages[1].content: null, and no tool_calls"),
+        (
+            [USER, {"role": "assistant", "content": None}],
+            "messages[1].content: null, and no tool_calls",
+        ),
         ([{"role": "user", "content": " \n"}], "messages[0].content: empty, and no tool_calls"),
-        ([{"role": "user", "content": 5}], "messages[0].content: 5 given, allowed: text, null, or a list of text parts"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content[0]: type 'image_url' given, allowed: text"),
+        (
+            [{"role": "user", "content": 5}],
+            "messages[0].content: 5 given, allowed: text, null, or a list of text parts",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "image_url"}]}],
+            "messages[0].content[0]: type 'image_url' given, allowed: text",
+        ),
         ([{"role": "user", "content": "\ud800"}], "messages[0].content: not Unicode text"),
-        ([{**ASKS, "role": "system"}], "messages[0].tool_calls: given with role system, allowed: with user and assistant"),
-        ([{**ASKS, "tool_calls": ["f"]}], "messages[0].tool_calls[0]: 'f' given, a name is needed, in it or in its function"),
+        (
+            [{**ASKS, "role": "system"}],
+            "messages[0].tool_calls: given with role system, allowed: with user and assistant",
+        ),
+        (
+            [{**ASKS, "tool_calls": ["f"]}],
+            "messages[0].tool_calls[0]: 'f' given, a name is needed, in it or in its function",
+        ),
         ([{**ASKS, "tool_calls": "f"}], "messages[0].tool_calls: 'f' given, a list is needed"),
-        ([USER, {"role": "tool", "content": "1"}], "messages[1]: a tool's result, but no message before it calls a tool"),
+        (
+            [USER, {"role": "tool", "content": "1"}],
+            "messages[1]: a tool's result, but no message before it calls a tool",
+        ),
         (
             [ASKS, {"role": "tool", "content": "1", "tool_call_id": "call_2"}],
             "messages[1].tool_call_id: 'call_2' given, no call before it has this id (did you mean call_1?)",
         ),
-        ([ASKS, {"role": "tool", "content": "1", "tool_call_id": {"id": 1}}], "messages[1].tool_call_id: {'id': 1} given, no call"),
-        ([ASKS, {"role": "tool", "content": "1", "tool_call_ids": ["call_1", "x"]}], "messages[1].tool_call_ids[1]: 'x' given, no call"),
+        (
+            [ASKS, {"role": "tool", "content": "1", "tool_call_id": {"id": 1}}],
+            "messages[1].tool_call_id: {'id': 1} given, no call",
+        ),
+        (
+            [ASKS, {"role": "tool", "content": "1", "tool_call_ids": ["call_1", "x"]}],
+            "messages[1].tool_call_ids[1]: 'x' given, no call",
+        ),
     ],
 )
 def test_malformed_messages_are_named(messages, line):
@@ -295,7 +418,7 @@ def test_real_traces(shared_data, name):
 
 
 def test_smollm2(shared_data):
-    folder = Path(__file__).parents[1] / "models" / "smollm2_135m"
+    folder = Path(__file__).parents[2] / "models" / "smollm2_135m"
     if not folder.is_dir():
         pytest.skip("no models/smollm2_135m: make smollm2 makes it")
     tok = AutoTokenizer.from_pretrained(folder)
@@ -305,4 +428,6 @@ def test_smollm2(shared_data):
         assert tok.decode(found.ids) == tok.apply_chat_template(
             [{"role": one.role, "content": one.text} for one in messages], tokenize=False
         )
-        assert tok.decode(found.ids[found.mask]) == "".join(one.text + STOP for one in messages if one.role == "assistant")
+        assert tok.decode(found.ids[found.mask]) == "".join(
+            one.text + STOP for one in messages if one.role == "assistant"
+        )

@@ -9,13 +9,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import tiny
 
 from callbacks.passkey_heatmap import PasskeyHeatmap
 from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
 from data.batches import train_tokenizer
-from data.passkey import ANSWER, PasskeyDataModule, PasskeyExamples, collate, even_depths, length_at, texts
+from data.passkey import (
+    ANSWER,
+    PasskeyDataModule,
+    PasskeyExamples,
+    collate,
+    even_depths,
+    length_at,
+    texts,
+)
+from tests.support.models import tiny
 
 KEY = r" The pass key is (\d{5}) \. Remember it \."
 SHAPE = re.compile(rf"(?s)(.*){KEY}(.*) What is the pass key \? The pass key is (\d{{5}})<\|end\|>")
@@ -34,7 +42,11 @@ def test_the_tokenizer_has_about_one_token_a_word_and_single_digits():
 
 
 @settings(deadline=None, max_examples=60)
-@given(index=st.integers(0, 2**40), length=st.integers(EXAMPLES.min_length, 3000), depth=st.none() | st.floats(0, 1))
+@given(
+    index=st.integers(0, 2**40),
+    length=st.integers(EXAMPLES.min_length, 3000),
+    depth=st.none() | st.floats(0, 1),
+)
 def test_an_example(index: int, length: int, depth: float | None):
     row = EXAMPLES.row(index, length, depth)
     assert row.shape == (length,)
@@ -59,7 +71,10 @@ def test_depth_0_and_1_are_the_very_ends():
 def test_index_length_seed_and_split_all_change_an_example():
     others = [EXAMPLES.row(1, 500), EXAMPLES.row(0, 501)[:500]]
     others += [PasskeyExamples(PasskeyData(), TOKENIZER, 1, "train").row(0, 500)]
-    others += [PasskeyExamples(PasskeyData(), TOKENIZER, 0, split).row(0, 500) for split in ("validation", "evaluation")]
+    others += [
+        PasskeyExamples(PasskeyData(), TOKENIZER, 0, split).row(0, 500)
+        for split in ("validation", "evaluation")
+    ]
     rows = [EXAMPLES.row(0, 500), *others]
     assert len({row.tobytes() for row in rows}) == len(rows)
 
@@ -84,19 +99,30 @@ def test_labels_are_the_digits_and_the_stop_token():
 
 
 def test_the_datamodule_follows_the_schedule():
-    data = PasskeyData(train_length=256, length_schedule=[[0, 64], [2, 128], [4, 256], [99, 512]], batch_size=4)
+    data = PasskeyData(
+        train_length=256, length_schedule=[[0, 64], [2, 128], [4, 256], [99, 512]], batch_size=4
+    )
     module = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=6, accumulate=2)
     batches = list(module.train_dataloader())
-    assert [batch["input_ids"].shape for batch in batches] == [(8, length_at(data, step)) for step in range(6)]
+    assert [batch["input_ids"].shape for batch in batches] == [
+        (8, length_at(data, step)) for step in range(6)
+    ]
     assert [length_at(data, step) for step in (0, 1, 2, 4, 98, 99)] == [64, 64, 128, 256, 256, 512]
-    assert torch.equal(batches[3]["input_ids"][5], torch.from_numpy(module.training.row(3 * 8 + 5, 128)))
+    assert torch.equal(
+        batches[3]["input_ids"][5], torch.from_numpy(module.training.row(3 * 8 + 5, 128))
+    )
     loader = module.train_dataloader()
     loader.load_state_dict({"epoch": 0, "position": 3 * 8})
-    assert all(torch.equal(one["input_ids"], other["input_ids"]) for one, other in zip(loader, batches[3:], strict=True))
+    assert all(
+        torch.equal(one["input_ids"], other["input_ids"])
+        for one, other in zip(loader, batches[3:], strict=True)
+    )
 
 
 def test_validation_batches_hold_every_cell_once():
-    data = PasskeyData(train_length=64, val_lengths=[64, 128], val_depths=3, val_examples=4, batch_size=5)
+    data = PasskeyData(
+        train_length=64, val_lengths=[64, 128], val_depths=3, val_examples=4, batch_size=5
+    )
     module = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1)
     cells = []
     for batch in module.val_dataloader():
@@ -104,30 +130,48 @@ def test_validation_batches_hold_every_cell_once():
         assert (batch["labels"][:, : -batch["logits_to_keep"] + 1] == -100).all()
         assert batch["logits_to_keep"] == ANSWER + 1
         cells += [(batch["length"], depth) for depth in batch["depth"]]
-    assert sorted(cells) == sorted([(length, depth) for length in (64, 128) for depth in (0.0, 0.5, 1.0)] * 4)
+    assert sorted(cells) == sorted(
+        [(length, depth) for length in (64, 128) for depth in (0.0, 0.5, 1.0)] * 4
+    )
     assert even_depths(1) == [0.5]
 
 
 def test_ranks_without_a_validation_batch_get_one_that_does_not_count():
-    data = PasskeyData(train_length=64, val_depths=3, val_examples=2, batch_size=5)  # batches of 5 and 1 rows
-    parts = [list(PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1, rank=rank, world=3).val_dataloader()) for rank in range(3)]
+    data = PasskeyData(
+        train_length=64, val_depths=3, val_examples=2, batch_size=5
+    )  # batches of 5 and 1 rows
+    parts = [
+        list(
+            PasskeyDataModule(
+                data, TOKENIZER, seed=0, max_steps=1, rank=rank, world=3
+            ).val_dataloader()
+        )
+        for rank in range(3)
+    ]
     assert [[len(batch["depth"]) for batch in part] for part in parts] == [[5], [1], [0]]
     (idle,) = parts[2]
     assert idle["length"] == 64
     assert idle["input_ids"].shape == idle["attention_mask"].shape == idle["labels"].shape == (1, 1)
     assert (idle["labels"] == -100).all()
     model, heatmap = tiny(), PasskeyHeatmap(64)
-    asked = {name: idle[name] for name in ("input_ids", "attention_mask", "labels", "logits_to_keep")}
+    asked = {
+        name: idle[name] for name in ("input_ids", "attention_mask", "labels", "logits_to_keep")
+    }
     output = model(**asked, num_items_in_batch=1)
     assert output.loss == 0
-    heatmap.on_validation_batch_end(None, SimpleNamespace(model=model), {"logits": output.logits}, idle, 0)
+    heatmap.on_validation_batch_end(
+        None, SimpleNamespace(model=model), {"logits": output.logits}, idle, 0
+    )
     assert heatmap.metric.update_called, "or the other ranks wait for it"
     assert heatmap.metric.compute() == []
 
 
 def book(folder: Path, words: int) -> str:
     path = folder / "book.txt"
-    path.write_text("\n".join(f"line {number} of the good old book" for number in range(words // 7)), encoding="utf-8")
+    path.write_text(
+        "\n".join(f"line {number} of the good old book" for number in range(words // 7)),
+        encoding="utf-8",
+    )
     return str(path)
 
 
@@ -168,7 +212,11 @@ def test_a_short_file_is_refused_for_training_and_starts_over_in_evaluation(tmp_
 
 def test_bad_input_is_one_line(tmp_path: Path):
     (tmp_path / "latin").write_bytes(b"caf\xe9 noir")
-    messages = {"none.txt": "cannot be read: No such file", "latin": "not a text file in UTF-8", ".": "cannot be read: Is a dir"}
+    messages = {
+        "none.txt": "cannot be read: No such file",
+        "latin": "not a text file in UTF-8",
+        ".": "cannot be read: Is a dir",
+    }
     for name, message in messages.items():
         with pytest.raises(UserError, match=rf"^data.haystack: .*{message}[^\n]*$"):
             list(texts(PasskeyData(haystack=str(tmp_path / name))))

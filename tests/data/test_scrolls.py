@@ -12,15 +12,23 @@ import numpy as np
 import pytest
 import zstandard
 
-from comet_pl.config.load import ScrollsData
 from comet_pl.chat.conversation import encode
+from comet_pl.config.load import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl
 from data.batches import train_tokenizer
 from data.jsonl import Complaints
+from data.scrolls import (
+    MAX_NEW_TOKENS,
+    Corpus,
+    ScrollsDataModule,
+    ScrollsSource,
+    split_input,
+    tasks,
+    texts,
+)
 from data.text.tokenized import encoded
-from data.scrolls import MAX_NEW_TOKENS, Corpus, ScrollsDataModule, ScrollsSource, split_input, tasks, texts
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 STORY = "The dog ran home . It rained all day , and nobody saw the dog . " * 20
@@ -33,10 +41,18 @@ ROWS = [
 TOKENIZER = train_tokenizer([STORY + json.dumps(ROWS)], 400)
 
 
-def write(root: Path, task: str = "narrative_qa", split: str = "train", rows: list | None = None, suffix: str = "") -> Path:
+def write(
+    root: Path,
+    task: str = "narrative_qa",
+    split: str = "train",
+    rows: list | None = None,
+    suffix: str = "",
+) -> Path:
     path = root / task / f"{split}.jsonl{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in (ROWS if rows is None else rows)]
+    lines = [
+        row if isinstance(row, str) else json.dumps(row) for row in (ROWS if rows is None else rows)
+    ]
     path.write_bytes(PACK[suffix]("\n".join(lines).encode() + b"\n"))
     return path
 
@@ -59,7 +75,9 @@ def test_an_example_is_question_document_answer(tmp_path: Path, suffix: str):
         assert answered[np.argmax(answered) :].all(), "all at the end"
 
 
-def test_a_long_document_loses_its_left_part_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_long_document_loses_its_left_part_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     write(tmp_path)
     found = corpus(tmp_path, max_length=60)
     for row, (ids, _) in zip(ROWS[:3], list(found)[:3], strict=True):
@@ -79,7 +97,12 @@ def test_a_long_document_loses_its_left_part_only(tmp_path: Path, capsys: pytest
 
 
 def test_special_tokens_in_the_text_are_text(tmp_path: Path):
-    write(tmp_path, rows=[{"id": "a", "input": "What?\n\nA <|end|> of <|assistant|> things", "output": "<|end|>"}])
+    write(
+        tmp_path,
+        rows=[
+            {"id": "a", "input": "What?\n\nA <|end|> of <|assistant|> things", "output": "<|end|>"}
+        ],
+    )
     ids, _ = corpus(tmp_path)[0]
     assert (ids == TOKENIZER.eos_token_id).sum() == 1
     assert ids[-1] == TOKENIZER.eos_token_id
@@ -100,8 +123,13 @@ def test_repeated_ids_are_references_of_one_question(tmp_path: Path):
 
 
 def test_an_id_with_another_input_is_no_further_reference(tmp_path: Path):
-    path = write(tmp_path, split="validation", rows=[*ROWS, ROWS[1] | {"pid": "b_1", "input": "Who else?"}])
-    with pytest.raises(UserError, match=rf"^{path}:5: malformed row: id: 'b' again with another input, first at {path}:2[^\n]*$"):
+    path = write(
+        tmp_path, split="validation", rows=[*ROWS, ROWS[1] | {"pid": "b_1", "input": "Who else?"}]
+    )
+    with pytest.raises(
+        UserError,
+        match=rf"^{path}:5: malformed row: id: 'b' again with another input, first at {path}:2[^\n]*$",
+    ):
         corpus(tmp_path, "validation")
     assert len(corpus(tmp_path, "validation", on_error="skip").examples) == 4
 
@@ -119,13 +147,25 @@ def test_where_the_question_ends():
     assert split_input("qmsum", {"input": "Why?\n\nOne.\n\nTwo."}) == ("Why?\n\n", "One.\n\nTwo.")
     assert split_input("gov_report", {"input": "One.\n\nTwo."}) == ("", "One.\n\nTwo.")
     quality = "Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\nThe story.\n\nIts end."
-    assert split_input("quality", {"input": quality}) == ("Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\n", "The story.\n\nIts end.")
+    assert split_input("quality", {"input": quality}) == (
+        "Why?\n\n (A) x\n (B) y\n\n (C) z\n (D) w\n\n",
+        "The story.\n\nIts end.",
+    )
     assert split_input("qasper", {"input": "Only a question"}) == ("Only a question\n\n", "")
-    text = "Answer in a paragraph.\n\nStory:\nIt was.\n\nIt is.\n\nQuestion:\nWhat was?\n\nAnswer:\n"
-    told = {"input": text, "document_start_index": text.index("It was"), "document_end_index": text.index("\n\nQuestion")}
+    text = (
+        "Answer in a paragraph.\n\nStory:\nIt was.\n\nIt is.\n\nQuestion:\nWhat was?\n\nAnswer:\n"
+    )
+    told = {
+        "input": text,
+        "document_start_index": text.index("It was"),
+        "document_end_index": text.index("\n\nQuestion"),
+    }
     question = "Answer in a paragraph.\n\nStory:\nQuestion:\nWhat was?\n\nAnswer:\n\n"
     assert split_input("squality", told) == (question, "It was.\n\nIt is.")
-    assert split_input("squality", told | {"document_end_index": 999}) == ("Answer in a paragraph.\n\n", text.partition("\n\n")[2])
+    assert split_input("squality", told | {"document_end_index": 999}) == (
+        "Answer in a paragraph.\n\n",
+        text.partition("\n\n")[2],
+    )
 
 
 BAD = {
@@ -140,7 +180,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str):
+def test_a_malformed_row_is_named_or_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+):
     path = write(tmp_path, rows=[ROWS[3], "", line, ROWS[3] | {"pid": "c_1"}, line])
     with pytest.raises(UserError, match=rf"^{path}:3: malformed row: {BAD[line]}[^\n]*$"):
         corpus(tmp_path, max_length=90)
@@ -149,12 +191,15 @@ def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys:
     assert line.startswith(f"train: 2 unusable rows skipped; the first: {path}:3: ")
 
 
-def test_a_row_that_is_too_long_may_have_a_larger_max_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_row_that_is_too_long_may_have_a_larger_max_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     row = {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
     path = write(tmp_path, rows=[ROWS[3], row])
     message = r"question and answer alone have (\d+) tokens, data.max_length is 90"
     with pytest.raises(
-        UserError, match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for those of this row; data.on_error=skip"
+        UserError,
+        match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for those of this row; data.on_error=skip",
     ) as error:
         corpus(tmp_path, max_length=90)
     least = int(str(error.value).split("data.max_length=")[1].split()[0])
@@ -162,12 +207,18 @@ def test_a_row_that_is_too_long_may_have_a_larger_max_length(tmp_path: Path, cap
         corpus(tmp_path, max_length=least - 1)
     assert len(corpus(tmp_path, max_length=least)[1][0]) == least, "as it says"
     assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"train: 1 unusable row skipped; the first: {path}:2: question and answer")
+    assert (
+        capsys.readouterr()
+        .out.splitlines()[-1]
+        .startswith(f"train: 1 unusable row skipped; the first: {path}:2: question and answer")
+    )
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
 def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str):
-    path = write(tmp_path, rows=[{**ROWS[3], "id": str(number)} for number in range(300)], suffix=suffix)
+    path = write(
+        tmp_path, rows=[{**ROWS[3], "id": str(number)} for number in range(300)], suffix=suffix
+    )
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=rf"^{path}: cannot be read after line \d+: [^\n]+$"):
         corpus(tmp_path, on_error="skip")
@@ -189,14 +240,19 @@ def test_which_tasks(tmp_path: Path):
     assert tasks(ScrollsData(root=None)) == list(SCROLLS)
     assert set(METRICS) == set(MAX_NEW_TOKENS) == {*SCROLLS, "squality"}
     refused = {
-        ("qmsun",): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
+        (
+            "qmsun",
+        ): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
         ("qasper",): rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
         ("qmsum", "qmsum"): "qmsum given twice; data.weights says how often",
     }
     for names, message in refused.items():
         with pytest.raises(UserError, match=f"^data.tasks: {message}"):
             tasks(ScrollsData(root=str(tmp_path), tasks=list(names)))
-    for root, message in ((tmp_path / "none", "is no folder"), (tmp_path / "notes", "holds no <task>/<split>.jsonl")):
+    for root, message in (
+        (tmp_path / "none", "is no folder"),
+        (tmp_path / "notes", "holds no <task>/<split>.jsonl"),
+    ):
         with pytest.raises(UserError, match=f"^data.root: {root} {message}"):
             tasks(ScrollsData(root=str(root)))
 
@@ -205,25 +261,38 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     write(tmp_path)
     write(tmp_path, split="validation")
     write(tmp_path, "contract_nli", rows=ROWS[3:])
-    data = ScrollsData(root=str(tmp_path), batch_size=1, val_examples=2, cache=str(tmp_path / "cache"))
-    module = ScrollsDataModule(data, TOKENIZER, seed=3, chunk_size=64, stride=8, max_steps=100, max_epochs=2, accumulate=2)
+    data = ScrollsData(
+        root=str(tmp_path), batch_size=1, val_examples=2, cache=str(tmp_path / "cache")
+    )
+    module = ScrollsDataModule(
+        data, TOKENIZER, seed=3, chunk_size=64, stride=8, max_steps=100, max_epochs=2, accumulate=2
+    )
     loader = module.train_dataloader()
     batches = list(loader)
     first, second = batches[:3], batches[3:]
     assert len(batches) == len(loader) == 6
     assert [len(batch["input_ids"]) for batch in first] == [2, 2, 2]
-    assert any(not np.array_equal(one["input_ids"], other["input_ids"]) for one, other in zip(first, second, strict=True))
+    assert any(
+        not np.array_equal(one["input_ids"], other["input_ids"])
+        for one, other in zip(first, second, strict=True)
+    )
     for batch in first:
         assert (batch["attention_mask"].sum(1) > 0).all()
-        assert ((batch["input_ids"] == TOKENIZER.pad_token_id) == (batch["attention_mask"] == 0)).all()
+        assert (
+            (batch["input_ids"] == TOKENIZER.pad_token_id) == (batch["attention_mask"] == 0)
+        ).all()
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
         assert "logits_to_keep" not in batch
     capsys.readouterr()
-    assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, "each question once"
+    assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, (
+        "each question once"
+    )
     assert capsys.readouterr().out == "contract_nli: no validation rows\n"
     module.val_rank, module.val_world = 2, 3
     (idle,) = module.val_dataloader()
-    assert (idle["labels"] == -100).all(), "two questions, three ranks: the last one reads what does not count"
+    assert (idle["labels"] == -100).all(), (
+        "two questions, three ranks: the last one reads what does not count"
+    )
 
 
 def test_training_samples_are_the_rows_that_evaluation_reads(tmp_path: Path):
@@ -235,9 +304,17 @@ def test_training_samples_are_the_rows_that_evaluation_reads(tmp_path: Path):
         source, whole = ScrollsSource(data, TOKENIZER, "train"), Corpus(data, TOKENIZER, "train")
         samples = list(encoded(source, Complaints("raise")))
         assert [sample.group for sample in samples][:2] == ["narrative_qa", "contract_nli"]
-        pairs = {(tuple(sample.ids), tuple(np.where(sample.learned, sample.ids, -100))) for sample in samples}
-        assert pairs == {(tuple(ids), tuple(labels)) for ids, labels in (whole[k] for k in range(len(whole)))}
-        assert len(samples) == len(whole) and sum(sample.notes["cut"] for sample in samples) == whole.cut
+        pairs = {
+            (tuple(sample.ids), tuple(np.where(sample.learned, sample.ids, -100)))
+            for sample in samples
+        }
+        assert pairs == {
+            (tuple(ids), tuple(labels)) for ids, labels in (whole[k] for k in range(len(whole)))
+        }
+        assert (
+            len(samples) == len(whole)
+            and sum(sample.notes["cut"] for sample in samples) == whole.cut
+        )
 
 
 def test_nothing_to_train_on(tmp_path: Path):
@@ -254,17 +331,27 @@ def test_weights_that_leave_nothing(tmp_path: Path):
         ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
-def test_streaming_looks_beyond_unusable_rows_and_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_streaming_looks_beyond_unusable_rows_and_counts_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """More of them than the first window has; and a corpus with nothing else names them."""
     bad = [{**ROWS[3], "id": str(n), "pid": str(n), "output": None} for n in range(40)]
     path = write(tmp_path, rows=[*bad, ROWS[3]])
-    data = ScrollsData(root=str(tmp_path), streaming=True, on_error="skip", batch_size=1, max_length=90)
+    data = ScrollsData(
+        root=str(tmp_path), streaming=True, on_error="skip", batch_size=1, max_length=90
+    )
     module = ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
     assert len(list(module.train_dataloader())) == 3  # the only row in three epochs
     module.teardown("fit")
-    assert f"train: 40 unusable rows skipped; the first: {path}:1: output: None given" in capsys.readouterr().out
+    assert (
+        f"train: 40 unusable rows skipped; the first: {path}:1: output: None given"
+        in capsys.readouterr().out
+    )
     write(tmp_path, rows=bad)
-    with pytest.raises(UserError, match=r"has no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output"):
+    with pytest.raises(
+        UserError,
+        match=r"has no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output",
+    ):
         ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
@@ -272,7 +359,10 @@ def test_texts_have_every_document_once(tmp_path: Path):
     write(tmp_path)
     found = list(texts(ScrollsData(root=str(tmp_path))))
     assert "".join(found).count(STORY) == 1
-    assert all(row["output"] in text and row["input"].split("\n\n")[0] in text for row, text in zip(ROWS, found, strict=True))
+    assert all(
+        row["output"] in text and row["input"].split("\n\n")[0] in text
+        for row, text in zip(ROWS, found, strict=True)
+    )
 
 
 def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -282,7 +372,10 @@ def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     found = list(jsonl.hub_rows("qmsum", "train", str(tmp_path / "{task}.zip")))
     assert [row for _, row in found] == ROWS
     assert found[2][0] == f"{tmp_path}/qmsum.zip/train.jsonl:3"
-    with pytest.raises(UserError, match=r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$",
+    ):
         list(jsonl.hub_rows("qmsum", "validation", str(tmp_path / "{task}.zip")))
 
 
@@ -296,7 +389,9 @@ def test_a_tokenizer_without_chat_template(tmp_path: Path):
 
 @pytest.mark.parametrize("folder", ["scrolls", "scrolls_small"])
 def test_real_rows(shared_data: Path, folder: str):
-    data = ScrollsData(root=str(shared_data / folder), tasks=["narrative_qa", "contract_nli"], max_length=1024)
+    data = ScrollsData(
+        root=str(shared_data / folder), tasks=["narrative_qa", "contract_nli"], max_length=1024
+    )
     if not (shared_data / folder).is_dir():
         pytest.skip(f"no {folder} in {shared_data}")
     found = Corpus(data, TOKENIZER, "validation")

@@ -22,13 +22,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import KINDS, age_class
-from comet_pl.config.schema import UserBehaviorData
 from data.batches import train_tokenizer
-from data.behavior.questions import Query, solve, wording
 from data.behavior.event_text import encode_history, lines, texts
 from data.behavior.events import Columns, Log, read_log, split_users
+from data.behavior.questions import Query, solve, wording
 from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -43,15 +43,30 @@ def events(users: int = 9, count: int = 150, items: int = 12, seed: int = 0) -> 
     for user in range(users):
         minutes = np.sort(random.integers(0, 90 * 24 * 6, count)) * 10
         for time in np.datetime64("2011-01-20T00:00:00") + minutes.astype("timedelta64[m]"):
-            action, quantity = ("cancel", -1) if random.random() < 0.1 else ("purchase", int(random.integers(1, 30)))
-            row = [f"u{user}", str(time), action, f"{1000 + int(random.zipf(1.3)) % items}", quantity, round(float(random.random() * 9), 2)]
+            action, quantity = (
+                ("cancel", -1)
+                if random.random() < 0.1
+                else ("purchase", int(random.integers(1, 30)))
+            )
+            row = [
+                f"u{user}",
+                str(time),
+                action,
+                f"{1000 + int(random.zipf(1.3)) % items}",
+                quantity,
+                round(float(random.random() * 9), 2),
+            ]
             found.append(dict(zip(NAMES, row, strict=True)))
     return found
 
 
 ROWS = events()
-ITEMS = [{"item": str(1000 + number), "description": f"THING {number} ,  RED"} for number in range(12)]
-TOKENIZER = train_tokenizer([json.dumps(ROWS), "On which day is the last purchase of? from to"], 400)
+ITEMS = [
+    {"item": str(1000 + number), "description": f"THING {number} ,  RED"} for number in range(12)
+]
+TOKENIZER = train_tokenizer(
+    [json.dumps(ROWS), "On which day is the last purchase of? from to"], 400
+)
 
 
 def write(path: Path, rows: list, pack: str = "") -> Path:
@@ -67,12 +82,21 @@ def write(path: Path, rows: list, pack: str = "") -> Path:
         writer.writerows(rows)
         content = text.getvalue().encode()
     else:
-        content = b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
+        content = b"".join(
+            (row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows
+        )
     path.write_bytes(PACK[pack](content))
     return path
 
 
-def behavior(log: Log, split: str = "train", length: int = 3000, count: int = 100, tokenizer=TOKENIZER, **options) -> Behavior:
+def behavior(
+    log: Log,
+    split: str = "train",
+    length: int = 3000,
+    count: int = 100,
+    tokenizer=TOKENIZER,
+    **options,
+) -> Behavior:
     return Behavior(log, tokenizer, 7, split, length, count, **options)
 
 
@@ -88,14 +112,24 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Log:
 
 
 def same(log: Log, other: Log) -> bool:
-    assert (log.items, log.descriptions, log.actions) == (other.items, other.descriptions, other.actions)
+    assert (log.items, log.descriptions, log.actions) == (
+        other.items,
+        other.descriptions,
+        other.actions,
+    )
     for one, two in zip(log.histories, other.histories, strict=True):
         assert one.user == two.user
-        assert all(np.array_equal(getattr(one, name), getattr(two, name)) for name in ("time", "action", "item", "quantity", "price"))
+        assert all(
+            np.array_equal(getattr(one, name), getattr(two, name))
+            for name in ("time", "action", "item", "quantity", "price")
+        )
     return True
 
 
-@pytest.mark.parametrize("name", ["jsonl", "jsonl.xz", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "csv.xz", "csv.zst", "parquet"])
+@pytest.mark.parametrize(
+    "name",
+    ["jsonl", "jsonl.xz", "jsonl.gz", "jsonl.zst", "csv", "csv.gz", "csv.xz", "csv.zst", "parquet"],
+)
 def test_every_format_gives_the_same_log(tmp_path: Path, log: Log, name: str):
     pack = Path(name).suffix if Path(name).suffix in PACK else ""
     write(tmp_path / f"events.{name}", ROWS, pack)
@@ -109,14 +143,39 @@ def test_files_with_other_names_and_columns(tmp_path: Path, log: Log):
     renamed = [{names[name]: value for name, value in row.items()} for row in ROWS]
     for part in range(3):
         write(tmp_path / f"part-{part}.jsonl", renamed[part * 450 : (part + 1) * 450])
-    write(tmp_path / "items.csv", [{"thing": row["item"], "name": row["description"]} for row in ITEMS])
-    assert same(read_log(tmp_path, columns=Columns("who", "when", "what", "thing", "how many", "each", "name")), log)
-    plain = read_log(tmp_path / "part-0.jsonl", columns=Columns("who", "when", None, "thing", None, None), action="view")
-    assert lines(plain.histories[0], plain)[0][1] == f"{ROWS[0]['timestamp'][11:16]} view {ROWS[0]['item']}\n"
-    assert {behavior(plain, length=600, action="view").question(number).query.kind for number in range(80)} == set(KINDS) - {"total"}
+    write(
+        tmp_path / "items.csv",
+        [{"thing": row["item"], "name": row["description"]} for row in ITEMS],
+    )
+    assert same(
+        read_log(
+            tmp_path, columns=Columns("who", "when", "what", "thing", "how many", "each", "name")
+        ),
+        log,
+    )
+    plain = read_log(
+        tmp_path / "part-0.jsonl",
+        columns=Columns("who", "when", None, "thing", None, None),
+        action="view",
+    )
+    assert (
+        lines(plain.histories[0], plain)[0][1]
+        == f"{ROWS[0]['timestamp'][11:16]} view {ROWS[0]['item']}\n"
+    )
+    assert {
+        behavior(plain, length=600, action="view").question(number).query.kind
+        for number in range(80)
+    } == set(KINDS) - {"total"}
 
 
-GOOD = {"user_id": "a", "timestamp": "2011-01-01T10:00:00", "action": "purchase", "item": "7", "quantity": 1, "price": 1.5}
+GOOD = {
+    "user_id": "a",
+    "timestamp": "2011-01-01T10:00:00",
+    "action": "purchase",
+    "item": "7",
+    "quantity": 1,
+    "price": 1.5,
+}
 BAD = {
     "null field": (GOOD | {"item": None}, "item: null given"),
     "missing field": (
@@ -133,8 +192,14 @@ BAD = {
     "infinite price": (GOOD | {"price": float("inf")}, "price: inf given, a number"),
     "words for a price": (GOOD | {"price": "cheap"}, "price: 'cheap' given, a number"),
     "half an item": (GOOD | {"quantity": 0.5}, "quantity: 0.5 given, a whole number"),
-    "no time": (GOOD | {"timestamp": "1st of May"}, "timestamp: '1st of May' given, a time in ISO 8601"),
-    "seconds": (GOOD | {"timestamp": 1293876000}, "timestamp: 1293876000 given, a time in ISO 8601"),
+    "no time": (
+        GOOD | {"timestamp": "1st of May"},
+        "timestamp: '1st of May' given, a time in ISO 8601",
+    ),
+    "seconds": (
+        GOOD | {"timestamp": 1293876000},
+        "timestamp: 1293876000 given, a time in ISO 8601",
+    ),
     "time zone": (
         GOOD | {"timestamp": "2011-01-01T10:00:00+01:00"},
         "timestamp: .* with a time zone, but the log's first",
@@ -147,14 +212,18 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_an_unusable_row_is_named_by_file_and_line(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]):
+def test_an_unusable_row_is_named_by_file_and_line(
+    tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]
+):
     row, reason = BAD[case]
     write(tmp_path / "events.jsonl", [GOOD, b"", row, GOOD | {"quantity": 2}])
     write(tmp_path / "items.jsonl", [{"item": "7", "description": "MUG"}])
     with pytest.raises(UserError, match=rf"events.jsonl:3: malformed row: {reason}"):
         read_log(tmp_path)
     assert len(read_log(tmp_path, on_error="skip").histories[0]) == 2
-    assert re.search(rf"1 unusable row skipped; the first: .*events.jsonl:3: {reason}", capsys.readouterr().out)
+    assert re.search(
+        rf"1 unusable row skipped; the first: .*events.jsonl:3: {reason}", capsys.readouterr().out
+    )
 
 
 def test_unusable_rows_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -174,7 +243,8 @@ def test_unusable_rows_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFi
         read_log(table)
     path.write_bytes(good.replace(b"item", b"thing"))
     with pytest.raises(
-        UserError, match=r"events.csv:2: malformed row: item: missing; the columns are user_id, timestamp, action, thing, q"
+        UserError,
+        match=r"events.csv:2: malformed row: item: missing; the columns are user_id, timestamp, action, thing, q",
     ):
         read_log(path)
 
@@ -184,10 +254,17 @@ def test_a_quote_that_is_never_closed_is_named_where_it_opens(tmp_path: Path, on
     """However unusable rows are treated: what it swallows are many."""
     path = tmp_path / "events.csv"
     row = "a,2011-01-01,purchase,7,1,2\n"
-    path.write_text("user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7') + row * 20)
-    with pytest.raises(UserError, match=r"events.csv:3: a quote is never closed, the 21 lines from here on are one field$"):
+    path.write_text(
+        "user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7') + row * 20
+    )
+    with pytest.raises(
+        UserError,
+        match=r"events.csv:3: a quote is never closed, the 21 lines from here on are one field$",
+    ):
         read_log(path, on_error=on_error)
-    path.write_text("user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7"7') + row)
+    path.write_text(
+        "user_id,timestamp,action,item,quantity,price\n" + row + row.replace("7", '"7"7') + row
+    )
     if on_error == "skip":
         assert len(read_log(path, on_error=on_error).histories[0]) == 2
     else:
@@ -200,19 +277,27 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     for pack in (".xz", ".gz", ".zst"):
         for kind in ("jsonl", "csv"):
             path = tmp_path / f"cut.{kind}{pack}"
-            content = whole if kind == "jsonl" else b"user_id,timestamp\n" + b"a,2011-01-01\n" * 20_000
+            content = (
+                whole if kind == "jsonl" else b"user_id,timestamp\n" + b"a,2011-01-01\n" * 20_000
+            )
             packed = PACK[pack](content)
             path.write_bytes(packed[: len(packed) // 2])
-            with pytest.raises(UserError, match=rf"cut.{kind}{pack}: cannot be read after line \d+: "):
+            with pytest.raises(
+                UserError, match=rf"cut.{kind}{pack}: cannot be read after line \d+: "
+            ):
                 read_log(path, on_error="skip")
-    (tmp_path / "cut.parquet").write_bytes(write(tmp_path / "whole.parquet", ROWS).read_bytes()[:-100])
+    (tmp_path / "cut.parquet").write_bytes(
+        write(tmp_path / "whole.parquet", ROWS).read_bytes()[:-100]
+    )
     with pytest.raises(UserError, match=r"cut.parquet: cannot be read"):
         read_log(tmp_path / "cut.parquet")
     for kind in ("jsonl", "csv", "jsonl.gz"):
         empty = write(tmp_path / f"empty.{kind}", [], ".gz" if kind.endswith("gz") else "")
         with pytest.raises(UserError, match=rf"empty.{kind}: no rows"):
             read_log(empty)
-        with pytest.raises(UserError, match=rf"empty.{kind} has no usable event; 1 unusable row skipped"):
+        with pytest.raises(
+            UserError, match=rf"empty.{kind} has no usable event; 1 unusable row skipped"
+        ):
             read_log(empty, on_error="skip")
     (tmp_path / "notes.txt").write_text("none")
     (tmp_path / "nothing").mkdir()
@@ -227,23 +312,41 @@ def test_files_that_cannot_be_read(tmp_path: Path):
             read_log(tmp_path / root, items and tmp_path / items)
 
 
-def test_events_out_of_order_are_refused_or_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_events_out_of_order_are_refused_or_sorted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     days = [3, 1, 2, 2, 5]
-    rows = [GOOD | {"timestamp": f"2011-01-0{day}T10:00:00", "quantity": number} for number, day in enumerate(days)]
+    rows = [
+        GOOD | {"timestamp": f"2011-01-0{day}T10:00:00", "quantity": number}
+        for number, day in enumerate(days)
+    ]
     path = write(tmp_path / "events.jsonl", rows)
-    with pytest.raises(UserError, match=r"events.jsonl:2: earlier than an event of the same user before it"):
+    with pytest.raises(
+        UserError, match=r"events.jsonl:2: earlier than an event of the same user before it"
+    ):
         read_log(path)
     history = read_log(path, on_error="skip").histories[0]
     assert history.quantity.tolist() == [1, 2, 3, 0, 4], "stable"
     assert "3 events were out of order and are sorted; the first:" in capsys.readouterr().out
-    others = write(tmp_path / "two.jsonl", [GOOD | {"timestamp": "2011-02-01"}, GOOD | {"user_id": "b"}])
-    assert [history.user for history in read_log(others).histories] == ["a", "b"], "the order is each user's own"
+    others = write(
+        tmp_path / "two.jsonl", [GOOD | {"timestamp": "2011-02-01"}, GOOD | {"user_id": "b"}]
+    )
+    assert [history.user for history in read_log(others).histories] == ["a", "b"], (
+        "the order is each user's own"
+    )
 
 
-def test_equal_rows_are_kept_or_dropped_and_always_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    path = write(tmp_path / "events.jsonl", [GOOD, GOOD | {"item": "8"}, GOOD, GOOD | {"user_id": "b"}, GOOD])
+def test_equal_rows_are_kept_or_dropped_and_always_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write(
+        tmp_path / "events.jsonl", [GOOD, GOOD | {"item": "8"}, GOOD, GOOD | {"user_id": "b"}, GOOD]
+    )
     assert sum(map(len, read_log(path).histories)) == 5
-    assert re.search(r"^2 events equal an earlier one in every column, the first: .*events.jsonl:3; kept", capsys.readouterr().out)
+    assert re.search(
+        r"^2 events equal an earlier one in every column, the first: .*events.jsonl:3; kept",
+        capsys.readouterr().out,
+    )
     dropped = read_log(path, duplicates="drop")
     assert [dropped.items[item] for item in dropped.histories[0].item] == ["7", "8"]
     assert "left out" in capsys.readouterr().out
@@ -252,10 +355,17 @@ def test_equal_rows_are_kept_or_dropped_and_always_counted(tmp_path: Path, capsy
 def test_times_with_offsets_become_utc(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     times = ["2011-01-01T00:30:00+01:00", "2010-12-31T20:00:00-05:00", "2011-01-01T02:00:00Z"]
     log = read_log(write(tmp_path / "events.jsonl", [GOOD | {"timestamp": time} for time in times]))
-    assert log.histories[0].time.astype(str).tolist() == ["2010-12-31T23:30:00", "2011-01-01T01:00:00", "2011-01-01T02:00:00"]
+    assert log.histories[0].time.astype(str).tolist() == [
+        "2010-12-31T23:30:00",
+        "2011-01-01T01:00:00",
+        "2011-01-01T02:00:00",
+    ]
     assert "times with 3 offsets from UTC are shown in UTC" in capsys.readouterr().out
     naive = write(tmp_path / "events.jsonl", [GOOD | {"timestamp": times[0]}, GOOD])
-    with pytest.raises(UserError, match=r"events.jsonl:2: .*without a time zone, but the log's first event is with one"):
+    with pytest.raises(
+        UserError,
+        match=r"events.jsonl:2: .*without a time zone, but the log's first event is with one",
+    ):
         read_log(naive)
 
 
@@ -268,7 +378,9 @@ def test_users_are_split_once_for_all(users: set[str], random):
     random.shuffle(shuffled)
     found = split_users(shuffled)
     assert found == split_users(sorted(users))
-    assert sorted(user for part in found.values() for user in part) == sorted(users), "each user in one split"
+    assert sorted(user for part in found.values() for user in part) == sorted(users), (
+        "each user in one split"
+    )
     least = 3 if len(users) >= 9 else 1
     assert all(len(part) >= least for part in found.values())
     grown = split_users([*users, "a new user"])
@@ -283,13 +395,18 @@ def test_too_few_users():
 
 
 def test_no_split_sees_another_ones_users(log: Log):
-    seen = {split: {log.histories[behavior(log, split).question(i).user].user for i in range(40)} for split in SPLITS}
+    seen = {
+        split: {log.histories[behavior(log, split).question(i).user].user for i in range(40)}
+        for split in SPLITS
+    }
     assert all(len(users) == 3 for users in seen.values())
     assert len(set.union(*seen.values())) == 9
     shown = "\n".join(texts(log))
     for user in seen["validation"] | seen["test"]:
         history = log.histories[[history.user for history in log.histories].index(user)]
-        assert sum(f"{day}{line}" in shown for day, line in lines(history, log)) <= 1, "unseen by the tokenizer too"
+        assert sum(f"{day}{line}" in shown for day, line in lines(history, log)) <= 1, (
+            "unseen by the tokenizer too"
+        )
 
 
 # -- text -------------------------------------------------------------------------------------------------------------------------------
@@ -298,11 +415,21 @@ def test_no_split_sees_another_ones_users(log: Log):
 def test_lines(tmp_path: Path):
     rows = [
         GOOD | {"timestamp": "2010-12-01T14:41:00", "item": "21495", "quantity": 25, "price": 0.42},
-        GOOD | {"timestamp": "2010-12-01T14:41:07", "item": "21495", "action": "cancel", "quantity": -1, "price": 1234.5678},
+        GOOD
+        | {
+            "timestamp": "2010-12-01T14:41:07",
+            "item": "21495",
+            "action": "cancel",
+            "quantity": -1,
+            "price": 1234.5678,
+        },
         GOOD | {"timestamp": "2010-12-03", "price": -2},
     ]
     write(tmp_path / "events.jsonl", rows)
-    write(tmp_path / "items.jsonl", [{"item": "21495", "description": " RED\n MUG "}, {"item": 7, "description": "CUP"}])
+    write(
+        tmp_path / "items.jsonl",
+        [{"item": "21495", "description": " RED\n MUG "}, {"item": 7, "description": "CUP"}],
+    )
     log = read_log(tmp_path)
     assert lines(log.histories[0], log) == [
         ("2010-12-01\n", "14:41 purchase 25 x RED MUG (21495) at 0.42\n"),
@@ -311,9 +438,18 @@ def test_lines(tmp_path: Path):
     ]
     bare = read_log(tmp_path, descriptions=False)
     assert lines(bare.histories[0], bare)[0][1] == "14:41 purchase 25 x 21495 at 0.42\n"
-    assert lines(log.histories[0], log, "lines")[2] == ("", "2010-12-03 00:00 purchase 1 x CUP (7) at -2.00\n")
-    assert lines(log.histories[0], log, "items")[0] == ("", "21495 2010-12-01 14:41 purchase 25 x RED MUG at 0.42\n")
-    assert lines(bare.histories[0], bare, "items")[2] == ("", "7 2010-12-03 00:00 purchase 1 x at -2.00\n")
+    assert lines(log.histories[0], log, "lines")[2] == (
+        "",
+        "2010-12-03 00:00 purchase 1 x CUP (7) at -2.00\n",
+    )
+    assert lines(log.histories[0], log, "items")[0] == (
+        "",
+        "21495 2010-12-01 14:41 purchase 25 x RED MUG at 0.42\n",
+    )
+    assert lines(bare.histories[0], bare, "items")[2] == (
+        "",
+        "7 2010-12-03 00:00 purchase 1 x at -2.00\n",
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -326,12 +462,17 @@ def test_every_event_knows_its_tokens(log: Log, layout: str):
     for chosen in ([], [3], [4, 5, 6], [0, 7, 8, 20, 21, 149], list(range(30, 90))):
         text, before = "", ""
         for event in chosen:
-            text, before = text + shown[event][0] * (shown[event][0] != before) + shown[event][1], shown[event][0]
+            text, before = (
+                text + shown[event][0] * (shown[event][0] != before) + shown[event][1],
+                shown[event][0],
+            )
         assert TOKENIZER.decode(encoded.tokens(np.array(chosen, dtype=int))) == text
     for end in (0, 1, 5, 80, 150):
         for room in (0, 20, 60, 500, 10**6):
             sizes = [len(encoded.tokens(np.arange(start, end))) for start in range(end)]
-            assert encoded.fitting(end, room) == next((start for start in range(end) if sizes[start] <= room), end)
+            assert encoded.fitting(end, room) == next(
+                (start for start in range(end) if sizes[start] <= room), end
+            )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -342,12 +483,20 @@ def test_an_example_is_history_question_answer(log: Log, layout: str, length: in
         question = found.question(number)
         ids, labels = found[number]
         assert len(ids) <= length
-        assert TOKENIZER.decode(ids) == f"<|user|>{found.text(question)}<|assistant|>{question.answer}<|end|>"
+        assert (
+            TOKENIZER.decode(ids)
+            == f"<|user|>{found.text(question)}<|assistant|>{question.answer}<|end|>"
+        )
         assert TOKENIZER.decode(labels[labels != -100]) == f"{question.answer}<|end|>"
         _, asked = found.text(question).split("\n\n")
         assert asked == wording(question.query, log, "purchase", numbers=layout == "items")
         encoded = found.encoded(question.user)
-        assert len(encoded.tokens(np.arange(max(0, question.start - 1), question.end))) + found.reserved > length or not question.start
+        assert (
+            len(encoded.tokens(np.arange(max(0, question.start - 1), question.end)))
+            + found.reserved
+            > length
+            or not question.start
+        )
         if question.age:
             tail = encoded.tokens(found.window(question))[-question.age :]
             oldest = lines(log.histories[question.user], log, layout)[question.evidence[0]][1]
@@ -371,8 +520,14 @@ def test_examples_are_pure_functions_of_seed_split_index_and_length(log: Log):
 
 def test_options_that_cannot_be(log: Log):
     for options, reason in [
-        ({"kinds": ["cuont"]}, r"data.kinds: 'cuont' given \(did you mean count\?\), allowed: last_time"),
-        ({"action": "purchas"}, r"data.action: 'purchas' given \(did you mean purchase\?\), the log has: cancel, purchase"),
+        (
+            {"kinds": ["cuont"]},
+            r"data.kinds: 'cuont' given \(did you mean count\?\), allowed: last_time",
+        ),
+        (
+            {"action": "purchas"},
+            r"data.action: 'purchas' given \(did you mean purchase\?\), the log has: cancel, purchase",
+        ),
     ]:
         with pytest.raises(UserError, match=reason):
             behavior(log, **options)
@@ -398,11 +553,17 @@ QUESTIONS = {
 
 def derive(asked: str, whole: pd.DataFrame, start: int, end: int) -> tuple[str, list[int]]:
     """(answer, events that count), from the question's words and a user's rows alone."""
-    kind, said = next((kind, found.groupdict()) for kind, form in QUESTIONS.items() if (found := re.fullmatch(form, asked)))
+    kind, said = next(
+        (kind, found.groupdict())
+        for kind, form in QUESTIONS.items()
+        if (found := re.fullmatch(form, asked))
+    )
     if kind == "next":
         return whole.loc[end:].query("action == 'purchase'").iloc[0]["item"], []
     shown = whole.iloc[start:end].query("action == 'purchase'")
-    x, y = (shown[shown["item"] == re.sub(r".*\((.*)\)$", r"\1", said.get(name) or "")] for name in "xy")
+    x, y = (
+        shown[shown["item"] == re.sub(r".*\((.*)\)$", r"\1", said.get(name) or "")] for name in "xy"
+    )
     if "first" in said:
         shown = shown[(shown["day"] >= said["first"]) & (shown["day"] <= said["last"])]
     if kind == "time":
@@ -418,7 +579,9 @@ def derive(asked: str, whole: pd.DataFrame, start: int, end: int) -> tuple[str, 
         return counts.index[0], shown.index[shown["item"] == counts.index[0]].tolist()
     if kind == "after":
         assert y["timestamp"].max() != x["timestamp"].max(), "neither before nor after"
-        return "yes" if (y["timestamp"] > x["timestamp"].max()).any() else "no", sorted([x.index[-1], y.index[-1]])
+        return "yes" if (y["timestamp"] > x["timestamp"].max()).any() else "no", sorted(
+            [x.index[-1], y.index[-1]]
+        )
     if kind == "followed":
         at = x.index[-1 if said["which"] == "last" else 0]
         after = shown.loc[at + 1 :].iloc[0]
@@ -426,29 +589,41 @@ def derive(asked: str, whole: pd.DataFrame, start: int, end: int) -> tuple[str, 
         return after["item"], [at, after.name]
     month = shown[shown["day"].str[:7] == said["month"]]
     total = sum(
-        (Decimal(str(price)) * int(quantity) for price, quantity in zip(month["price"], month["quantity"], strict=True)), Decimal(0)
+        (
+            Decimal(str(price)) * int(quantity)
+            for price, quantity in zip(month["price"], month["quantity"], strict=True)
+        ),
+        Decimal(0),
     )
     return str(total.quantize(Decimal("0.01"), ROUND_HALF_UP)), month.index.tolist()
 
 
 def frames(rows: list[dict] | Path) -> dict[str, pd.DataFrame]:
-    table = pd.DataFrame([json.loads(line) for line in rows.open()] if isinstance(rows, Path) else rows)
+    table = pd.DataFrame(
+        [json.loads(line) for line in rows.open()] if isinstance(rows, Path) else rows
+    )
     table["day"] = table["timestamp"].str[:10]
     table = table.sort_values("timestamp", kind="stable")
     return {user: part.reset_index(drop=True) for user, part in table.groupby("user_id")}
 
 
-def check(found: Behavior, users: dict[str, pd.DataFrame], count: int, length: int | None = None) -> set[str]:
+def check(
+    found: Behavior, users: dict[str, pd.DataFrame], count: int, length: int | None = None
+) -> set[str]:
     kinds = set()
     for number in range(count):
         question = found.question(number, length)
         asked = wording(question.query, found.log, found.action)
-        answer, evidence = derive(asked, users[found.log.histories[question.user].user], question.start, question.end)
+        answer, evidence = derive(
+            asked, users[found.log.histories[question.user].user], question.start, question.end
+        )
         assert question.answer == answer, asked
         assert list(question.evidence) == evidence, asked
         assert all(question.start <= event < question.end for event in evidence)
         encoded = found.encoded(question.user)
-        assert question.age == (int(encoded.ends[question.end - 1] - encoded.starts[evidence[0]]) if evidence else None)
+        assert question.age == (
+            int(encoded.ends[question.end - 1] - encoded.starts[evidence[0]]) if evidence else None
+        )
         assert question.query.kind == "next_item" or evidence
         if evidence:
             assert found.oracle(question, found.window(question)) == answer
@@ -467,27 +642,47 @@ def test_answers_on_real_data(shared_data: Path):
     root = shared_data / "user_behavior"
     log, users = read_log(root), frames(root / "events.jsonl")
     tokenizer = train_tokenizer(list(texts(log))[:3000], 512)
-    assert {split: len(part) for split, part in split_users(list(users)).items()} == {"train": 11, "validation": 3, "test": 3}
+    assert {split: len(part) for split, part in split_users(list(users)).items()} == {
+        "train": 11,
+        "validation": 3,
+        "test": 3,
+    }
     for split in SPLITS:
-        assert check(behavior(log, split, tokenizer=tokenizer), users, 60, length=16384) == set(KINDS)
+        assert check(behavior(log, split, tokenizer=tokenizer), users, 60, length=16384) == set(
+            KINDS
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_whole_words_lose_nothing(text: str):
     tokenizer = whole_words()
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]) == text
+    assert (
+        tokenizer.decode(
+            tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        )
+        == text
+    )
 
 
 @functools.cache
 def whole_words() -> PreTrainedTokenizerFast:
     return train_tokenizer(
-        ["2011-05-31 14:05 purchase 6 x 85123A at 2.55\n\nOn which day is the last purchase of 85123A?"] * 5, 400, (), True
+        [
+            "2011-05-31 14:05 purchase 6 x 85123A at 2.55\n\nOn which day is the last purchase of 85123A?"
+        ]
+        * 5,
+        400,
+        (),
+        True,
     )
 
 
 def test_a_number_is_one_token_with_and_without_a_space_before_it():
-    tokens = [whole_words().tokenize(text) for text in ("2011-05-31 at 2.55\n", "85123A", "purchase of 85123A?", "14:05")]
+    tokens = [
+        whole_words().tokenize(text)
+        for text in ("2011-05-31 at 2.55\n", "85123A", "purchase of 85123A?", "14:05")
+    ]
     assert [len(found) for found in tokens] == [6, 1, 6, 1]  # a day is one token, and so is a space
     assert tokens[1][0] == tokens[2][4]
 
@@ -502,7 +697,9 @@ def test_a_row_may_ask_several_questions_about_its_window(log: Log):
         first = found.question(number)
         prompt = found.prompt(first)
         text = TOKENIZER.decode(ids)
-        turns = [part.split("<|end|>")[0].split("<|assistant|>") for part in text.split("<|user|>")[1:]]
+        turns = [
+            part.split("<|end|>")[0].split("<|assistant|>") for part in text.split("<|user|>")[1:]
+        ]
         asked = [turns[0][0].rsplit("\n", 1)[1], *(turn[0] for turn in turns[1:])]
         user = users[log.histories[first.user].user]
         assert len(set(asked)) == len(asked)  # what is asked twice needs no lookup
@@ -529,8 +726,15 @@ def test_training_rows_may_be_about_a_history_with_fewer_events_on_other_days(lo
         whole, moved, places = plain[history.user], set(), []
         key = ("action", "item", "quantity", "price")
         rows = [tuple(int(getattr(whole, name)[n]) for name in key) for n in range(len(whole))]
-        for n in range(len(history)):  # prices are all but unique, so that an event is found again by what it says
-            places.append(rows.index(tuple(int(getattr(history, name)[n]) for name in key), places[-1] + 1 if places else 0))
+        for n in range(
+            len(history)
+        ):  # prices are all but unique, so that an event is found again by what it says
+            places.append(
+                rows.index(
+                    tuple(int(getattr(history, name)[n]) for name in key),
+                    places[-1] + 1 if places else 0,
+                )
+            )
             moved.add(int((history.time[n] - whole.time[places[-1]]) // np.timedelta64(1, "s")))
         assert len(moved) == 1
         (by,) = moved
@@ -539,14 +743,34 @@ def test_training_rows_may_be_about_a_history_with_fewer_events_on_other_days(lo
         shares.append(len(places) / (places[-1] - places[0] + 1))
         question = one.question(number)
         rows = [
-            dict(zip(NAMES, (history.user, str(time), log.actions[action], log.items[item], int(quantity), price / 1e4), strict=True))
-            for time, action, item, quantity, price in zip(*(getattr(history, name) for name in ("time", *key)), strict=True)
+            dict(
+                zip(
+                    NAMES,
+                    (
+                        history.user,
+                        str(time),
+                        log.actions[action],
+                        log.items[item],
+                        int(quantity),
+                        price / 1e4,
+                    ),
+                    strict=True,
+                )
+            )
+            for time, action, item, quantity, price in zip(
+                *(getattr(history, name) for name in ("time", *key)), strict=True
+            )
         ]
         (user,) = frames(rows).values()
-        answer, evidence = derive(wording(question.query, log, "purchase"), user, question.start, question.end)
+        answer, evidence = derive(
+            wording(question.query, log, "purchase"), user, question.start, question.end
+        )
         assert (question.answer, list(question.evidence)) == (answer, evidence)
         again = found.varied(number, None, 0.1, 40)
-        assert all((one == other).all() for one, other in zip(again.row_of(number), one.row_of(number), strict=True))
+        assert all(
+            (one == other).all()
+            for one, other in zip(again.row_of(number), one.row_of(number), strict=True)
+        )
     assert len(moves) > 30 and max(shares) == 1 and min(shares) < 0.3
     assert found.varied(0, None, 1.0, 0) is found
 
@@ -556,55 +780,104 @@ def test_training_rows_may_have_their_events_on_new_days(log: Log):
     found, spans = behavior(log, length=500, kinds=["last_time"], layout="items"), []
     first, last = (day.astype("datetime64[D]") for day in log.ends)
     for number in range(60):
-        one, plain = found.varied(number, None, 0.3, 10, [5, 60]), found.varied(number, None, 0.3, 0)
+        one, plain = (
+            found.varied(number, None, 0.3, 10, [5, 60]),
+            found.varied(number, None, 0.3, 0),
+        )
         (history,), (before,) = one.log.histories, plain.log.histories
         assert (history.item == before.item).all() and (history.price == before.price).all()
         assert (np.diff(history.time.astype(int)) >= 0).all()
         day = history.time.astype("datetime64[D]")
         assert first - 10 <= day.min() and day.max() <= last + 10
-        assert sorted(history.time - day) == sorted(before.time - before.time.astype("datetime64[D]"))
+        assert sorted(history.time - day) == sorted(
+            before.time - before.time.astype("datetime64[D]")
+        )
         spans.append(int((day.max() - day.min()).astype(int)))
         question = one.question(number)
-        at = np.flatnonzero((history.item == question.query.item) & (history.action == log.actions.index("purchase")))
+        at = np.flatnonzero(
+            (history.item == question.query.item)
+            & (history.action == log.actions.index("purchase"))
+        )
         assert question.answer == str(day[at[at < question.end][-1]])
-        assert (one.row_of(number)[0] == found.varied(number, None, 0.3, 10, [5, 60]).row_of(number)[0]).all()
+        assert (
+            one.row_of(number)[0] == found.varied(number, None, 0.3, 10, [5, 60]).row_of(number)[0]
+        ).all()
     assert max(spans) <= 60 and min(spans) < 15 and len(set(spans)) > 20
 
 
 def test_a_data_module_hands_its_keys_on(tmp_path: Path):
     """Training rows are those of `varied` in the layout that is asked for, and so are the texts for a tokenizer; validation is as it is."""
     root = write(tmp_path / "events.jsonl", ROWS)
-    keys = {"layout": "items", "keep_events": 0.5, "shift_days": 20, "new_days": [5, 60], "questions": 4, "train_length": 400}
-    data = UserBehaviorData(root=str(root), kinds=["last_time"], batch_size=3, val_examples=2, **keys)
+    keys = {
+        "layout": "items",
+        "keep_events": 0.5,
+        "shift_days": 20,
+        "new_days": [5, 60],
+        "questions": 4,
+        "train_length": 400,
+    }
+    data = UserBehaviorData(
+        root=str(root), kinds=["last_time"], batch_size=3, val_examples=2, **keys
+    )
     module = UserBehaviorDataModule(data, TOKENIZER, seed=3, max_steps=2)
     batch = next(iter(module.train_dataloader()))
-    plain = Behavior(module.log, TOKENIZER, 3, "train", 400, 6, ["last_time"], "purchase", "items", 4)
+    plain = Behavior(
+        module.log, TOKENIZER, 3, "train", 400, 6, ["last_time"], "purchase", "items", 4
+    )
     for row in range(3):
         ids, labels = plain.varied(row, 400, 0.5, 20, [5, 60]).row_of(row, 400)
-        assert (batch["input_ids"][row, : len(ids)].numpy() == ids).all() and (batch["labels"][row, : len(ids)].numpy() == labels).all()
+        assert (batch["input_ids"][row, : len(ids)].numpy() == ids).all() and (
+            batch["labels"][row, : len(ids)].numpy() == labels
+        ).all()
         assert re.match(r"<\|user\|>\d+ 201\d-\d\d-\d\d ", TOKENIZER.decode(ids))
-    unchanged = Behavior(module.log, TOKENIZER, 3, "validation", 400, 2, ["last_time"], "purchase", "items", 1)
+    unchanged = Behavior(
+        module.log, TOKENIZER, 3, "validation", 400, 2, ["last_time"], "purchase", "items", 1
+    )
     seen = next(iter(module.val_dataloader()))["input_ids"]
     assert (seen[0, -len(unchanged[0][0]) :].numpy() == unchanged[0][0]).all()
-    assert all(re.match(r"\d+ 201\d-\d\d-\d\d ", text) for text in UserBehaviorDataModule.texts(data))
+    assert all(
+        re.match(r"\d+ 201\d-\d\d-\d\d ", text) for text in UserBehaviorDataModule.texts(data)
+    )
 
 
 def test_a_tokenizer_knows_the_months_that_moved_days_have(log: Log):
     months = {text[:7] for text in texts(log, shift_days=200) if text[:2] == "20"}
-    assert {"2010-08", "2011-10"} <= months and not months & {text[:7] for text in texts(log) if text[:7] == "2010-08"}
+    assert {"2010-08", "2011-10"} <= months and not months & {
+        text[:7] for text in texts(log) if text[:7] == "2010-08"
+    }
 
 
 @given(st.data())
 def test_answers_on_any_small_log(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
     """Few items, few days, many equal times: where ties, repeats and empty windows are common."""
-    row = st.tuples(st.integers(0, 40), st.sampled_from(["purchase", "purchase", "cancel"]), st.sampled_from("ABC"), st.integers(-3, 9))
+    row = st.tuples(
+        st.integers(0, 40),
+        st.sampled_from(["purchase", "purchase", "cancel"]),
+        st.sampled_from("ABC"),
+        st.integers(-3, 9),
+    )
     size = data.draw(st.integers(1, 25))
     rows = []
     for user in "abc":
-        for hours, action, item, quantity in sorted(data.draw(st.lists(row, min_size=size, max_size=size)), key=lambda found: found[0]):
+        for hours, action, item, quantity in sorted(
+            data.draw(st.lists(row, min_size=size, max_size=size)), key=lambda found: found[0]
+        ):
             time = str(np.datetime64("2011-01-30T20:00:00") + np.timedelta64(3 * hours, "h"))
             rows.append(
-                dict(zip(NAMES, ["u" + user, time, action, item, quantity, data.draw(st.sampled_from([0.125, 2.5, 0.3333]))], strict=True))
+                dict(
+                    zip(
+                        NAMES,
+                        [
+                            "u" + user,
+                            time,
+                            action,
+                            item,
+                            quantity,
+                            data.draw(st.sampled_from([0.125, 2.5, 0.3333])),
+                        ],
+                        strict=True,
+                    )
+                )
             )
     log = read_log(write(tmp_path_factory.mktemp("small") / "events.jsonl", rows))
     if "purchase" not in log.actions:
@@ -625,19 +898,26 @@ def test_kinds_answers_and_ages_are_balanced(tmp_path: Path):
     log = read_log(write(tmp_path / "events.jsonl", events(users=9, count=700, items=150, seed=3)))
     found = behavior(log, length=16384)
     asked = [found.question(number) for number in range(1600)]
-    by_kind = {kind: [question for question in asked if question.query.kind == kind] for kind in KINDS}
+    by_kind = {
+        kind: [question for question in asked if question.query.kind == kind] for kind in KINDS
+    }
     assert all(150 <= len(questions) <= 250 for questions in by_kind.values()), "200 expected"
     yes = [question.answer == "yes" for question in by_kind["bought_after"]]
     assert 0.38 < np.mean(yes) < 0.62
     ages = {
-        answer: np.mean([question.age for question in by_kind["bought_after"] if question.answer == answer]) for answer in ("yes", "no")
+        answer: np.mean(
+            [question.age for question in by_kind["bought_after"] if question.answer == answer]
+        )
+        for answer in ("yes", "no")
     }
     assert 0.7 < ages["yes"] / ages["no"] < 1.4, "the age says nothing about the answer"
     counts = np.bincount([int(question.answer) for question in by_kind["count"]], minlength=10)
     assert counts[0] == 0
     assert counts[1:].max() < 0.25 * counts.sum()
     for kind in ("last_time", "first_time", "followed"):
-        classes = np.bincount(age_class([question.age for question in by_kind[kind]]))[:-1]  # the last one is cut by the window
+        classes = np.bincount(age_class([question.age for question in by_kind[kind]]))[
+            :-1
+        ]  # the last one is cut by the window
         assert len(classes) >= 4
         assert classes.min() > 0.1 * classes.sum(), kind
 
@@ -651,18 +931,30 @@ def test_truncation_and_retrieval_keep_to_their_budget(log: Log):
     right = {"last": [], "bm25": []}
     for number in range(80):
         question = found.question(number)
-        encoded, last, best = found.encoded(question.user), found.truncate(question, 500), found.retrieve(question, 500)
+        encoded, last, best = (
+            found.encoded(question.user),
+            found.truncate(question, 500),
+            found.retrieve(question, 500),
+        )
         for events in (last, best):
             assert 400 < len(encoded.tokens(events)) <= 500
-            assert (np.diff(events) > 0).all() and question.start <= events[0] and events[-1] < question.end
-            assert found.text(question, events) == TOKENIZER.decode(found.prompt(question, events)[1:-1])
+            assert (
+                (np.diff(events) > 0).all()
+                and question.start <= events[0]
+                and events[-1] < question.end
+            )
+            assert found.text(question, events) == TOKENIZER.decode(
+                found.prompt(question, events)[1:-1]
+            )
         assert last[-1] == question.end - 1 and len(last) == last[-1] - last[0] + 1
         if question.query.kind in ("last_time", "first_time"):
             right["last"].append(found.oracle(question, last) == question.answer)
             right["bm25"].append(found.oracle(question, best) == question.answer)
             if question.age <= 400:
                 assert question.query.kind == "first_time" or right["last"][-1]
-    assert np.mean(right["bm25"]) > np.mean(right["last"]) + 0.2, "events that name the item come first"
+    assert np.mean(right["bm25"]) > np.mean(right["last"]) + 0.2, (
+        "events that name the item come first"
+    )
 
 
 def test_the_oracle_guesses_where_it_sees_too_little(log: Log):
@@ -676,16 +968,23 @@ def test_the_oracle_guesses_where_it_sees_too_little(log: Log):
             assert found.oracle(question, nothing) == ""
             assert found.oracle(question, np.array(x)) == question.answer
         else:
-            assert [found.oracle(question, np.array(events, dtype=int)) for events in ([], x, y)] == ["no", "no", "yes"]
+            assert [
+                found.oracle(question, np.array(events, dtype=int)) for events in ([], x, y)
+            ] == ["no", "no", "yes"]
 
 
 def test_a_tie_has_no_answer(tmp_path: Path):
-    rows = [GOOD | {"timestamp": f"2011-01-0{number // 2 + 1}T10:00:00", "item": item} for number, item in enumerate("ABBA")]
+    rows = [
+        GOOD | {"timestamp": f"2011-01-0{number // 2 + 1}T10:00:00", "item": item}
+        for number, item in enumerate("ABBA")
+    ]
     log = read_log(write(tmp_path / "events.jsonl", rows))
     history, day = log.histories[0], np.datetime64("2011-01-01")
     most = Query("most_frequent", first_day=day, last_day=day + 1)
     assert solve(most, history, log, np.arange(4)) is None
     assert solve(most, history, log, np.array([0, 1, 2])) == ("B", (1, 2))
-    assert solve(Query("bought_after", 0, 1), history, log, np.arange(4)) is None, "A and B were last bought at the same time"
+    assert solve(Query("bought_after", 0, 1), history, log, np.arange(4)) is None, (
+        "A and B were last bought at the same time"
+    )
     assert solve(Query("bought_after", 0, 1), history, log, np.array([0, 2])) == ("yes", (0, 2))
     assert solve(Query("last_time", 1), history, log, np.array([0, 3])) is None

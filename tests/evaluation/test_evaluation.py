@@ -12,24 +12,30 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.models import VOCABULARY, backbone, text, tiny
-from tests.support.tiny_runs import ROOT, TINY
 
 from comet_pl import CometConfig, CometForCausalLM, build
-from comet_pl.config.load import Config, load
 from comet_pl.chat.conversation import encode
+from comet_pl.config.load import Config, load
+from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation import scrolls as scrolls_evaluation
 from comet_pl.evaluation.generation import answer_prompts, generate
-from comet_pl.metrics.scrolls import SCROLLS, scores
-from comet_pl.config.schema import EvalConfig
 from comet_pl.experiment.checkpoint import checkpoint_content
+from comet_pl.metrics.scrolls import SCROLLS, scores
 from data.batches import pad_rows, train_tokenizer
 from data.passkey import DIGITS
 from data.scrolls import Example, options
+from tests.support.models import VOCABULARY, backbone, text, tiny
+from tests.support.tiny_runs import ROOT, TINY
 
-PASSKEY = [*TINY, "conf=passkey", "backbone.vocab_size=400", "data.train_length=64", "data.length_schedule=null"]
+PASSKEY = [
+    *TINY,
+    "conf=passkey",
+    "backbone.vocab_size=400",
+    "data.train_length=64",
+    "data.length_schedule=null",
+]
 PASSKEY += ["eval.lengths=[200,64]", "eval.depths=3", "eval.examples=2"]
 
 
@@ -78,13 +84,17 @@ def test_digits_without_rollover():
     prompts = text(2, 41, seed=1)
     with torch.no_grad():
         cache = closed(prompts[:, :40], chunk_sizes=[5] * 8, use_cache=True).past_key_values
-        wanted = closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1)
+        wanted = (
+            closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1)
+        )
         assert torch.equal(passkey.answer_digits(grown, Ids(), prompts)[:, 0], wanted)
 
 
 def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     model = tiny()
-    monkeypatch.setattr(passkey, "generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id))
+    monkeypatch.setattr(
+        passkey, "generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id)
+    )
     with torch.no_grad():
         assert passkey.answer_digits(model, Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
 
@@ -103,25 +113,46 @@ def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
     return answer_digits
 
 
-def test_passkey_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_passkey_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     model, tokenizer, config = made(PASSKEY)
-    monkeypatch.setattr(passkey, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key")))
+    monkeypatch.setattr(
+        passkey, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key"))
+    )
     model.train()
     results = evaluate(model, tokenizer, config, tmp_path)
     assert model.training, "as it was"
     assert results == json.loads((tmp_path / "eval" / "passkey.json").read_text())
     cell = {"accuracy": 1.0, "n": 2}
     expected = [
-        {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)} for length in (64, 200) for depth in (0.0, 0.5, 1.0)
+        {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)}
+        for length in (64, 200)
+        for depth in (0.0, 0.5, 1.0)
     ]
     mean = {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}
-    assert results == {"train_length": 64, "cells": expected, "mean": mean, "weights": passkey._made_with(model, config)}
+    assert results == {
+        "train_length": 64,
+        "cells": expected,
+        "mean": mean,
+        "weights": passkey._made_with(model, config),
+    }
     assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
-    lines = [json.loads(line) for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 12 and predictions == {line["id"]: line["prediction"] for line in lines}
-    assert all(line["score"] == float(line["prediction"] == line["references"][0]) == float(line["depth"] > 0) for line in lines)
-    assert all(line["references"][0].isdigit() and len(line["references"][0]) == DIGITS for line in lines)
+    assert all(
+        line["score"]
+        == float(line["prediction"] == line["references"][0])
+        == float(line["depth"] > 0)
+        for line in lines
+    )
+    assert all(
+        line["references"][0].isdigit() and len(line["references"][0]) == DIGITS for line in lines
+    )
     assert all(line["prompt_end"].endswith("The pass key is ") for line in lines)
     shown = capsys.readouterr().out
     assert "200" in shown and "66.7%" in shown and str(tmp_path) in shown.replace("\n", "")
@@ -135,7 +166,9 @@ def test_passkey_in_several_batches_is_the_same(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(passkey, "MOST_TOKENS", 400)
     assert evaluate(model, tokenizer, config, tmp_path / "two") == whole
     for name in ("passkey.json", "passkey.jsonl"):
-        assert (tmp_path / "one" / "predictions" / name).read_text() == (tmp_path / "two" / "predictions" / name).read_text()
+        assert (tmp_path / "one" / "predictions" / name).read_text() == (
+            tmp_path / "two" / "predictions" / name
+        ).read_text()
 
 
 def test_default_lengths_and_a_haystack_that_starts_over(
@@ -143,7 +176,9 @@ def test_default_lengths_and_a_haystack_that_starts_over(
 ):
     book = tmp_path / "book.txt"
     book.write_text("It was a long day on the sea.\n" * 60)
-    model, tokenizer, config = made([*PASSKEY, f"data.haystack={book}", "eval.lengths=null", "eval.depths=1", "eval.examples=1"])
+    model, tokenizer, config = made(
+        [*PASSKEY, f"data.haystack={book}", "eval.lengths=null", "eval.depths=1", "eval.examples=1"]
+    )
     monkeypatch.setattr(passkey, "answer_digits", knows(lambda shown: True))
     results = evaluate(model, tokenizer, config, tmp_path)
     assert results["mean"] == {"64": 1.0, "256": 1.0, "1024": 1.0, "2048": 1.0}
@@ -162,10 +197,18 @@ def test_too_short_a_length_is_refused(tmp_path: Path):
 
 def scrolls_root(folder: Path) -> Path:
     story = "The dog ran home and slept all day . " * 6
-    answers = {"narrative_qa": ["the dog", "a cat", "home"], "contract_nli": ["Entailment", "Contradiction", "Not mentioned"]}
+    answers = {
+        "narrative_qa": ["the dog", "a cat", "home"],
+        "contract_nli": ["Entailment", "Contradiction", "Not mentioned"],
+    }
     for task, outputs in answers.items():
         rows = [
-            {"id": str(n), "pid": f"{n}_0", "input": f"Who ran {'far ' * n}?\n\n{story * n}", "output": one}
+            {
+                "id": str(n),
+                "pid": f"{n}_0",
+                "input": f"Who ran {'far ' * n}?\n\n{story * n}",
+                "output": one,
+            }
             for n, one in enumerate(outputs)
         ]
         rows.append({**rows[0], "pid": "0_1", "output": "dog"})
@@ -177,7 +220,14 @@ def scrolls_root(folder: Path) -> Path:
 
 
 def scrolls(root: Path, *more: str) -> list[str]:
-    return [*TINY, "conf=scrolls", f"data.root={root}", "eval.max_new_tokens=6", "eval.examples=null", *more]
+    return [
+        *TINY,
+        "conf=scrolls",
+        f"data.root={root}",
+        "eval.max_new_tokens=6",
+        "eval.examples=null",
+        *more,
+    ]
 
 
 def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
@@ -186,47 +236,98 @@ def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
     assert results == json.loads((tmp_path / "eval" / "scrolls.json").read_text())
     for task in ("narrative_qa", "contract_nli"):
         texts = json.loads((tmp_path / "predictions" / f"{task}.json").read_text())
-        lines = [json.loads(line) for line in (tmp_path / "predictions" / f"{task}.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / "predictions" / f"{task}.jsonl").read_text().splitlines()
+        ]
         assert texts == {line["id"]: line["prediction"] for line in lines}
         assert {line["id"]: len(line["references"]) for line in lines} == {"0": 2, "1": 1, "2": 1}
-        assert [line["question"] for line in lines] == ["Who ran ?", "Who ran far ?", "Who ran far far ?"]  # it stands before the document
+        assert [line["question"] for line in lines] == [
+            "Who ran ?",
+            "Who ran far ?",
+            "Who ran far far ?",
+        ]  # it stands before the document
         assert all(line["prompt_end"].endswith("<|assistant|>") for line in lines)
-        assert all(line["score"] == scores(task, line["prediction"], line["references"])["scrolls_score"] for line in lines)
-        assert results[task]["scrolls_score"] == pytest.approx(sum(line["score"] for line in lines) / 3)
+        assert all(
+            line["score"] == scores(task, line["prediction"], line["references"])["scrolls_score"]
+            for line in lines
+        )
+        assert results[task]["scrolls_score"] == pytest.approx(
+            sum(line["score"] for line in lines) / 3
+        )
         assert results[task]["n"] == 3
-    assert results["average"] == pytest.approx((results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]) / 2)
+    assert results["average"] == pytest.approx(
+        (results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]) / 2
+    )
 
 
-def test_secret_answers_are_predicted_for_the_submission(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_secret_answers_are_predicted_for_the_submission(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Test rows without outputs: one task scores as its answers are known; all seven are submitted."""
     root = scrolls_root(tmp_path / "data")
     for task in SCROLLS:
-        rows = [{"id": f"{task}-{n}", "pid": f"{n}", "input": f"Who ran?\n\nThe dog ran {n} times.", "output": None} for n in range(2)]
+        rows = [
+            {
+                "id": f"{task}-{n}",
+                "pid": f"{n}",
+                "input": f"Who ran?\n\nThe dog ran {n} times.",
+                "output": None,
+            }
+            for n in range(2)
+        ]
         if task == "qasper":
             rows = [row | {"output": "the dog"} for row in rows]
         (root / task).mkdir(exist_ok=True)
         (root / task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tokenizer, config = made(scrolls(root, "eval.split=test", "data.tasks=[qasper,narrative_qa]"))
+    model, tokenizer, config = made(
+        scrolls(root, "eval.split=test", "data.tasks=[qasper,narrative_qa]")
+    )
     results = evaluate(model, tokenizer, config, tmp_path)
     assert set(results) == {"qasper", "average"}
-    assert "no submission written: it needs all seven tasks, and there are no predictions for gov_report" in capsys.readouterr().out
+    assert (
+        "no submission written: it needs all seven tasks, and there are no predictions for gov_report"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "predictions" / "submission.csv").exists()
     model, tokenizer, config = made(scrolls(root, "eval.split=test"))
     assert evaluate(model, tokenizer, config, tmp_path)["qasper"]["n"] == 2
-    lines = list(csv.DictReader((tmp_path / "predictions" / "submission.csv").open(newline="", encoding="utf-8")))
-    assert [(line["Task"], line["ID"]) for line in lines] == [(task, f"{task}-{n}") for task in SCROLLS for n in range(2)]
+    lines = list(
+        csv.DictReader(
+            (tmp_path / "predictions" / "submission.csv").open(newline="", encoding="utf-8")
+        )
+    )
+    assert [(line["Task"], line["ID"]) for line in lines] == [
+        (task, f"{task}-{n}") for task in SCROLLS for n in range(2)
+    ]
     given = json.loads((tmp_path / "predictions" / "quality.json").read_text())
-    assert [line["Prediction"] for line in lines if line["Task"] == "quality"] == list(given.values())
+    assert [line["Prediction"] for line in lines if line["Task"] == "quality"] == list(
+        given.values()
+    )
 
 
 def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.examples=2"))
     corpus = scrolls_evaluation.Corpus(config.data, tokenizer, "validation")
-    right = iter([[one.references[-1] for one in corpus.questions(task, 2)] for task in scrolls_evaluation.tasks(config.data)])
+    right = iter(
+        [
+            [one.references[-1] for one in corpus.questions(task, 2)]
+            for task in scrolls_evaluation.tasks(config.data)
+        ]
+    )
     monkeypatch.setattr(scrolls_evaluation, "answer_prompts", lambda *args: next(right))
-    monkeypatch.setattr(scrolls_evaluation, "choose", lambda model, tokenizer, prompt, asked, *_: (asked.references[-1], "Entailment"))
+    monkeypatch.setattr(
+        scrolls_evaluation,
+        "choose",
+        lambda model, tokenizer, prompt, asked, *_: (asked.references[-1], "Entailment"),
+    )
     results = evaluate(model, tokenizer, config, tmp_path)
-    assert results["average"] == results["narrative_qa"]["f1"] == results["contract_nli"]["exact_match"] == 100
+    assert (
+        results["average"]
+        == results["narrative_qa"]["f1"]
+        == results["contract_nli"]["exact_match"]
+        == 100
+    )
     assert results["narrative_qa"]["n"] == 2
 
 
@@ -244,7 +345,11 @@ def test_primed_prompts_leave_their_last_chunk_open(priming):
     with torch.no_grad():
         given = answer_prompts(model, Numbers(), rows, settings, 8)
         for row, found in zip(rows, given, strict=True):
-            ids, cache, first = torch.from_numpy(row)[None], None, max(0, len(row) - (priming or len(row)))
+            ids, cache, first = (
+                torch.from_numpy(row)[None],
+                None,
+                max(0, len(row) - (priming or len(row))),
+            )
             if first:
                 sizes = [5] * (first // 5) + [first % 5] * (first % 5 > 0)
                 cache = model(ids[:, :first], chunk_sizes=sizes, use_cache=True).past_key_values
@@ -255,22 +360,40 @@ def test_primed_prompts_leave_their_last_chunk_open(priming):
 
 def test_the_likeliest_option_is_that_of_whole_readings():
     """One reading and forks, against a forward pass over each whole text; and the greedy answer is generate's."""
-    tokenizer = train_tokenizer(["Entailment Contradiction Not mentioned yes or no in the text " * 9], 300)
+    tokenizer = train_tokenizer(
+        ["Entailment Contradiction Not mentioned yes or no in the text " * 9], 300
+    )
     decoder = backbone()
     decoder.vocab_size = len(tokenizer)
     torch.manual_seed(0)
-    model = CometForCausalLM(CometConfig(decoder, chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4)).double().eval()
+    model = (
+        CometForCausalLM(
+            CometConfig(
+                decoder, chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4
+            )
+        )
+        .double()
+        .eval()
+    )
     for seed in range(4):
-        prompt = torch.randint(4, len(tokenizer), (17 + seed,), generator=torch.Generator().manual_seed(seed)).numpy()
+        prompt = torch.randint(
+            4, len(tokenizer), (17 + seed,), generator=torch.Generator().manual_seed(seed)
+        ).numpy()
         asked = Example("contract_nli", "x", 0, prompt, prompt, [], options("contract_nli", ""))
         with torch.no_grad():
-            text, option = scrolls_evaluation.choose(model, tokenizer, prompt, asked, 9, lambda tokens: None)
+            text, option = scrolls_evaluation.choose(
+                model, tokenizer, prompt, asked, 9, lambda tokens: None
+            )
             losses = []
             for one in asked.options:
                 ending = [*encode(tokenizer, one), tokenizer.eos_token_id]
                 ids = torch.tensor([[*prompt, *ending]])
                 logits = model(ids, use_cache=False).logits[0].log_softmax(-1)
-                losses.append(-sum(float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ending)))
+                losses.append(
+                    -sum(
+                        float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ending)
+                    )
+                )
             ids = torch.from_numpy(prompt)[None]
             said = generate(model, tokenizer, ids, torch.ones_like(ids), 9)
         assert option == asked.options[losses.index(min(losses))]
@@ -296,7 +419,10 @@ def test_nothing_to_evaluate(tmp_path: Path):
     model, tokenizer, config = made(scrolls(root))
     for path in root.rglob("validation.jsonl"):
         path.unlink()
-    with pytest.raises(UserError, match=r"^data.root: .* has no validation rows for narrative_qa, contract_nli, so there is nothing"):
+    with pytest.raises(
+        UserError,
+        match=r"^data.root: .* has no validation rows for narrative_qa, contract_nli, so there is nothing",
+    ):
         evaluate(model, tokenizer, config, tmp_path)
 
 
@@ -320,7 +446,10 @@ def run(tmp_path: Path) -> Path:
     (folder / "checkpoints").mkdir(parents=True)
     for name in ("best", "last"):
         weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
-        torch.save({"comet": checkpoint_content(config, tokenizer, model), "state_dict": weights}, folder / "checkpoints" / f"{name}.ckpt")
+        torch.save(
+            {"comet": checkpoint_content(config, tokenizer, model), "state_dict": weights},
+            folder / "checkpoints" / f"{name}.ckpt",
+        )
     return folder
 
 
@@ -332,7 +461,10 @@ def test_which_checkpoint(script: ModuleType, run: Path):
     last.unlink()
     assert script.find_checkpoint(run) == (best, run)
     best.unlink()
-    with pytest.raises(UserError, match=r"^ckpt: .*/x holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor"):
+    with pytest.raises(
+        UserError,
+        match=r"^ckpt: .*/x holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor",
+    ):
         script.find_checkpoint(run)
     (run / "config.json").write_text("{}")
     assert script.find_checkpoint(run) == (run, run)
@@ -343,8 +475,16 @@ def test_which_checkpoint(script: ModuleType, run: Path):
 def test_eval_writes_into_the_run_or_out(script: ModuleType, run: Path, tmp_path: Path):
     script.main([f"ckpt={run}", "eval.lengths=[64]", "eval.examples=1"])
     assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
-    script.main([f"ckpt={run / 'checkpoints' / 'last.ckpt'}", f"out={tmp_path / 'else'}", "eval.lengths=[80]"])
-    assert json.loads((tmp_path / "else" / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}
+    script.main(
+        [
+            f"ckpt={run / 'checkpoints' / 'last.ckpt'}",
+            f"out={tmp_path / 'else'}",
+            "eval.lengths=[80]",
+        ]
+    )
+    assert json.loads((tmp_path / "else" / "eval" / "passkey.json").read_text())["mean"].keys() == {
+        "80"
+    }
     assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
 
 
@@ -352,22 +492,39 @@ def test_another_length_joins_what_the_same_weights_have_shown(script: ModuleTyp
     for length in (64, 80, 64):
         script.main([f"ckpt={run}", f"eval.lengths=[{length}]", "eval.examples=1"])
     results = json.loads((run / "eval" / "passkey.json").read_text())
-    lines = [json.loads(line) for line in (run / "predictions" / "passkey.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (run / "predictions" / "passkey.jsonl").read_text().splitlines()
+    ]
     assert results["mean"].keys() == {"64", "80"} and len(results["cells"]) == len(lines) == 6
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     checkpoint["state_dict"]["model.model.norm.weight"] += 1
     torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
     script.main([f"ckpt={run}", "eval.lengths=[80]", "eval.examples=1"])
-    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}, "other weights start afresh"
+    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}, (
+        "other weights start afresh"
+    )
 
 
 def test_a_conf_of_another_model_is_named(script: ModuleType, run: Path, tmp_path: Path):
     root = scrolls_root(tmp_path / "data")
     message = r"^conf=scrolls: is for another model than this checkpoint's, which was trained with conf=passkey \(.*global_size.*\); "
-    with pytest.raises(UserError, match=message + r"leave conf out and give data\.kind=scrolls and its keys$"):
+    with pytest.raises(
+        UserError, match=message + r"leave conf out and give data\.kind=scrolls and its keys$"
+    ):
         script.main([f"ckpt={run}", "conf=scrolls", f"data.root={root}"])
-    script.main([f"ckpt={run}", "data.kind=scrolls", f"data.root={root}", "eval.examples=1", "eval.max_new_tokens=2"])
-    assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1, "as it says"
+    script.main(
+        [
+            f"ckpt={run}",
+            "data.kind=scrolls",
+            f"data.root={root}",
+            "eval.examples=1",
+            "eval.max_new_tokens=2",
+        ]
+    )
+    assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1, (
+        "as it says"
+    )
 
 
 def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path: Path):
@@ -380,6 +537,8 @@ def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path
     with pytest.raises(UserError, match=r"last.ckpt: not a readable checkpoint"):
         script.main([f"ckpt={run}"])
     torch.save({"state_dict": {}}, checkpoint)
-    with pytest.raises(UserError, match=r"last.ckpt: a checkpoint, but not one that train.py wrote"):
+    with pytest.raises(
+        UserError, match=r"last.ckpt: a checkpoint, but not one that train.py wrote"
+    ):
         script.main([f"ckpt={run}"])
     assert not (run / "eval").exists()

@@ -10,13 +10,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, text, tiny
 from torch.nn.functional import pad
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from comet_pl import CometCache, CometForCausalLM
 from data.batches import train_tokenizer
+from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, text, tiny
 
 
 def greedy_reference(model, ids, count):
@@ -32,7 +37,10 @@ def greedy_reference(model, ids, count):
 def ragged(prompts):
     """Prompts (1, n) as one left-padded batch and its mask."""
     width = max(p.shape[1] for p in prompts)
-    ids, mask = ([pad(row, (width - row.shape[1], 0)) for row in rows] for rows in (prompts, [torch.ones_like(p) for p in prompts]))
+    ids, mask = (
+        [pad(row, (width - row.shape[1], 0)) for row in rows]
+        for rows in (prompts, [torch.ones_like(p) for p in prompts])
+    )
     return torch.cat(ids), torch.cat(mask)
 
 
@@ -40,7 +48,15 @@ def ragged(prompts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("comet", [{}, {"global_size": 0}, {"compression_stride": None}, {"chunk_size": 3, "compression_stride": 5}])
+@pytest.mark.parametrize(
+    "comet",
+    [
+        {},
+        {"global_size": 0},
+        {"compression_stride": None},
+        {"chunk_size": 3, "compression_stride": 5},
+    ],
+)
 def test_greedy_equals_repeated_passes_through_roll_overs(family, comet):
     model, prompt = tiny(family, **comet), text(1, 13)
     out = model.generate(prompt, max_new_tokens=20, do_sample=False)
@@ -48,7 +64,11 @@ def test_greedy_equals_repeated_passes_through_roll_overs(family, comet):
 
 
 @settings(max_examples=max(30, settings().max_examples // 2))
-@given(comet=memories(), lengths=st.lists(st.integers(1, 14), min_size=2, max_size=3), extra=st.integers(0, 3))
+@given(
+    comet=memories(),
+    lengths=st.lists(st.integers(1, 14), min_size=2, max_size=3),
+    extra=st.integers(0, 3),
+)
 def test_a_ragged_batch_generates_like_its_rows(comet, lengths, extra):
     """Token for token, through two roll-overs at least, whatever the prompts' lengths. Left-padded: generate looks at the last column."""
     model = tiny(**comet)
@@ -65,14 +85,22 @@ def test_a_ragged_batch_generates_like_its_rows(comet, lengths, extra):
 def test_our_folder_of_the_authors_weights_generates_what_theirs_did(tmp_path):
     """Authors' checkpoint -> our folder in shards -> Auto class -> the golden continuation."""
     from safetensors.torch import load_file
+
     from tests.laws.test_reference import GOLDEN
 
-    CometForCausalLM.from_pretrained(GOLDEN / "decode").save_pretrained(tmp_path, max_shard_size="40KB")
+    CometForCausalLM.from_pretrained(GOLDEN / "decode").save_pretrained(
+        tmp_path, max_shard_size="40KB"
+    )
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     expected = load_file(GOLDEN / "decode" / "expected.safetensors")
     wanted = expected["generated"].flatten()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    out = model.generate(expected["input_ids.0"][None], max_new_tokens=len(wanted), do_sample=False, eos_token_id=None)
+    out = model.generate(
+        expected["input_ids.0"][None],
+        max_new_tokens=len(wanted),
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert out[0, -len(wanted) :].tolist() == wanted.tolist()
 
 
@@ -95,7 +123,12 @@ def test_beams_are_hugging_faces_on_a_model_with_both_memories_off(family, tmp_p
         "do_sample": False,
         "pad_token_id": 0,
     }
-    more = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": 7, "length_penalty": 0.5}
+    more = {
+        "return_dict_in_generate": True,
+        "output_scores": True,
+        "eos_token_id": 7,
+        "length_penalty": 0.5,
+    }
     ours, theirs = model.generate(ids, **options, **more), plain.generate(ids, **options, **more)
     assert torch.equal(ours.sequences, theirs.sequences)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores)
@@ -106,19 +139,41 @@ def test_beams_carry_their_own_memories(family):
     """Each returned sequence's score is that of reading it in one go: a cache that was not reordered would give another one."""
     model = tiny(family)
     ids, mask = ragged([text(1, n, seed=n) for n in (4, 9)])
-    options = {"num_beams": 4, "num_return_sequences": 4, "do_sample": False, "eos_token_id": None, "length_penalty": 0.0}
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=14, return_dict_in_generate=True, output_scores=True, **options)
+    options = {
+        "num_beams": 4,
+        "num_return_sequences": 4,
+        "do_sample": False,
+        "eos_token_id": None,
+        "length_penalty": 0.0,
+    }
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=14,
+        return_dict_in_generate=True,
+        output_scores=True,
+        **options,
+    )
     assert len({tuple(row.tolist()) for row in out.sequences}) == 8
     masks = torch.cat([mask.repeat_interleave(4, 0), torch.ones(8, 14, dtype=torch.long)], 1)
     with torch.no_grad():
-        logits = model(out.sequences, attention_mask=masks, use_cache=False).logits[:, -15:-1].log_softmax(-1)
+        logits = (
+            model(out.sequences, attention_mask=masks, use_cache=False)
+            .logits[:, -15:-1]
+            .log_softmax(-1)
+        )
     scores = logits.gather(2, out.sequences[:, -14:, None]).sum((1, 2))
     torch.testing.assert_close(out.sequences_scores, scores.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_samples_are_reproducible_and_several_a_prompt():
     model, prompt = tiny(), text(3, 5)
-    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 5.0, "num_return_sequences": 2}
+    options = {
+        "max_new_tokens": 30,
+        "do_sample": True,
+        "temperature": 5.0,
+        "num_return_sequences": 2,
+    }
     torch.manual_seed(1)
     one = model.generate(prompt, **options)
     torch.manual_seed(1)
@@ -135,7 +190,12 @@ def test_internal_tokens_never_show_whatever_is_configured():
     with torch.no_grad():
         model.lm_head.weight[VOCABULARY:] = 3 * model.lm_head.weight[:VOCABULARY].abs().max()
     model.generation_config = GenerationConfig(max_new_tokens=40, do_sample=True, temperature=5.0)
-    for more in ({}, {"suppress_tokens": [4]}, {"suppress_tokens": None}, {"generation_config": GenerationConfig(max_new_tokens=30)}):
+    for more in (
+        {},
+        {"suppress_tokens": [4]},
+        {"suppress_tokens": None},
+        {"generation_config": GenerationConfig(max_new_tokens=30)},
+    ):
         out = model.generate(prompt, **more)
         assert out.max() < VOCABULARY
         assert more != {"suppress_tokens": [4]} or 4 not in out[0, 5:]
@@ -167,7 +227,13 @@ def test_processors_and_streamers_see_text_tokens_only():
     model, prompt = tiny(), text(1, 6)
     first = model.generate(prompt, max_new_tokens=1, do_sample=False)[0, -1].item()
     recorder, streamer = Recorder(first), Collector()
-    out = model.generate(prompt, max_new_tokens=17, do_sample=False, logits_processor=LogitsProcessorList([recorder]), streamer=streamer)
+    out = model.generate(
+        prompt,
+        max_new_tokens=17,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([recorder]),
+        streamer=streamer,
+    )
     assert out.shape == (1, 23)
     assert first not in out[0, 6:]
     assert recorder.lengths == list(range(6, 23))
@@ -182,13 +248,33 @@ def test_stop_strings_and_stop_tokens_end_each_row_alone():
     config.backbone_config.vocab_size = len(tokenizer)
     from comet_pl import CometConfig
 
-    model = CometForCausalLM(CometConfig(config.backbone_config, chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4))
+    model = CometForCausalLM(
+        CometConfig(
+            config.backbone_config,
+            chunk_size=5,
+            global_size=2,
+            compression_stride=3,
+            temporary_capacity=4,
+        )
+    )
     prompt = torch.randint(4, len(tokenizer), (2, 7))
-    broken = [k for k in range(len(tokenizer)) if k < 4 or not (tokenizer.decode(k).isascii() and tokenizer.decode(k).isprintable())]
-    options = {"max_new_tokens": 25, "do_sample": False, "suppress_tokens": [*broken, *model.config.new_token_ids]}
+    broken = [
+        k
+        for k in range(len(tokenizer))
+        if k < 4 or not (tokenizer.decode(k).isascii() and tokenizer.decode(k).isprintable())
+    ]
+    options = {
+        "max_new_tokens": 25,
+        "do_sample": False,
+        "suppress_tokens": [*broken, *model.config.new_token_ids],
+    }
     free = model.generate(prompt, **options)
-    stop = tokenizer.decode(free[0, 16:19])  # what the first row says in its tenth to twelfth step, after a roll-over
-    out = model.generate(prompt, stop_strings=[stop], tokenizer=tokenizer, pad_token_id=0, eos_token_id=1, **options)
+    stop = tokenizer.decode(
+        free[0, 16:19]
+    )  # what the first row says in its tenth to twelfth step, after a roll-over
+    out = model.generate(
+        prompt, stop_strings=[stop], tokenizer=tokenizer, pad_token_id=0, eos_token_id=1, **options
+    )
     for row, whole in zip(out, free, strict=True):
         kept = row[: len(row) - int((row.flip(0) != 0).long().argmax())]  # pad tokens behind
         assert torch.equal(kept, whole[: len(kept)])
@@ -204,10 +290,18 @@ def test_generation_goes_on_from_a_cache():
     """A text is read once (its document in listed chunks), then asked."""
     model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
     with torch.no_grad():
-        cache = model(document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(
+            document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1
+        ).past_key_values
     ids = torch.cat([document, question], 1)
     first = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
-    again = model.generate(question, attention_mask=torch.ones_like(ids), past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
+    again = model.generate(
+        question,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache.clone(),
+        max_new_tokens=6,
+        do_sample=False,
+    )
     assert torch.equal(first[:, 24:], again[:, 4:])
 
 
@@ -219,7 +313,9 @@ def test_one_memory_answers_in_beams_and_samples():
     wide = cache.clone()
     wide.batch_repeat_interleave(3)
     options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
-    assert torch.equal(model.generate(ids, past_key_values=wide, **options), model.generate(ids, **options))
+    assert torch.equal(
+        model.generate(ids, past_key_values=wide, **options), model.generate(ids, **options)
+    )
 
 
 CONTINUE = """
@@ -246,13 +342,20 @@ def test_a_memory_on_disk_goes_on_in_another_process(family, tmp_path):
     model, document = tiny(family), text(2, 33)
     model.save_pretrained(tmp_path / "model")
     with torch.no_grad():
-        model(document, use_cache=True, logits_to_keep=1).past_key_values.save(tmp_path / "memory.safetensors")
+        model(document, use_cache=True, logits_to_keep=1).past_key_values.save(
+            tmp_path / "memory.safetensors"
+        )
     questions = [text(2, n, seed=n).tolist() for n in (3, 8)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     script = CONTINUE.format(
-        paths=[str(root)], folder=str(tmp_path / "model"), file=str(tmp_path / "memory.safetensors"), questions=questions
+        paths=[str(root)],
+        folder=str(tmp_path / "model"),
+        file=str(tmp_path / "memory.safetensors"),
+        questions=questions,
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=root)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=root
+    )
     assert done.returncode == 0, done.stderr
     for question, answer in zip(questions, json.loads(done.stdout.splitlines()[-1]), strict=True):
         ids = torch.cat([document, torch.tensor(question)], 1)
@@ -270,14 +373,29 @@ def test_prompts_that_leave_nothing_to_go_on_from():
     with pytest.raises(ValueError, match="an empty prompt given"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
     with pytest.raises(ValueError, match="row 1 of the prompt has no new token"):
-        model.generate(text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [0, 0, 0]]), max_new_tokens=2)
-    for ids in (text(1, 9), text(1, 2)):  # all of it read already; new ids only, without the mask that would say so
+        model.generate(
+            text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [0, 0, 0]]), max_new_tokens=2
+        )
+    for ids in (
+        text(1, 9),
+        text(1, 2),
+    ):  # all of it read already; new ids only, without the mask that would say so
         with pytest.raises(ValueError, match="has read 9 already"):
             model.generate(ids, past_key_values=cache.clone(), max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"holds 1 rows, input_ids has 3; CometCache.batch_repeat_interleave\(3\)"):
-        model.generate(text(1, 12), past_key_values=cache.clone(), max_new_tokens=2, num_return_sequences=3, do_sample=True)
+    with pytest.raises(
+        ValueError, match=r"holds 1 rows, input_ids has 3; CometCache.batch_repeat_interleave\(3\)"
+    ):
+        model.generate(
+            text(1, 12),
+            past_key_values=cache.clone(),
+            max_new_tokens=2,
+            num_return_sequences=3,
+            do_sample=True,
+        )
     with pytest.raises(ValueError, match=r"row 1 of the prompt ends with padding.*pad on the left"):
-        model.generate(text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 0]]), max_new_tokens=2)
+        model.generate(
+            text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 0]]), max_new_tokens=2
+        )
     with pytest.raises(ValueError, match="max_new_tokens"):
         model.generate(text(1, 3), max_new_tokens=0)
     with pytest.raises(ValueError, match="row 0 has padding between"):
@@ -295,7 +413,14 @@ def test_rows_that_end_early_wait_for_the_others():
 
     stop = next(t for t in range(VOCABULARY) if len({len(row) for row in kept(t)}) == 3)
     ids = torch.cat(prompts)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=18, do_sample=False, eos_token_id=stop, pad_token_id=0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=18,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )
     for row, expected in zip(out, kept(stop), strict=True):
         assert row[6 : 6 + len(expected)].tolist() == expected
 

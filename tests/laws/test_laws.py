@@ -6,14 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import FAMILIES, VOCABULARY, backbone, chunk_plans, memories, same_cache, text, tiny
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model import attention as kernels
+from tests.support.models import (
+    FAMILIES,
+    VOCABULARY,
+    backbone,
+    chunk_plans,
+    memories,
+    same_cache,
+    text,
+    tiny,
+)
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
-some = settings(max_examples=max(60, settings().max_examples), deadline=None)  # the wide profile asks for more
+some = settings(
+    max_examples=max(60, settings().max_examples), deadline=None
+)  # the wide profile asks for more
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,7 +39,13 @@ def kernels_also_for_few_scores():
 
 
 @some
-@given(comet=memories(), n=st.integers(1, 40), cuts=st.lists(st.integers(0, 40), max_size=8), grad=st.booleans(), data=st.data())
+@given(
+    comet=memories(),
+    n=st.integers(1, 40),
+    cuts=st.lists(st.integers(0, 40), max_size=8),
+    grad=st.booleans(),
+    data=st.data(),
+)
 def test_pieces_of_any_size(comet, n, cuts, grad, data):
     model, ids = tiny(**comet), text(2, n)
     strides = None
@@ -39,7 +56,12 @@ def test_pieces_of_any_size(comet, n, cuts, grad, data):
         whole = model(ids, use_cache=True, strides=strides)
         cache, logits, start = None, [], 0
         for end in ends:
-            out = model(ids[:, start:end], past_key_values=cache, use_cache=True, strides=strides if start == 0 else None)
+            out = model(
+                ids[:, start:end],
+                past_key_values=cache,
+                use_cache=True,
+                strides=strides if start == 0 else None,
+            )
             cache, start = out.past_key_values, end
             logits.append(out.logits)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **EXACT)
@@ -74,7 +96,12 @@ def test_cuts_between_listed_chunks(comet, n, data):
     with torch.no_grad():
         whole = model(ids, chunk_sizes=sizes, resets=resets, use_cache=True)
         first = model(ids[:, :middle], chunk_sizes=sizes[:k], resets=resets[:k], use_cache=True)
-        second = model(ids[:, middle:], chunk_sizes=sizes[k:], resets=resets[k:], past_key_values=first.past_key_values)
+        second = model(
+            ids[:, middle:],
+            chunk_sizes=sizes[k:],
+            resets=resets[k:],
+            past_key_values=first.past_key_values,
+        )
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, **EXACT)
     same_cache(second.past_key_values, whole.past_key_values)
 
@@ -113,7 +140,13 @@ def test_without_rollover_the_last_chunk_grows():
 
 
 @some
-@given(comet=memories(), n=st.integers(1, 30), recompute=st.booleans(), ragged=st.booleans(), data=st.data())
+@given(
+    comet=memories(),
+    n=st.integers(1, 30),
+    recompute=st.booleans(),
+    ragged=st.booleans(),
+    data=st.data(),
+)
 def test_walks_agree_with_gradients(comet, n, recompute, ragged, data):
     ids = text(2, n)
     mask = torch.ones_like(ids)
@@ -125,10 +158,22 @@ def test_walks_agree_with_gradients(comet, n, recompute, ragged, data):
         model = tiny(layers=3, **comet).train()
         model.walk, model.gradient_checkpointing = walk, recompute
         out = model(ids, attention_mask=mask, labels=ids, chunk_sizes=sizes, use_cache=True)
-        loss = out.loss + sum(m.state.square().sum() for m in out.past_key_values.memories if m.state is not None) * 0.01
+        loss = (
+            out.loss
+            + sum(
+                m.state.square().sum() for m in out.past_key_values.memories if m.state is not None
+            )
+            * 0.01
+        )
         if loss.requires_grad:
             loss.backward()
-        results.append((loss.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}, out.past_key_values))
+        results.append(
+            (
+                loss.detach(),
+                {k: p.grad for k, p in model.named_parameters() if p.grad is not None},
+                out.past_key_values,
+            )
+        )
     (loss, grads, cache), (loss2, grads2, cache2) = results
     torch.testing.assert_close(loss, loss2, **EXACT)
     torch.testing.assert_close(grads, grads2, **EXACT)
@@ -143,7 +188,13 @@ def test_windows_with_a_live_cache_equal_one_call():
     shift = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
     more = {"use_cache": True, "num_items_in_batch": 38}
     first = pieces(ids[:, :10], shift_labels=shift[:, :10], chunk_sizes=sizes[:2], **more)
-    second = pieces(ids[:, 10:], shift_labels=shift[:, 10:], chunk_sizes=sizes[2:], past_key_values=first.past_key_values, **more)
+    second = pieces(
+        ids[:, 10:],
+        shift_labels=shift[:, 10:],
+        chunk_sizes=sizes[2:],
+        past_key_values=first.past_key_values,
+        **more,
+    )
     (first.loss + second.loss).backward()
     for (name, p), q in zip(whole.named_parameters(), pieces.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, **EXACT, msg=name)
@@ -154,7 +205,11 @@ def test_windows_with_a_live_cache_equal_one_call():
 
 @some
 @given(
-    comet=memories(), lengths=st.lists(st.integers(0, 25), min_size=2, max_size=4), left=st.booleans(), listed=st.booleans(), data=st.data()
+    comet=memories(),
+    lengths=st.lists(st.integers(0, 25), min_size=2, max_size=4),
+    left=st.booleans(),
+    listed=st.booleans(),
+    data=st.data(),
 )
 def test_a_ragged_batch_equals_its_rows(comet, lengths, left, listed, data):
     model, width = tiny(**comet), max(*lengths, 1)
@@ -167,11 +222,16 @@ def test_a_ragged_batch_equals_its_rows(comet, lengths, left, listed, data):
     with torch.no_grad():
         batch = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=True)
         uncached = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=False).logits
-        after = [model(more[:, k : k + 2], past_key_values=batch.past_key_values).logits for k in (0, 2, 4)]
+        after = [
+            model(more[:, k : k + 2], past_key_values=batch.past_key_values).logits
+            for k in (0, 2, 4)
+        ]
         for b, span in enumerate(spans):
             cache = None
             if lengths[b]:
-                alone = model(ids[b : b + 1, span], chunk_sizes=[sizes[b]] if sizes else None, use_cache=True)
+                alone = model(
+                    ids[b : b + 1, span], chunk_sizes=[sizes[b]] if sizes else None, use_cache=True
+                )
                 torch.testing.assert_close(batch.logits[b, span], alone.logits[0], **EXACT)
                 torch.testing.assert_close(uncached[b, span], alone.logits[0], **EXACT)
                 cache = alone.past_key_values
@@ -211,16 +271,22 @@ def test_a_ragged_batch_trains_like_its_rows():
 def test_without_memories_it_is_the_plain_decoder(family, attention, tmp_path):
     config = backbone(family)
     plain = AutoModelForCausalLM.from_config(config).double().eval()
-    for parameter in plain.parameters():  # norms and biases too: their start values would hide where they belong
+    for parameter in (
+        plain.parameters()
+    ):  # norms and biases too: their start values would hide where they belong
         torch.nn.init.normal_(parameter, mean=0.1 * (parameter.ndim == 1), std=0.3)
     plain.save_pretrained(tmp_path)
     comet = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.float64, attn_implementation=attention).eval()
+    model = CometForCausalLM.from_pretrained(
+        tmp_path, comet=comet, dtype=torch.float64, attn_implementation=attention
+    ).eval()
     ids = text(2, 30)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, **EXACT)
     model(ids, labels=ids).loss.backward()
-    torch.nn.functional.cross_entropy(plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()  # theirs is float32
+    torch.nn.functional.cross_entropy(
+        plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    ).backward()  # theirs is float32
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, **EXACT, msg=name)
@@ -251,7 +317,11 @@ ROPES = {
 def test_rope_scaling_kinds_pass_through(kind):
     """Neutral, and still split exactly with memories on."""
     rope = ROPES[kind] | {"rope_theta": 100.0}
-    plain = AutoModelForCausalLM.from_config(backbone("llama", rope_parameters=dict(rope))).double().eval()
+    plain = (
+        AutoModelForCausalLM.from_config(backbone("llama", rope_parameters=dict(rope)))
+        .double()
+        .eval()
+    )
     neutral = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
     model = CometForCausalLM(CometConfig(backbone_config=plain.config, **neutral)).double().eval()
     model.load_state_dict(plain.state_dict())
@@ -263,7 +333,13 @@ def test_rope_scaling_kinds_pass_through(kind):
         if kind not in ("dynamic", "longrope"):  # those leave short texts alone
             assert not torch.allclose(type(plain)(plain.config).double()(ids).logits, expected)
     memories = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4}
-    model = CometForCausalLM(CometConfig(backbone_config=backbone("llama", rope_parameters=dict(rope)), **memories)).double().eval()
+    model = (
+        CometForCausalLM(
+            CometConfig(backbone_config=backbone("llama", rope_parameters=dict(rope)), **memories)
+        )
+        .double()
+        .eval()
+    )
     with torch.no_grad():
         whole, cache, pieces = model(ids).logits, CometCache(), []
         for k in range(60):
@@ -276,26 +352,42 @@ def test_rope_that_changes_with_length_is_refused_where_chunks_reach_that_length
     rope = ROPES[kind] | {"rope_theta": 100.0, "original_max_position_embeddings": 128}
     decoder = backbone("llama", rope_parameters=rope)
     with pytest.raises(ValueError, match=rf"{kind}.*beyond 128 positions.*takes 13\d"):
-        CometForCausalLM(CometConfig(backbone_config=decoder, chunk_size=126, global_size=2, compression_stride=None))
-    model = CometForCausalLM(CometConfig(backbone_config=decoder, chunk_size=20, global_size=2, compression_stride=None))
+        CometForCausalLM(
+            CometConfig(
+                backbone_config=decoder, chunk_size=126, global_size=2, compression_stride=None
+            )
+        )
+    model = CometForCausalLM(
+        CometConfig(backbone_config=decoder, chunk_size=20, global_size=2, compression_stride=None)
+    )
     with pytest.raises(ValueError, match="beyond 128 positions"):
         model(text(1, 140), chunk_sizes=[140])
 
 
 def test_half_precision_leaves_rope_exact(tmp_path):
-    plain = AutoModelForCausalLM.from_config(backbone("llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}))
+    plain = AutoModelForCausalLM.from_config(
+        backbone("llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    )
     plain.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
     comet = {"chunk_size": 512, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-    cast = CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.float32).to(torch.bfloat16).eval()
+    model = CometForCausalLM.from_pretrained(
+        tmp_path, comet=comet, dtype=torch.bfloat16, attn_implementation="sdpa"
+    ).eval()
+    cast = (
+        CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.float32)
+        .to(torch.bfloat16)
+        .eval()
+    )
     for one in (model, cast):
         assert one.dtype == torch.bfloat16
         assert torch.equal(one.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
         assert one.model.rotary_emb.inv_freq.dtype == torch.float32
     with torch.no_grad():
         ids = text(1, 400)
-        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=2e-2, rtol=2e-2)  # bf16: two kernels
+        torch.testing.assert_close(
+            model(ids).logits, plain(ids).logits, atol=2e-2, rtol=2e-2
+        )  # bf16: two kernels
 
 
 # ---- law 6: constant
@@ -327,7 +419,9 @@ def test_no_tensor_grows_with_the_text(family):
 
         def look(module, inputs, outputs):
             nonlocal largest
-            largest = max(largest, outputs[0].numel(), *(t.numel() for t in outputs[1] if t is not None))
+            largest = max(
+                largest, outputs[0].numel(), *(t.numel() for t in outputs[1] if t is not None)
+            )
 
         hooks = [cell.register_forward_hook(look) for cell in model.model.layers]
         with torch.no_grad():
@@ -336,7 +430,11 @@ def test_no_tensor_grows_with_the_text(family):
         for hook in hooks:
             hook.remove()
         gc.collect()
-        seen[pieces] = (largest, cache.nbytes, sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()))
+        seen[pieces] = (
+            largest,
+            cache.nbytes,
+            sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
+        )
     assert seen[4] == seen[40]
 
 
@@ -344,7 +442,13 @@ def test_no_tensor_grows_with_the_text(family):
 
 
 @some
-@given(comet=memories(), n=st.integers(2, 25), data=st.data(), attention=st.sampled_from(["sdpa", "eager"]), listed=st.booleans())
+@given(
+    comet=memories(),
+    n=st.integers(2, 25),
+    data=st.data(),
+    attention=st.sampled_from(["sdpa", "eager"]),
+    listed=st.booleans(),
+)
 def test_no_logit_looks_ahead(comet, n, data, attention, listed):
     model, ids = tiny(attention=attention, **comet), text(1, n)
     k = data.draw(st.integers(1, n - 1))
@@ -359,7 +463,10 @@ def test_no_logit_looks_ahead(comet, n, data, attention, listed):
 
 def test_shared_configuration_is_copied():
     shared = backbone()
-    one, two = CometForCausalLM(CometConfig(backbone_config=shared)), CometForCausalLM(CometConfig(backbone_config=shared))
+    one, two = (
+        CometForCausalLM(CometConfig(backbone_config=shared)),
+        CometForCausalLM(CometConfig(backbone_config=shared)),
+    )
     one.set_attn_implementation("eager")
     assert two.config.backbone_config._attn_implementation == "sdpa"
     assert shared.vocab_size == VOCABULARY

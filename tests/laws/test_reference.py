@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from comet_pl import CometForCausalLM
-from comet_pl.model.pretrained import authors_name
 from comet_pl.model import attention
+from comet_pl.model.pretrained import authors_name
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir())
@@ -66,7 +66,11 @@ def test_loss_and_gradients(case, recompute, implementation):
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
     for b, k in enumerate(rows):
         n = len(expected[f"input_ids.{k}"])
-        ids[b, :n], labels[b, :n], mask[b, :n] = expected[f"input_ids.{k}"], expected[f"labels.{k}"], 1
+        ids[b, :n], labels[b, :n], mask[b, :n] = (
+            expected[f"input_ids.{k}"],
+            expected[f"labels.{k}"],
+            1,
+        )
     sizes = [expected[f"chunk_sizes.{k}"].tolist() for k in rows]
     strides = None if stride is None else [stride] * len(rows)
     out = model(ids, attention_mask=mask, labels=labels, chunk_sizes=sizes, strides=strides)
@@ -76,7 +80,10 @@ def test_loss_and_gradients(case, recompute, implementation):
     checked = 0
     for key, value in expected.items():
         if key.startswith("grad_norm."):
-            close(gradients[authors_name(key.removeprefix("grad_norm."))].norm().view(1), value.float().view(1))
+            close(
+                gradients[authors_name(key.removeprefix("grad_norm."))].norm().view(1),
+                value.float().view(1),
+            )
         elif key.startswith("grad."):
             close(gradients[authors_name(key.removeprefix("grad."))], value)
         else:
@@ -92,7 +99,12 @@ def test_greedy_continuation(implementation):
     prompt = expected["input_ids.0"][None]
     wanted = expected["generated"].flatten()
     out = model.generate(
-        prompt, max_new_tokens=len(wanted), do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True
+        prompt,
+        max_new_tokens=len(wanted),
+        do_sample=False,
+        eos_token_id=None,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
     assert out.sequences[0, prompt.shape[1] :].tolist() == wanted.tolist()
     close(torch.cat(out.logits), expected["gen_logits"].reshape(len(wanted), -1))

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.evaluation.test_agent_run import write_traces
-from tests.support.tiny_runs import ROOT, TINY, command, train
 from torch import Tensor
 
 from callbacks.checkpoints import TrainingStopped
 from comet_pl import build
 from comet_pl.config.load import load
-from comet_pl.experiment.run_folder import plan_run
 from comet_pl.experiment.checkpoint import checkpoint_content
+from comet_pl.experiment.run_folder import plan_run
 from data.batches import ResumableLoader, pad_rows, validation_loader
+from tests.evaluation.test_agent_run import write_traces
+from tests.support.tiny_runs import ROOT, TINY, command, train
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
 TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")
@@ -35,8 +35,14 @@ TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")
 def scalars(folder):
     """{tag: [(step, value)]} as TensorBoard shows them, and what it shows pictures of."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if tag not in TIMES}
-    pictures = {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
+    curves = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in TIMES
+    }
+    pictures = {
+        tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]
+    }
     return curves, pictures
 
 
@@ -45,19 +51,38 @@ def differences(one, two, where=""):
     if isinstance(one, Tensor):
         return [] if torch.equal(one, two) else [where]
     if isinstance(one, dict):
-        return [d for key in sorted({*one, *two}, key=str) for d in differences(one.get(key), two.get(key), f"{where}.{key}")]
+        return [
+            d
+            for key in sorted({*one, *two}, key=str)
+            for d in differences(one.get(key), two.get(key), f"{where}.{key}")
+        ]
     if isinstance(one, list | tuple):
         if len(one) != len(two):
             return [where]
-        return [d for number, pair in enumerate(zip(one, two, strict=True)) for d in differences(*pair, f"{where}.{number}")]
+        return [
+            d
+            for number, pair in enumerate(zip(one, two, strict=True))
+            for d in differences(*pair, f"{where}.{number}")
+        ]
     return [] if one == two else [where]
 
 
 def same_run(straight, other, best=True):
     """Weights, optimizer, random states, data position and logged values of two run folders are equal."""
     for name in ("last", "best") if best else ("last",):
-        a, b = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (straight, other))
-        for key in ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "callbacks", "global_step", "skipped"):
+        a, b = (
+            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+            for run in (straight, other)
+        )
+        for key in (
+            "state_dict",
+            "optimizer_states",
+            "lr_schedulers",
+            "random_states",
+            "callbacks",
+            "global_step",
+            "skipped",
+        ):
             assert differences(a[key], b[key]) == [], (name, key)
         loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (a, b)]
         assert loaders[0] == loaders[1]
@@ -114,9 +139,20 @@ class Seen(lightning.Callback):
 
 
 def fit(root, name, *keys, kill=None, resume=False, more=(), passkeys=False):
-    config = load([f"run.root={root}", f"run.name={name}", f"resume={str(resume).lower()}", *SHORT, "trainer.max_steps=10", *keys])
+    config = load(
+        [
+            f"run.root={root}",
+            f"run.name={name}",
+            f"resume={str(resume).lower()}",
+            *SHORT,
+            "trainer.max_steps=10",
+            *keys,
+        ]
+    )
     run = plan_run(config)
-    for events in run.path.glob("events.*") if resume else ():  # TensorBoard reads files by the second in their names
+    for events in (
+        run.path.glob("events.*") if resume else ()
+    ):  # TensorBoard reads files by the second in their names
         time.sleep(max(0, int(events.name.split(".")[3]) + 1.01 - time.time()))
     lightning.seed_everything(config.seed, verbose=False)
     tokenizer = build.build_tokenizer(load(["data.kind=passkey", "backbone.vocab_size=300"]))
@@ -157,13 +193,19 @@ def test_killed_after_any_step(by_steps, tmp_path, step):
     same_run(by_steps, fit(tmp_path, "run", *BY_STEPS, resume=True))
 
 
-@pytest.mark.parametrize(("step", "hook"), [(3, "on_validation_start"), (6, "on_validation_end"), (8, "on_train_batch_end")])
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [(3, "on_validation_start"), (6, "on_validation_end"), (8, "on_train_batch_end")],
+)
 def test_killed_before_the_step_is_saved(by_steps, tmp_path, step, hook):
     fit(tmp_path, "run", *BY_STEPS, kill=(step, hook))
     same_run(by_steps, fit(tmp_path, "run", *BY_STEPS, resume=True))
 
 
-@pytest.mark.parametrize(("step", "hook"), [(4, "on_train_batch_start"), (4, "on_validation_start"), (5, "on_train_batch_start")])
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [(4, "on_train_batch_start"), (4, "on_validation_start"), (5, "on_train_batch_start")],
+)
 def test_killed_where_epoch_and_validation_meet(by_epochs, tmp_path, step, hook):
     fit(tmp_path, "run", *BY_EPOCHS, kill=(step, hook))
     same_run(by_epochs, fit(tmp_path, "run", *BY_EPOCHS, resume=True))
@@ -184,9 +226,17 @@ def test_the_best_so_far_is_remembered(tmp_path):
     same_run(straight, fit(tmp_path, "run", *keys, resume=True))
 
 
-@pytest.mark.parametrize(("parameters", "recompute"), [("memory", "none"), ("lora", "none"), ("memory+lora", "none"), ("lora", "chunk")])
+@pytest.mark.parametrize(
+    ("parameters", "recompute"),
+    [("memory", "none"), ("lora", "none"), ("memory+lora", "none"), ("lora", "chunk")],
+)
 def test_killed_while_a_part_learns(tmp_path, parameters, recompute):
-    keys = [*BY_STEPS, "trainer.max_steps=4", f"train.parameters={parameters}", f"train.recompute={recompute}"]
+    keys = [
+        *BY_STEPS,
+        "trainer.max_steps=4",
+        f"train.parameters={parameters}",
+        f"train.recompute={recompute}",
+    ]
     keys += ["train.lora_dropout=0.2"] * ("lora" in parameters)
     straight = fit(tmp_path, "straight", *keys)
     fit(tmp_path, "run", *keys, kill=(2, "on_train_batch_start"))
@@ -209,7 +259,12 @@ def test_resuming_a_finished_run_changes_nothing(by_steps, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_finished_run_that_grows_reads_on_where_it_stopped(tmp_path, workers):
-    keys = [*COMMON, "data.batch_size=2", "data.length_schedule=[[0,32],[4,40],[8,64]]", f"data.num_workers={workers}"]
+    keys = [
+        *COMMON,
+        "data.batch_size=2",
+        "data.length_schedule=[[0,32],[4,40],[8,64]]",
+        f"data.num_workers={workers}",
+    ]
     straight, begun, grown = Seen(), Seen(), Seen()
     fit(tmp_path, "straight", *keys, more=[straight], passkeys=True)
     fit(tmp_path, "run", *keys, "trainer.max_steps=6", more=[begun], passkeys=True)
@@ -254,13 +309,20 @@ class Press(lightning.Callback):
         (signal.SIGTERM, 7, "on_train_batch_start", 8),  # the last batch of an epoch
     ],
 )
-def test_signals_stop_between_two_steps_with_a_checkpoint(by_steps, tmp_path, capsys, number, step, hook, saved):
+def test_signals_stop_between_two_steps_with_a_checkpoint(
+    by_steps, tmp_path, capsys, number, step, hook, saved
+):
     keys = [*BY_STEPS, "checkpoint.every_steps=null"]
     handlers = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(TrainingStopped) as stopped:
         fit(tmp_path, "run", *keys, more=[Press(number, step, hook)])
     assert (stopped.value.number, stopped.value.step) == (number, saved)
-    assert torch.load(tmp_path / "passkey" / "run" / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == saved
+    assert (
+        torch.load(tmp_path / "passkey" / "run" / "checkpoints" / "last.ckpt", weights_only=True)[
+            "global_step"
+        ]
+        == saved
+    )
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     same_run(by_steps, fit(tmp_path, "run", *keys, resume=True))
 
@@ -270,7 +332,13 @@ def test_signals_stop_between_two_steps_with_a_checkpoint(by_steps, tmp_path, ca
 
 def train_and_kill(root, name, step, delay, *keys):
     """Starts train.py and kills it `delay` seconds after it has shown a step; returns whether it was still running."""
-    process = subprocess.Popen(command(root, name, *keys), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command(root, name, *keys),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
@@ -316,17 +384,43 @@ SCROLLS = [
 def write_scrolls(root):
     """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a second author."""
     draw = random.Random(3)
-    words = ["rain", "sun", "wind", "cloud", "north", "south", "sea", "town", "evening", "morning", "cold", "warm"]
+    words = [
+        "rain",
+        "sun",
+        "wind",
+        "cloud",
+        "north",
+        "south",
+        "sea",
+        "town",
+        "evening",
+        "morning",
+        "cold",
+        "warm",
+    ]
     for task, count in (("qmsum", 9), ("contract_nli", 5)):
         (root / task).mkdir(parents=True)
         for split in ("train", "validation"):
             rows = []
             for number in range(count):
                 document = " ".join(draw.choices(words, k=60))
-                answer = document.split()[7] if task == "qmsum" else draw.choice(["Entailment", "Contradiction"])
-                rows.append({"id": f"{split}{number}", "pid": f"{split}{number}_0", "input": f"Which?\n\n{document}", "output": answer})
+                answer = (
+                    document.split()[7]
+                    if task == "qmsum"
+                    else draw.choice(["Entailment", "Contradiction"])
+                )
+                rows.append(
+                    {
+                        "id": f"{split}{number}",
+                        "pid": f"{split}{number}_0",
+                        "input": f"Which?\n\n{document}",
+                        "output": answer,
+                    }
+                )
             rows.append(rows[0] | {"pid": f"{split}0_1", "output": "calm"})
-            (root / task / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (root / task / f"{split}.jsonl").write_text(
+                "".join(json.dumps(row) + "\n" for row in rows)
+            )
     return root
 
 
@@ -334,7 +428,9 @@ def killed_equals_straight(tmp_path, straight, conf, *keys, kills=1):
     """Kills a run at random moments, resumes it after each, and compares it with one that was left alone."""
     draw = random.Random()
     while kills:
-        kills -= train_and_kill(tmp_path, "killed", draw.randint(1, 21), draw.uniform(0, 0.05), "resume=true", *keys)
+        kills -= train_and_kill(
+            tmp_path, "killed", draw.randint(1, 21), draw.uniform(0, 0.05), "resume=true", *keys
+        )
         if not kills or not (tmp_path / conf / "killed" / "checkpoints" / "last.ckpt").exists():
             continue
         if draw.random() < 0.5:  # begin anew now and then: a resumed run has fewer moments left
@@ -349,13 +445,24 @@ def test_sigkill_passkey(tmp_path):
 
 
 LAYOUTS = {
-    "cached": ["data.packing=documents", "data.max_length=240", "data.chunk_plan=mixture", "data.dynamic_stride=true"],
+    "cached": [
+        "data.packing=documents",
+        "data.max_length=240",
+        "data.chunk_plan=mixture",
+        "data.dynamic_stride=true",
+    ],
     "streamed": ["data.streaming=true", "data.shuffle_window=5"],
 }
 
 
 def scrolls(folder, layout, *more):
-    return [*SCROLLS, f"data.root={write_scrolls(folder / 'rows')}", f"data.cache={folder / 'cache'}", *LAYOUTS[layout], *more]
+    return [
+        *SCROLLS,
+        f"data.root={write_scrolls(folder / 'rows')}",
+        f"data.cache={folder / 'cache'}",
+        *LAYOUTS[layout],
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -379,7 +486,14 @@ def test_sigkill_passkey_five_times(tmp_path, workers):
 def test_sigkill_scrolls_five_times(tmp_path, workers, layout):
     keys = scrolls(tmp_path, layout)
     train(tmp_path, "straight", *keys)
-    killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys, f"data.num_workers={workers}", kills=5)
+    killed_equals_straight(
+        tmp_path,
+        tmp_path / "scrolls" / "straight",
+        "scrolls",
+        *keys,
+        f"data.num_workers={workers}",
+        kills=5,
+    )
 
 
 def write_events(root):
@@ -390,17 +504,35 @@ def write_events(root):
     for user in range(12):
         for number in range(90):
             time = datetime(2024, 1, 1) + timedelta(hours=number)
-            row = {"user_id": f"u{user}", "timestamp": time.isoformat(), "action": "purchase", "item": f"{draw.randrange(12)}"}
+            row = {
+                "user_id": f"u{user}",
+                "timestamp": time.isoformat(),
+                "action": "purchase",
+                "item": f"{draw.randrange(12)}",
+            }
             rows.append(row | {"quantity": draw.randint(1, 5), "price": draw.randint(1, 900) / 100})
     (root / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 
 
 OTHERS = {
-    "agent": (write_traces, ["data.val_share=0.3", "data.max_length=400", "data.packing=documents", "data.batch_size=2"]),
+    "agent": (
+        write_traces,
+        [
+            "data.val_share=0.3",
+            "data.max_length=400",
+            "data.packing=documents",
+            "data.batch_size=2",
+        ],
+    ),
     "user_behavior": (
         write_events,
-        ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3", "backbone.num_key_value_heads=2"],
+        [
+            "data.train_length=200",
+            "data.length_schedule=[[0,120],[6,200]]",
+            "data.batch_size=3",
+            "backbone.num_key_value_heads=2",
+        ],
     ),
 }
 
@@ -410,15 +542,28 @@ OTHERS = {
 @pytest.mark.parametrize("conf", OTHERS)
 def test_sigkill_others_five_times(tmp_path, conf, workers):
     write, more = OTHERS[conf]
-    keys = [*SHORT, f"conf={conf}", f"data.root={write(tmp_path / 'rows')}", "trainer.max_steps=24", "trainer.val_check_interval=5"]
+    keys = [
+        *SHORT,
+        f"conf={conf}",
+        f"data.root={write(tmp_path / 'rows')}",
+        "trainer.max_steps=24",
+        "trainer.val_check_interval=5",
+    ]
     keys += ["data.val_examples=3", "checkpoint.every_steps=2", *more]
     keys += [f"data.cache={tmp_path / 'cache'}"] if conf == "agent" else []
     train(tmp_path, "straight", *keys)
-    killed_equals_straight(tmp_path, tmp_path / conf / "straight", conf, *keys, f"data.num_workers={workers}", kills=5)
+    killed_equals_straight(
+        tmp_path, tmp_path / conf / "straight", conf, *keys, f"data.num_workers={workers}", kills=5
+    )
 
 
 @pytest.mark.slow
 def test_sigkill_scrolls_on_real_rows(tmp_path, shared_data):
-    keys = [*SCROLLS, f"data.root={shared_data / 'scrolls_small'}", "data.max_length=1024", f"data.cache={tmp_path / 'cache'}"]
+    keys = [
+        *SCROLLS,
+        f"data.root={shared_data / 'scrolls_small'}",
+        "data.max_length=1024",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
     train(tmp_path, "straight", *keys)
     killed_equals_straight(tmp_path, tmp_path / "scrolls" / "straight", "scrolls", *keys)

@@ -27,8 +27,14 @@ from comet_pl.metrics.agent import (
 from comet_pl.metrics.scrolls import f1
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -96,7 +102,16 @@ def test_json_is_equal_to_itself_in_any_order_and_notation(value):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"), [(True, 1), (0, False), ([1, 2], [2, 1]), ({"a": 1}, {"a": 1, "b": None}), ("1", 1), (None, False), ({}, [])]
+    ("one", "other"),
+    [
+        (True, 1),
+        (0, False),
+        ([1, 2], [2, 1]),
+        ({"a": 1}, {"a": 1, "b": None}),
+        ("1", 1),
+        (None, False),
+        ({}, []),
+    ],
 )
 def test_json_that_differs(one, other):
     assert not same_json(one, other)
@@ -106,7 +121,19 @@ def test_json_that_differs(one, other):
 
 def test_buckets():
     names = [bucket(value) for value in (0, 1, 2, 3, 4, 7, 8, 15, 16, 1000, math.nan)]
-    assert names == ["0-1", "0-1", "2-3", "2-3", "4-7", "4-7", "8-15", "8-15", "16+", "16+", NOWHERE]
+    assert names == [
+        "0-1",
+        "0-1",
+        "2-3",
+        "2-3",
+        "4-7",
+        "4-7",
+        "8-15",
+        "8-15",
+        "16+",
+        "16+",
+        NOWHERE,
+    ]
 
 
 CALL = action_text("find", {"order": "W123", "count": 2})
@@ -159,10 +186,19 @@ def test_scores_by_hand():
         "action": 0.5,
     }
     assert list(found["by_distance"]) == ["0-1", "8-15", "16+", NOWHERE]
-    assert [found["by_distance"][name]["name"] for name in ("8-15", "16+", NOWHERE)] == [0.0, 0.0, None]
+    assert [found["by_distance"][name]["name"] for name in ("8-15", "16+", NOWHERE)] == [
+        0.0,
+        0.0,
+        None,
+    ]
     assert found["by_distance"][NOWHERE]["f1"] == pytest.approx(2 * 3 / (3 + 5))
     assert found["by_distance"][NOWHERE]["perplexity"] == pytest.approx(math.exp(12 / 15))
-    assert {name: scores["turns"] for name, scores in found["by_turn"].items()} == {"0-1": 1, "2-3": 2, "4-7": 2, "16+": 1}
+    assert {name: scores["turns"] for name, scores in found["by_turn"].items()} == {
+        "0-1": 1,
+        "2-3": 2,
+        "4-7": 2,
+        "16+": 1,
+    }
     total = found["all"]
     assert (total["turns"], total["answered"], total["calls"], total["tokens"]) == (6, 5, 4, 26)
     assert (total["name"], total["action"]) == (0.5, 0.25)
@@ -172,7 +208,9 @@ def test_scores_by_hand():
 
 def test_f1_is_squads():
     squad = SQuAD()
-    for number, (*_, reference, prediction) in enumerate(update for update in UPDATES if update[-1] is not None):
+    for number, (*_, reference, prediction) in enumerate(
+        update for update in UPDATES if update[-1] is not None
+    ):
         squad.update(
             [{"prediction_text": prediction, "id": str(number)}],
             [{"answers": {"answer_start": [0], "text": [reference]}, "id": str(number)}],
@@ -183,7 +221,10 @@ def test_f1_is_squads():
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric AgentScore was called before")
 def test_nothing_and_nothing_finite():
     assert AgentScore().compute() == {
-        "all": {**dict.fromkeys(("turns", "tokens", "answered", "calls"), 0), **dict.fromkeys(("perplexity", "f1", "name", "action"))},
+        "all": {
+            **dict.fromkeys(("turns", "tokens", "answered", "calls"), 0),
+            **dict.fromkeys(("perplexity", "f1", "name", "action")),
+        },
         "by_distance": {},
         "by_turn": {},
     }
@@ -196,7 +237,9 @@ def test_parts_add_up():
     for number, update in enumerate(UPDATES):
         whole.update(*update)
         parts[number % 2].update(*update)
-    parts[0].rows = torch.cat([row for part in parts for row in part.rows])  # as gathered from two ranks
+    parts[0].rows = torch.cat(
+        [row for part in parts for row in part.rows]
+    )  # as gathered from two ranks
     assert parts[0].compute() == whole.compute()
 
 
@@ -204,10 +247,19 @@ def test_the_figure():
     figure = by_distance(scored())
     assert isinstance(figure, Figure)
     shares, perplexity = figure.axes
-    assert [text.get_text() for text in shares.get_xticklabels()] == ["0-1\n2", "8-15\n1", "16+\n1", "none\n0"]
+    assert [text.get_text() for text in shares.get_xticklabels()] == [
+        "0-1\n2",
+        "8-15\n1",
+        "16+\n1",
+        "none\n0",
+    ]
     action = next(line for line in shares.lines if line.get_label() == "tool and arguments")
-    assert action.get_ydata()[:3] == pytest.approx([0.5, 0, 0]) and math.isnan(action.get_ydata()[3])
-    assert perplexity.lines[0].get_ydata() == pytest.approx([math.exp(6 / 8), math.exp(1.5), math.e, math.exp(12 / 15)])
+    assert action.get_ydata()[:3] == pytest.approx([0.5, 0, 0]) and math.isnan(
+        action.get_ydata()[3]
+    )
+    assert perplexity.lines[0].get_ydata() == pytest.approx(
+        [math.exp(6 / 8), math.exp(1.5), math.e, math.exp(12 / 15)]
+    )
     figure.canvas.draw()
 
 

@@ -44,9 +44,20 @@ def test_the_picture_has_depth_down_and_length_across():
     assert "50.0%" in axes.get_title()
     assert [label.get_text().split("\n")[0] for label in axes.get_xticklabels()] == ["1k", "2k"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0%", "30%", "100%"]
-    shown = {(int(text.get_position()[0]), int(text.get_position()[1])): text.get_text() for text in axes.texts}
+    shown = {
+        (int(text.get_position()[0]), int(text.get_position()[1])): text.get_text()
+        for text in axes.texts
+    }
     assert shown == {(0, 1): "100", (0, 2): "50", (1, 0): "50", (1, 2): "0"}
 
 
 def test_short_lengths():
-    assert [short(length) for length in (64, 1024, 1000, 32768, 131072, 1_000_000, 1500)] == ["64", "1k", "1k", "32k", "128k", "1M", "1.5k"]
+    assert [short(length) for length in (64, 1024, 1000, 32768, 131072, 1_000_000, 1500)] == [
+        "64",
+        "1k",
+        "1k",
+        "32k",
+        "128k",
+        "1M",
+        "1.5k",
+    ]

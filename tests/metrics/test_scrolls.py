@@ -71,7 +71,11 @@ def test_the_official_example_rouge(task: str):
     ],
 )
 def test_the_official_example_answers(task: str, name: str, value: float):
-    assert {key: round(number, 4) for key, number in score(task).items()} == {"scrolls_score": value, name: value, "n": 3}
+    assert {key: round(number, 4) for key, number in score(task).items()} == {
+        "scrolls_score": value,
+        name: value,
+        "n": 3,
+    }
 
 
 def test_squads_normalisation():
@@ -83,15 +87,23 @@ def test_squads_normalisation():
     assert f1("dog dog", "dog") == pytest.approx(2 / 3)
 
 
-WORDS = st.lists(st.sampled_from("the a dog Dog cat, runs. home 7 it's".split()), max_size=6).map(" ".join)  # noqa: SIM905
-EXAMPLES = st.lists(st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=5)
+WORDS = st.lists(st.sampled_from("the a dog Dog cat, runs. home 7 it's".split()), max_size=6).map(
+    " ".join
+)
+EXAMPLES = st.lists(
+    st.tuples(WORDS, st.lists(WORDS, min_size=1, max_size=3)), min_size=1, max_size=5
+)
 
 
 def independent(task: str, examples: list[tuple[str, list[str]]]) -> float:
     """Written otherwise than the metric: the score of a task, in percent."""
 
     def words(text: str) -> list[str]:
-        return re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(str.maketrans("", "", string.punctuation))).split()
+        return re.sub(
+            r"\b(a|an|the)\b",
+            " ",
+            text.lower().translate(str.maketrans("", "", string.punctuation)),
+        ).split()
 
     def overlap(one: list[str], other: list[str]) -> float:
         common = (Counter(one) & Counter(other)).total()
@@ -101,13 +113,22 @@ def independent(task: str, examples: list[tuple[str, list[str]]]) -> float:
         return 2 * precision * recall / (precision + recall)
 
     if METRICS[task] == ["f1"]:
-        return 100 * mean(max(overlap(words(text), words(reference)) for reference in references) for text, references in examples)
+        return 100 * mean(
+            max(overlap(words(text), words(reference)) for reference in references)
+            for text, references in examples
+        )
     if METRICS[task] == ["exact_match"]:
-        return 100 * mean(any(words(text) == words(reference) for reference in references) for text, references in examples)
+        return 100 * mean(
+            any(words(text) == words(reference) for reference in references)
+            for text, references in examples
+        )
     product = 1.0
     for name in ("rouge1", "rouge2", "rougeL"):
         scorer = RougeScorer([name], use_stemmer=False)
-        product *= 100 * mean(max(scorer.score(one, text)[name].fmeasure for one in references) for text, references in examples)
+        product *= 100 * mean(
+            max(scorer.score(one, text)[name].fmeasure for one in references)
+            for text, references in examples
+        )
     return product ** (1 / 3)
 
 
@@ -122,7 +143,9 @@ def test_equals_an_independent_computation(task: str, examples: list[tuple[str, 
     assert whole.compute()["scrolls_score"] == pytest.approx(independent(task, examples))
     assert whole.compute()["n"] == len(examples)
     if len(examples) == 1:
-        assert scores(task, *examples[0])["scrolls_score"] == pytest.approx(whole.compute()["scrolls_score"])
+        assert scores(task, *examples[0])["scrolls_score"] == pytest.approx(
+            whole.compute()["scrolls_score"]
+        )
 
 
 def test_average_and_states():
@@ -140,21 +163,29 @@ def test_average_and_states():
 IDS = ["a", "b", "c"]
 
 
-def write(folder: Path, predictions: object = None, lines: list[str] | None = None) -> tuple[Path, Path]:
+def write(
+    folder: Path, predictions: object = None, lines: list[str] | None = None
+) -> tuple[Path, Path]:
     """The official example as files, or what is given instead."""
     given, wanted = folder / "predictions.json", folder / "references.jsonl"
     predictions = dict(zip(IDS, PREDICTIONS, strict=True)) if predictions is None else predictions
     given.write_text(predictions if isinstance(predictions, str) else json.dumps(predictions))
     rows = [
-        {"id": one, "pid": f"{one}_{n}", "output": text} for one, texts in zip(IDS, REFERENCES, strict=True) for n, text in enumerate(texts)
+        {"id": one, "pid": f"{one}_{n}", "output": text}
+        for one, texts in zip(IDS, REFERENCES, strict=True)
+        for n, text in enumerate(texts)
     ]
     wanted.write_text("\n".join([json.dumps(row) for row in rows] if lines is None else lines))
     return given, wanted
 
 
 @pytest.mark.parametrize("task", sorted(METRICS))
-def test_the_official_example_in_files(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    given, wanted = write(tmp_path, dict(reversed(list(zip(IDS, PREDICTIONS, strict=True)))))  # in any order
+def test_the_official_example_in_files(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    given, wanted = write(
+        tmp_path, dict(reversed(list(zip(IDS, PREDICTIONS, strict=True))))
+    )  # in any order
     packed = tmp_path / "references.jsonl.xz"
     packed.write_bytes(lzma.compress(wanted.read_bytes()))
     rouge = {"scrolls_score": 55.8136, "rouge1": 72.2222, "rouge2": 33.3333, "rougeL": 72.2222}
@@ -175,14 +206,18 @@ def test_the_command_prints_json_alone(tmp_path: Path):
 
 
 def test_a_task_that_there_is_not(tmp_path: Path):
-    with pytest.raises(UserError, match=r"TASK: 'qualty' given \(did you mean quality\?\), allowed: gov_report, .*, squality$"):
+    with pytest.raises(
+        UserError,
+        match=r"TASK: 'qualty' given \(did you mean quality\?\), allowed: gov_report, .*, squality$",
+    ):
         main(["qualty", *map(str, write(tmp_path))])
 
 
 def test_missing_predictions_are_refused_or_count_as_nothing(tmp_path: Path):
     files = write(tmp_path, {"a": "exact match example"})
     with pytest.raises(
-        UserError, match=r"predictions.json: 2 of 3 ids of .*references.jsonl are missing; the first: 'b' \(--allow-missing"
+        UserError,
+        match=r"predictions.json: 2 of 3 ids of .*references.jsonl are missing; the first: 'b' \(--allow-missing",
     ):
         score_files("qasper", *files)
     found = score_files("qasper", *files, allow_missing=True)
@@ -190,7 +225,9 @@ def test_missing_predictions_are_refused_or_count_as_nothing(tmp_path: Path):
     assert score_files("qmsum", *files, allow_missing=True)["rouge1"] == pytest.approx(100 / 3)
     files = write(tmp_path, {"a": "x", "bb": "y", "B": "z"})
     for allowed in (False, True):
-        with pytest.raises(UserError, match=r"2 of 3 ids are not in .*; the first: 'bb' \(did you mean b\?\)"):
+        with pytest.raises(
+            UserError, match=r"2 of 3 ids are not in .*; the first: 'bb' \(did you mean b\?\)"
+        ):
             score_files("qasper", *files, allow_missing=allowed)
 
 
@@ -198,7 +235,10 @@ def test_missing_predictions_are_refused_or_count_as_nothing(tmp_path: Path):
     ("predictions", "message"),
     [
         ("{", "predictions.json: not JSON: .*predictions {id: text} are needed"),
-        ("\ud800".encode("utf-16", "surrogatepass").decode("latin-1"), "predictions.json: not JSON"),
+        (
+            "\ud800".encode("utf-16", "surrogatepass").decode("latin-1"),
+            "predictions.json: not JSON",
+        ),
         ("[" * 100_000, "predictions.json: not JSON"),
         (["a"], "predictions.json: a list given, predictions {id: text} are needed"),
         ({"a": "x", "b": ["y"]}, r"predictions.json: 'b': \['y'\] given, predictions"),
@@ -217,7 +257,10 @@ def test_predictions_that_are_none(predictions: object, message: str, tmp_path: 
         ([], "references.jsonl: no rows; references"),
         (['{"id": "a", "output": "x"}', "{"], "references.jsonl:2: malformed row: not JSON"),
         (['{"output": "x"}'], "references.jsonl:1: malformed row: id: missing"),
-        (['{"id": "a", "output": null}'], "references.jsonl:1: malformed row: output: None given, text is needed"),
+        (
+            ['{"id": "a", "output": null}'],
+            "references.jsonl:1: malformed row: output: None given, text is needed",
+        ),
         (["3"], "references.jsonl:1: malformed row: a JSON object is needed"),
     ],
 )
@@ -230,7 +273,9 @@ def test_files_that_cannot_be_read(tmp_path: Path):
     given, wanted = write(tmp_path)
     with pytest.raises(UserError, match=r"nowhere.json: cannot be read: No such file"):
         score_files("qmsum", tmp_path / "nowhere.json", wanted)
-    with pytest.raises(UserError, match=r"nowhere.jsonl: cannot be read after line 0: No such file"):
+    with pytest.raises(
+        UserError, match=r"nowhere.jsonl: cannot be read after line 0: No such file"
+    ):
         score_files("qmsum", given, tmp_path / "nowhere.jsonl")
     cut = tmp_path / "cut.jsonl.xz"
     cut.write_bytes(lzma.compress(wanted.read_bytes())[:-30])
@@ -248,20 +293,39 @@ def test_real_rows(task: str, shared_data: Path, tmp_path: Path):
     wanted: dict[str, list[str]] = {}
     for row in rows:
         wanted.setdefault(row["id"], []).append(row["output"])
-    given = {one: texts[-1] if number % 2 else rows[number]["output"] for number, (one, texts) in enumerate(wanted.items())}
+    given = {
+        one: texts[-1] if number % 2 else rows[number]["output"]
+        for number, (one, texts) in enumerate(wanted.items())
+    }
     (tmp_path / "predictions.json").write_text(json.dumps(given))
     found = score_files(task, tmp_path / "predictions.json", path)
     assert found["n"] == len(wanted) and 0 < found["scrolls_score"] <= 100
-    assert found["scrolls_score"] == pytest.approx(independent(task, [(given[one], texts) for one, texts in wanted.items()]))
+    assert found["scrolls_score"] == pytest.approx(
+        independent(task, [(given[one], texts) for one, texts in wanted.items()])
+    )
 
 
 def test_the_submission_reads_back_as_the_site_reads_it(tmp_path: Path):
-    answers = {"1": 'He said "no", twice.', "2": "", "3": "two\nlines", "4": "a\rb\r\nc", "5": "NA", "6": "，。é", "007": " 1,5 "}
-    predictions = {task: {one: f"{text}{task}" if text else "" for one, text in answers.items()} for task in reversed(SCROLLS)}
+    answers = {
+        "1": 'He said "no", twice.',
+        "2": "",
+        "3": "two\nlines",
+        "4": "a\rb\r\nc",
+        "5": "NA",
+        "6": "，。é",
+        "007": " 1,5 ",
+    }
+    predictions = {
+        task: {one: f"{text}{task}" if text else "" for one, text in answers.items()}
+        for task in reversed(SCROLLS)
+    }
     path = tmp_path / "new" / "submission.csv"
     submission_csv(predictions, path)
     table = pandas.read_csv(path, dtype=object, keep_default_na=False, na_values=["!@#$%^&*()"])
-    assert list(table.columns) == ["Task", "ID", "Prediction"] and list(table["Task"].unique()) == SCROLLS
+    assert (
+        list(table.columns) == ["Task", "ID", "Prediction"]
+        and list(table["Task"].unique()) == SCROLLS
+    )
     for task, wanted in predictions.items():
         rows = table[table["Task"] == task]
         assert dict(zip(rows["ID"], rows["Prediction"], strict=True)) == wanted
@@ -272,8 +336,17 @@ def test_submissions_that_are_refused(tmp_path: Path):
     path, whole = tmp_path / "submission.csv", {task: {"1": "x"} for task in SCROLLS}
     with pytest.raises(UserError, match="'squality' is no task of a submission"):
         submission_csv({**whole, "squality": {"1": "x"}}, path)
-    with pytest.raises(UserError, match="no predictions for qmsum, quality; a submission needs all of gov_report"):
-        submission_csv({task: {} if task == "quality" else given for task, given in whole.items() if task != "qmsum"}, path)
+    with pytest.raises(
+        UserError, match="no predictions for qmsum, quality; a submission needs all of gov_report"
+    ):
+        submission_csv(
+            {
+                task: {} if task == "quality" else given
+                for task, given in whole.items()
+                if task != "qmsum"
+            },
+            path,
+        )
     assert not path.exists()
     submission_csv(whole, path)
     before = path.read_bytes()
@@ -291,20 +364,28 @@ def test_the_papers_numbers_name_our_tasks_and_metrics():
     assert numbers == {"gov_report": [62.5, 61.0], "summ_screen_fd": [33.4, 32.5], "qasper": [35.5, 40.3], "narrative_qa": [22.6, 22.1],
                        "quality": [56.0, 64.2]}  # fmt: skip
     assert PAPER_AVERAGES["CoMeT"] == 40.10 and PAPER_AVERAGES["full attention"] == 42.23
-    assert sorted(PAPER_AVERAGES.values(), reverse=True) == list(PAPER_AVERAGES.values()) and len(PAPER_AVERAGES) == 7
+    assert (
+        sorted(PAPER_AVERAGES.values(), reverse=True) == list(PAPER_AVERAGES.values())
+        and len(PAPER_AVERAGES) == 7
+    )
 
 
 def lines(values: dict) -> list[str]:
     console = Console(width=160, file=io.StringIO())
     console.print(beside_paper(values))
-    return [" ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()]
+    return [
+        " ".join(line.replace("│", " ").split()) for line in console.file.getvalue().splitlines()
+    ]
 
 
 def test_the_table_puts_like_beside_like():
     """The paper's ROUGE-1 stands beside a geometric mean, so the task's own ROUGE-1 has to be there too; qmsum is not in the paper."""
     values = {"gov_report": score("gov_report"), "qmsum": score("qmsum")}
     shown = lines({**values, "average": average(values)})
-    assert "gov_report 55.81 3 rouge1 72.22, rouge2 33.33, rougeL 72.22 rouge1 62.5 rouge1 61.0" in shown
+    assert (
+        "gov_report 55.81 3 rouge1 72.22, rouge2 33.33, rougeL 72.22 rouge1 62.5 rouge1 61.0"
+        in shown
+    )
     assert "qmsum 55.81 3 rouge1 72.22, rouge2 33.33, rougeL 72.22" in shown
     assert "average 55.81 40.10 42.23" in shown
     assert "average 40.10 42.23" in lines({})  # a test split: nothing was scored

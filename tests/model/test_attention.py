@@ -5,18 +5,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support.models import text, tiny
 from torch.nn.attention.bias import causal_lower_right
 
 from comet_pl.model import attention
 from comet_pl.model.attention import _SplitAttention, attend
+from tests.support.models import text, tiny
 
 SCALE = 0.3
 
 
 def inputs(past, own, heads=4, groups=2, dtype=torch.float64):
     torch.manual_seed(0)
-    shapes = [(2, heads, own, 8), (2, heads // groups, past + own, 8), (2, heads // groups, past + own, 8)]
+    shapes = [
+        (2, heads, own, 8),
+        (2, heads // groups, past + own, 8),
+        (2, heads // groups, past + own, 8),
+    ]
     return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
@@ -27,7 +31,11 @@ def formula(q, k, v, past):
     return (q @ k.mT * SCALE).masked_fill(~seen, -torch.inf).softmax(-1) @ v
 
 
-WAYS = {"kernels": (0, attention.MANY_KEYS), "few scores": (attention.FEW_SCORES, attention.MANY_KEYS), "many keys": (0, 0)}
+WAYS = {
+    "kernels": (0, attention.MANY_KEYS),
+    "few scores": (attention.FEW_SCORES, attention.MANY_KEYS),
+    "many keys": (0, 0),
+}
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS.keys(), autouse=True)
@@ -49,7 +57,9 @@ def test_uniform_rows(past, own, implementation, grad):
     if grad:
         weights = torch.randn_like(reference)
         for x, y in zip(
-            torch.autograd.grad((ours * weights).sum(), (q, k, v)), torch.autograd.grad((reference * weights).sum(), (q, k, v)), strict=True
+            torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+            torch.autograd.grad((reference * weights).sum(), (q, k, v)),
+            strict=True,
         ):
             torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
 
@@ -61,7 +71,9 @@ def test_the_split_kernel_has_the_right_gradient():
 
 def test_the_bias_used_on_cuda_is_lower_right():
     q, k, v = inputs(5, 7)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=causal_lower_right(7, 12), scale=SCALE, enable_gqa=True)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=causal_lower_right(7, 12), scale=SCALE, enable_gqa=True
+    )
     torch.testing.assert_close(out, formula(q, k, v, 5), atol=1e-12, rtol=1e-12)
 
 
@@ -75,7 +87,9 @@ def test_half_precision_reads_and_decodes(dtype):
         rest = model(ids[:, 11:], past_key_values=out.past_key_values)
     ours = torch.cat([out.logits, rest.logits], 1)
     assert ours.dtype == dtype
-    assert (ours.double() - reference).abs().max() < (0.1 if dtype == torch.bfloat16 else 0.02) * reference.abs().max()
+    assert (ours.double() - reference).abs().max() < (
+        0.1 if dtype == torch.bfloat16 else 0.02
+    ) * reference.abs().max()
     assert model.generate(ids, max_new_tokens=9, do_sample=False).shape == (2, 32)
 
 
@@ -115,4 +129,6 @@ def test_cuda_equals_cpu(dtype, tolerance):
             cache = model.eval()(ids[:, :13].cuda(), use_cache=True).past_key_values
             rest = model(ids[:, 13:].cuda(), past_key_values=cache, attention_mask=None).logits
         if given is None:
-            assert (rest.cpu().float() - reference.logits[:, 13:]).abs().max() < tolerance * reference.logits.abs().max()
+            assert (
+                rest.cpu().float() - reference.logits[:, 13:]
+            ).abs().max() < tolerance * reference.logits.abs().max()

@@ -19,7 +19,9 @@ def specification(tokens, chunk_size, stride, m):
             chunk += [(READOUT, k) for k in range(m)]
             closed.append(chunk)
             chunk, fill = [], 0
-        elif stride and fill and fill % stride == 0:  # a complete group: its compression token enters before the next text token
+        elif (
+            stride and fill and fill % stride == 0
+        ):  # a complete group: its compression token enters before the next text token
             chunk.append((COMPRESSION, fill // stride - 1))
         chunk.append((TEXT, fill))
         fill += 1
@@ -29,7 +31,9 @@ def specification(tokens, chunk_size, stride, m):
 strides = st.one_of(st.none(), st.integers(1, 9))
 
 
-@given(tokens=st.integers(0, 60), chunk_size=st.integers(1, 12), stride=strides, m=st.integers(0, 3))
+@given(
+    tokens=st.integers(0, 60), chunk_size=st.integers(1, 12), stride=strides, m=st.integers(0, 3)
+)
 def test_layout_is_the_specification(tokens, chunk_size, stride, m):
     closed, last = specification(tokens, chunk_size, stride, m)
     clock = RowClock(stride=stride or NO_STRIDE)
@@ -40,10 +44,19 @@ def test_layout_is_the_specification(tokens, chunk_size, stride, m):
     assert after.num_tokens == tokens
 
 
-@given(pieces=st.lists(st.integers(0, 15), max_size=8), chunk_size=st.integers(1, 12), stride=strides, m=st.integers(0, 3))
+@given(
+    pieces=st.lists(st.integers(0, 15), max_size=8),
+    chunk_size=st.integers(1, 12),
+    stride=strides,
+    m=st.integers(0, 3),
+)
 def test_pieces_lay_out_the_whole(pieces, chunk_size, stride, m):
     def tokens(segments):
-        return [pair for s in segments for pair in zip(*(a.tolist() for a in own_layout(s, m)), strict=True)]
+        return [
+            pair
+            for s in segments
+            for pair in zip(*(a.tolist() for a in own_layout(s, m)), strict=True)
+        ]
 
     clock = RowClock(stride=stride or NO_STRIDE)
     whole, after = plan_row(clock, sum(pieces), chunk_size=chunk_size, global_size=m, capacity=5)
@@ -63,7 +76,9 @@ def test_the_example_of_the_specification():
 
 
 def test_a_short_last_group_still_gets_its_token():
-    segments, _ = plan_row(RowClock(stride=4), 6, chunk_size=99, global_size=2, capacity=8, chunk_sizes=[6])
+    segments, _ = plan_row(
+        RowClock(stride=4), 6, chunk_size=99, global_size=2, capacity=8, chunk_sizes=[6]
+    )
     kind, index = own_layout(segments[0], 2)
     assert kind.tolist() == [0, 0, 0, 0, 1, 0, 0, 1, 2, 2]
     assert index[np.flatnonzero(kind == COMPRESSION)].tolist() == [0, 1]

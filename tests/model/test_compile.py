@@ -4,22 +4,25 @@ from functools import partialmethod
 
 import pytest
 import torch
-from tests.support.models import FAMILIES, text, tiny
-from tests.support.tiny_runs import TINY
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import config as inductor
 
 from comet_pl import CometCache, CometForCausalLM, build
+from comet_pl.analysis.memory import read_memory
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.training.gate_penalty import GatePenalty
-from comet_pl.analysis.memory import read_memory
 from comet_pl.model import attention
 from comet_pl.training.chunk_checkpointing import read_chunks
+from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.training.windows import cut_windows
+from tests.support.models import FAMILIES, text, tiny
+from tests.support.tiny_runs import TINY
 from train import main
 
-OPTIONS = {"chunk_size": 6, "temporary_capacity": 4}  # 2 compression tokens a chunk: full memory after two chunks
+OPTIONS = {
+    "chunk_size": 6,
+    "temporary_capacity": 4,
+}  # 2 compression tokens a chunk: full memory after two chunks
 
 
 @pytest.fixture(params=["kernels", "formula"])
@@ -61,7 +64,9 @@ def test_decoding_is_one_set_of_graphs_for_ever(family, compiled, either_attenti
                 logits = model(ids[:, k : k + 1], past_key_values=cache).logits
             expected = plain(ids[:, k : k + 1], past_key_values=other).logits
             torch.testing.assert_close(logits, expected, atol=1e-10, rtol=1e-10)
-    assert 3 <= len(graphs) <= torch._dynamo.config.recompile_limit  # text; with a compression token; the roll-over's two steps
+    assert (
+        3 <= len(graphs) <= torch._dynamo.config.recompile_limit
+    )  # text; with a compression token; the roll-over's two steps
 
 
 def test_reading_and_training_compile_too(compiled, either_attention):
@@ -91,13 +96,21 @@ def traced(monkeypatch, request):
         graphs.append(graph)
         return aot_eager(graph, inputs) if whole else graph.forward
 
-    monkeypatch.setattr(CometForCausalLM, "compile_cells", partialmethod(CometForCausalLM.compile_cells, backend=backend, fullgraph=True))
-    with torch._dynamo.config.patch(recompile_limit=torch._dynamo.config.recompile_limit):  # afterwards as it was
+    monkeypatch.setattr(
+        CometForCausalLM,
+        "compile_cells",
+        partialmethod(CometForCausalLM.compile_cells, backend=backend, fullgraph=True),
+    )
+    with torch._dynamo.config.patch(
+        recompile_limit=torch._dynamo.config.recompile_limit
+    ):  # afterwards as it was
         yield graphs
     torch._dynamo.reset()
 
 
-SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in ("none", "penalty", "chunk", "layer_major")]
+SLOW = [
+    pytest.param(way, marks=pytest.mark.slow) for way in ("none", "penalty", "chunk", "layer_major")
+]
 
 
 @pytest.mark.parametrize("way", ["cell", *SLOW])
@@ -109,7 +122,9 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
         model.walk = "layer_major" if way == "layer_major" else "chunk_major"
         model.record_gates()
     penalty = GatePenalty(3.0, 0.8, 0.7)
-    for memory in [memory for model in models for memory in model.gates] if way == "penalty" else []:
+    for memory in (
+        [memory for model in models for memory in model.gates] if way == "penalty" else []
+    ):
         memory.penalty = penalty
     models[0].compile_cells()
     for turn in range(2):
@@ -120,15 +135,23 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
                 model.zero_grad()
                 with torch._dynamo.config.patch(error_on_recompile=turn == 1):
                     if way == "chunk":
-                        batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+                        batch = {
+                            "input_ids": ids,
+                            "labels": ids,
+                            "attention_mask": torch.ones_like(ids),
+                        }
                         for loss in read_chunks(model, cut_windows(batch, 6, None), ids.numel()):
                             loss.backward()
                     else:
                         loss = model(ids, labels=ids, chunk_sizes=[6] * chunks).loss
                         loss.backward()
                 gates = model.gate_values()
-                assert way == "chunk" or len(gates) == max(0, chunks - 2)  # the first chunk has no gate, the last one stays open
-                results.append((loss.detach(), gates, {name: p.grad for name, p in model.named_parameters()}))
+                assert way == "chunk" or len(gates) == max(
+                    0, chunks - 2
+                )  # the first chunk has no gate, the last one stays open
+                results.append(
+                    (loss.detach(), gates, {name: p.grad for name, p in model.named_parameters()})
+                )
             torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
     assert 7 <= len(traced) <= 16
 
@@ -155,14 +178,29 @@ def test_names_files_and_caches_are_those_of_a_plain_model(tmp_path, traced):
         assert (tmp_path / "compiled" / file.name).read_bytes() == file.read_bytes()
     cache.save(tmp_path / "cache")
     found = plain(text(1, 3), past_key_values=CometCache.load(tmp_path / "cache")).logits
-    torch.testing.assert_close(found, model(text(1, 3), past_key_values=cache).logits, atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(
+        found, model(text(1, 3), past_key_values=cache).logits, atol=1e-10, rtol=1e-10
+    )
 
 
 # ---- train.compile
 
 
-RUN = [*TINY, "data.train_length=48", "data.length_schedule=null", "data.batch_size=2", "eval.after_fit=false", "eval.depths=1"]
-RUN += ["eval.examples=1", "eval.lengths=[48]", "data.val_depths=1", "data.val_examples=1", "trainer.log_every_n_steps=1"]
+RUN = [
+    *TINY,
+    "data.train_length=48",
+    "data.length_schedule=null",
+    "data.batch_size=2",
+    "eval.after_fit=false",
+    "eval.depths=1",
+]
+RUN += [
+    "eval.examples=1",
+    "eval.lengths=[48]",
+    "data.val_depths=1",
+    "data.val_examples=1",
+    "trainer.log_every_n_steps=1",
+]
 RUN += ["checkpoint.every_steps=2", "train.warmup_steps=0", "train.final_lr=1"]
 
 
@@ -175,9 +213,21 @@ def test_a_run_goes_on_the_other_way(first, tmp_path, traced):
     main([*keys, "run.name=mixed", "trainer.max_steps=2", f"train.compile={first}"])
     assert bool(traced) == (first == "true")
     second = "false" if first == "true" else "true"
-    main([*keys, "run.name=mixed", "trainer.max_steps=4", "resume=true", f"train.compile={second}", "eval.after_fit=true"])
+    main(
+        [
+            *keys,
+            "run.name=mixed",
+            "trainer.max_steps=4",
+            "resume=true",
+            f"train.compile={second}",
+            "eval.after_fit=true",
+        ]
+    )
     assert traced
-    plain, mixed = (torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("plain", "mixed"))
+    plain, mixed = (
+        torch.load(tmp_path / "passkey" / name / "checkpoints" / "last.ckpt", weights_only=True)
+        for name in ("plain", "mixed")
+    )
     assert plain["global_step"] == mixed["global_step"] == 4
     torch.testing.assert_close(mixed["state_dict"], plain["state_dict"], atol=1e-5, rtol=1e-4)
 
@@ -186,16 +236,26 @@ def test_mistakes_are_one_line():
     keys = ["train.compile=true", "trainer.accelerator=cpu"]
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler")}):
         build.check_device(load(["trainer.accelerator=cpu"]))
-        with pytest.raises(UserError, match=r"train\.compile: true given, but no C\+\+ compiler is found here; .* or leave it false$"):
+        with pytest.raises(
+            UserError,
+            match=r"train\.compile: true given, but no C\+\+ compiler is found here; .* or leave it false$",
+        ):
             build.check_device(load(keys))
-    with pytest.raises(UserError, match=r"train\.compile: true given, but strategy\.sharding is zero2, .* strategy\.sharding=none$"):
+    with pytest.raises(
+        UserError,
+        match=r"train\.compile: true given, but strategy\.sharding is zero2, .* strategy\.sharding=none$",
+    ):
         load([*keys, "trainer.strategy=layer_pipeline", "strategy.sharding=zero2"])
 
 
 @pytest.mark.slow
 def test_compiled_by_inductor_it_decodes_the_same(compiled):
     """Real generated code (needs a C++ compiler on a CPU)."""
-    model, plain, ids = tiny(dtype=torch.float32, **OPTIONS), tiny(dtype=torch.float32, **OPTIONS), text(1, 18)
+    model, plain, ids = (
+        tiny(dtype=torch.float32, **OPTIONS),
+        tiny(dtype=torch.float32, **OPTIONS),
+        text(1, 18),
+    )
     compiled(model, "inductor")
     options = {"max_new_tokens": 15, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
@@ -212,6 +272,12 @@ def test_compiled_by_inductor_it_learns_the_same():
         model.record_gates()
         loss = model(text(2, 24), labels=text(2, 24), chunk_sizes=[6] * 4).loss
         loss.backward()
-        results.append((loss.detach(), model.gate_values(), {name: p.grad for name, p in model.named_parameters()}))
+        results.append(
+            (
+                loss.detach(),
+                model.gate_values(),
+                {name: p.grad for name, p in model.named_parameters()},
+            )
+        )
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
     torch._dynamo.reset()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.support.models import backbone
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from comet_pl import CometConfig, CometForCausalLM
 from data.batches import train_tokenizer
+from tests.support.models import backbone
 
 TEXT = "the cat sat on a mat and ran to the old red barn "
 
@@ -31,7 +31,10 @@ def test_a_pipeline_writes_texts_and_chats(folder):
     together = write(prompts, max_new_tokens=12, batch_size=2, do_sample=False)
     alone = [write([prompt], max_new_tokens=12, do_sample=False)[0] for prompt in prompts]
     assert together == alone
-    assert all(one[0]["generated_text"].startswith(prompt) for one, prompt in zip(together, prompts, strict=True))
+    assert all(
+        one[0]["generated_text"].startswith(prompt)
+        for one, prompt in zip(together, prompts, strict=True)
+    )
     chat = write([{"role": "user", "content": "the cat"}], max_new_tokens=5)
     assert chat[0]["generated_text"][-1]["role"] == "assistant"
 
@@ -40,9 +43,16 @@ def test_peft_wraps_and_merges_it(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = AutoTokenizer.from_pretrained(folder)(TEXT * 3, return_tensors="pt").input_ids
     before = model(ids).logits
-    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    wrapped = get_peft_model(
+        model,
+        LoraConfig(
+            target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+        ),
+    )
     wrapped(input_ids=ids, labels=ids).loss.backward()
-    assert {name.split(".")[-3] for name, p in wrapped.named_parameters() if p.grad is not None} == {"lora_A", "lora_B"}
+    assert {
+        name.split(".")[-3] for name, p in wrapped.named_parameters() if p.grad is not None
+    } == {"lora_A", "lora_B"}
     with torch.no_grad():
         logits = wrapped(input_ids=ids).logits
         assert not torch.allclose(logits, before, atol=1e-3)
@@ -57,14 +67,24 @@ def test_the_trainer_evaluates_and_keeps_the_best(folder, tmp_path):
     ids = AutoTokenizer.from_pretrained(folder)(TEXT * 2, return_tensors="pt").input_ids[0]
     rows = [{"input_ids": ids, "labels": ids}] * 3
     model = AutoModelForCausalLM.from_pretrained(folder)
-    options = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
-    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, per_device_eval_batch_size=2, **options)
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+    }
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, report_to=[], use_cpu=True, per_device_eval_batch_size=2, **options
+    )
     trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
     assert trainer.label_names == ["labels"]
     trainer.train()
     found = trainer.evaluate()
     with torch.no_grad():
-        assert found["eval_loss"] == pytest.approx(model.eval()(ids[None], labels=ids[None]).loss.item(), rel=1e-4)
+        assert found["eval_loss"] == pytest.approx(
+            model.eval()(ids[None], labels=ids[None]).loss.item(), rel=1e-4
+        )
     without = trainer.predict([{"input_ids": ids}] * 3)
     assert without.predictions.shape == (3, len(ids), model.config.vocab_size)
 
@@ -73,12 +93,26 @@ def test_the_trainer_evaluates_and_keeps_the_best(folder, tmp_path):
 def test_the_trainer_trains_it_with_token_correct_accumulation(folder, tmp_path, recompute):
     """Two micro-batches with different numbers of targets: the loss is the mean over tokens, as of one batch."""
     ids = AutoTokenizer.from_pretrained(folder)(TEXT * 2, return_tensors="pt").input_ids[0]
-    rows = [{"input_ids": ids, "labels": ids}, {"input_ids": ids, "labels": torch.where(torch.arange(len(ids)) < len(ids) - 4, -100, ids)}]
+    rows = [
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": ids, "labels": torch.where(torch.arange(len(ids)) < len(ids) - 4, -100, ids)},
+    ]
     weights = []
     for size, accumulate in ((1, 2), (2, 1)):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulate, "gradient_checkpointing": recompute}
-        arguments = TrainingArguments(tmp_path / str(size), max_steps=2, report_to=[], use_cpu=True, save_strategy="no", **options)
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": accumulate,
+            "gradient_checkpointing": recompute,
+        }
+        arguments = TrainingArguments(
+            tmp_path / str(size),
+            max_steps=2,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            **options,
+        )
         before = model.model.layers[0].global_memory.gate.proj.weight.clone()
         Trainer(model, arguments, train_dataset=rows).train()
         assert not torch.equal(before, model.model.layers[0].global_memory.gate.proj.weight)
@@ -90,5 +124,7 @@ def test_arguments_that_a_comet_has_not_are_refused_unless_they_are_none(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[5, 6, 7]])
     model(ids, inputs_embeds=None, output_attentions=False)
-    with pytest.raises(ValueError, match="position_ids: given, but a CoMeT's forward has no such argument"):
+    with pytest.raises(
+        ValueError, match="position_ids: given, but a CoMeT's forward has no such argument"
+    ):
         model(ids, position_ids=ids)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, same_cache, text, tiny
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
@@ -14,6 +13,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model import cache as cache_module
 from comet_pl.model.cell import SUPPORTED
+from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, same_cache, text, tiny
 
 # ---- folders
 
@@ -32,8 +32,14 @@ def test_our_folder_round_trips(tmp_path):
 
 def test_memory_keys_can_be_overridden_at_loading(tmp_path):
     tiny().save_pretrained(tmp_path)
-    model = CometForCausalLM.from_pretrained(tmp_path, comet={"chunk_size": 3, "temporary_capacity": 7, "global_size": 1})
-    assert (model.config.chunk_size, model.config.temporary_capacity, model.config.readout_token_ids) == (3, 7, [41])
+    model = CometForCausalLM.from_pretrained(
+        tmp_path, comet={"chunk_size": 3, "temporary_capacity": 7, "global_size": 1}
+    )
+    assert (
+        model.config.chunk_size,
+        model.config.temporary_capacity,
+        model.config.readout_token_ids,
+    ) == (3, 7, [41])
     with pytest.raises(ValueError, match="adapter_rank"):
         CometForCausalLM.from_pretrained(tmp_path, comet={"adapter_rank": 5})
     with pytest.raises(ValueError, match="rollover: 'no' given, True or False is needed"):
@@ -50,17 +56,28 @@ def test_a_plain_decoder_gets_fresh_memory(tied, tmp_path):
     config.tie_word_embeddings = tied
     plain = AutoModelForCausalLM.from_config(config)
     plain.save_pretrained(tmp_path)
-    comet = {"chunk_size": 4, "global_size": 3, "compression_stride": 2, "temporary_capacity": 4, "gate_bias": 5.0}
+    comet = {
+        "chunk_size": 4,
+        "global_size": 3,
+        "compression_stride": 2,
+        "temporary_capacity": 4,
+        "gate_bias": 5.0,
+    }
     model = CometForCausalLM.from_pretrained(tmp_path, comet=comet)
     assert model.config.vocab_size == VOCABULARY + 4
-    old, new = model.model.embed_tokens.weight[:VOCABULARY], model.model.embed_tokens.weight[VOCABULARY:]
+    old, new = (
+        model.model.embed_tokens.weight[:VOCABULARY],
+        model.model.embed_tokens.weight[VOCABULARY:],
+    )
     assert torch.equal(old, plain.model.embed_tokens.weight)
     torch.testing.assert_close(new, old.mean(0).expand(4, -1), atol=1e-2, rtol=0)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     gate = model.model.layers[0].global_memory.gate.proj
     assert gate.bias.item() == 5.0
     assert 0 < gate.weight.std() < 1
-    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight)
+    assert torch.equal(
+        model.model.layers[1].mlp.up_proj.weight, plain.model.layers[1].mlp.up_proj.weight
+    )
     assert torch.equal(model.model.layers[0].global_memory.norm.weight, torch.ones(16))
 
 
@@ -115,7 +132,9 @@ def test_dtype_shards_and_attention_are_as_asked_for(kind, tmp_path):
         with torch.no_grad():
             out = model(text(1, 9), use_cache=True)
         assert out.logits.dtype == dtype and out.logits.isfinite().all()
-        assert {t.dtype for memory in out.past_key_values.memories for t in memory if t is not None} == {dtype}
+        assert {
+            t.dtype for memory in out.past_key_values.memories for t in memory if t is not None
+        } == {dtype}
 
 
 def test_gradient_checkpointing_flag_recomputes_every_cell():
@@ -128,7 +147,9 @@ def test_gradient_checkpointing_flag_recomputes_every_cell():
             assert model.gradient_checkpointing
         seen = [0]
         for cell in model.model.layers:
-            cell.self_attn.q_proj.register_forward_hook(lambda *_, seen=seen: seen.__setitem__(0, seen[0] + 1))
+            cell.self_attn.q_proj.register_forward_hook(
+                lambda *_, seen=seen: seen.__setitem__(0, seen[0] + 1)
+            )
         model(ids, labels=ids).loss.backward()
         calls.append(seen[0])
         grads.append({name: p.grad for name, p in model.named_parameters()})
@@ -140,13 +161,21 @@ def test_gradient_checkpointing_flag_recomputes_every_cell():
 
 
 @settings(max_examples=60)
-@given(comet=memories(), batch=st.integers(1, 4), stride=st.sampled_from([None, 1, 2, 5]), tokens=st.integers(1, 30), data=st.data())
+@given(
+    comet=memories(),
+    batch=st.integers(1, 4),
+    stride=st.sampled_from([None, 1, 2, 5]),
+    tokens=st.integers(1, 30),
+    data=st.data(),
+)
 def test_cache_bytes_are_known_beforehand(comet, batch, stride, tokens, data, tmp_path_factory):
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
     stride = stride if comet["compression_stride"] else None
     model = tiny(dtype=dtype, **comet)
     with torch.no_grad():
-        cache = model(text(batch, tokens), use_cache=True, strides=stride and [stride] * batch).past_key_values
+        cache = model(
+            text(batch, tokens), use_cache=True, strides=stride and [stride] * batch
+        ).past_key_values
     assert cache.nbytes == model.config.cache_bytes(batch, dtype, stride)
     file = tmp_path_factory.mktemp("cache") / "memory.safetensors"
     cache.save(file, notes={"of": "a text"})
@@ -157,12 +186,17 @@ def test_cache_bytes_are_known_beforehand(comet, batch, stride, tokens, data, tm
 
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkeypatch):
     model = tiny()
-    monkeypatch.setattr(cache_module, "free_bytes", lambda device: model.config.cache_bytes(3, torch.float64))
+    monkeypatch.setattr(
+        cache_module, "free_bytes", lambda device: model.config.cache_bytes(3, torch.float64)
+    )
     with torch.no_grad():
         assert model(text(3, 4), use_cache=True).past_key_values.nbytes
         model.model.embed_tokens.register_forward_hook(lambda *_: pytest.fail("computed"))
         for kind in (ValueError, MemoryError):
-            with pytest.raises(kind, match=r"memory of 4 text.s. takes .* MiB are free on cpu: read at most 3 at once"):
+            with pytest.raises(
+                kind,
+                match=r"memory of 4 text.s. takes .* MiB are free on cpu: read at most 3 at once",
+            ):
                 model(text(4, 4), use_cache=True)
     monkeypatch.undo()
     assert (cache_module.free_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
@@ -173,37 +207,74 @@ def test_a_cache_of_another_precision_is_refused_and_to_changes_it():
     with torch.no_grad():
         cache = tiny()(ids, use_cache=True).past_key_values
         other = tiny().float()
-        with pytest.raises(ValueError, match=r"a cache of torch.float64 given, the model is of torch.float32; CometCache.to"):
+        with pytest.raises(
+            ValueError,
+            match=r"a cache of torch.float64 given, the model is of torch.float32; CometCache.to",
+        ):
             other(ids, past_key_values=cache)
         moved = cache.to(dtype=torch.float32)
         assert moved.nbytes == cache.nbytes // 2
         torch.testing.assert_close(
-            other(ids, past_key_values=moved).logits.double(), tiny()(ids, past_key_values=cache).logits, atol=1e-4, rtol=0
+            other(ids, past_key_values=moved).logits.double(),
+            tiny()(ids, past_key_values=cache).logits,
+            atol=1e-4,
+            rtol=0,
         )
 
 
 def rewrite(path, change):
     """A cache file with other facts or tensors, still a whole safetensors file."""
     with safe_open(path, framework="pt") as file:
-        facts, tensors = json.loads(file.metadata()["comet_cache"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts, tensors = (
+            json.loads(file.metadata()["comet_cache"]),
+            {name: file.get_tensor(name) for name in file.keys()},
+        )
     metadata = change(facts, tensors)
-    save_file(tensors, path, metadata={"comet_cache": json.dumps(facts)} if metadata is None else metadata)
+    save_file(
+        tensors, path, metadata={"comet_cache": json.dumps(facts)} if metadata is None else metadata
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda facts, tensors: {}, "not a readable CometCache file .no 'comet_cache' in it"),
-        (lambda facts, tensors: facts.pop("rows") and None, "not a readable CometCache file .no 'rows' in it"),
-        (lambda facts, tensors: facts["rows"][0].update(colour=1), "not a readable CometCache file"),
-        (lambda facts, tensors: facts["rows"][1].update(fill=-3), "not a readable CometCache file .impossible numbers"),
-        (lambda facts, tensors: facts["rows"][1].update(fill="a"), "not a readable CometCache file .impossible numbers"),
+        (
+            lambda facts, tensors: facts.pop("rows") and None,
+            "not a readable CometCache file .no 'rows' in it",
+        ),
+        (
+            lambda facts, tensors: facts["rows"][0].update(colour=1),
+            "not a readable CometCache file",
+        ),
+        (
+            lambda facts, tensors: facts["rows"][1].update(fill=-3),
+            "not a readable CometCache file .impossible numbers",
+        ),
+        (
+            lambda facts, tensors: facts["rows"][1].update(fill="a"),
+            "not a readable CometCache file .impossible numbers",
+        ),
         (lambda facts, tensors: facts.update(layers=1), "damaged: it has 1 layers"),
         (lambda facts, tensors: facts.update(layers="two"), "not a readable CometCache file"),
-        (lambda facts, tensors: tensors.update({"2.state": tensors.pop("1.state")}), "damaged: state of layer 1 has the shape None"),
-        (lambda facts, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :1].clone()}), "damaged: keys of layer 0"),
-        (lambda facts, tensors: tensors.update({"0.temporary": tensors["0.temporary"][:, :1].clone()}), "damaged: temporary of layer 0"),
-        (lambda facts, tensors: tensors.update({"1.values": tensors["1.values"].flatten()}), "damaged: values of layer 1"),
+        (
+            lambda facts, tensors: tensors.update({"2.state": tensors.pop("1.state")}),
+            "damaged: state of layer 1 has the shape None",
+        ),
+        (
+            lambda facts, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :1].clone()}),
+            "damaged: keys of layer 0",
+        ),
+        (
+            lambda facts, tensors: tensors.update(
+                {"0.temporary": tensors["0.temporary"][:, :1].clone()}
+            ),
+            "damaged: temporary of layer 0",
+        ),
+        (
+            lambda facts, tensors: tensors.update({"1.values": tensors["1.values"].flatten()}),
+            "damaged: values of layer 1",
+        ),
     ],
 )
 def test_damaged_memory_files_are_refused(change, message, tmp_path):
@@ -247,7 +318,9 @@ def test_a_cache_of_another_model_is_refused(tmp_path):
         cache = tiny(seed=0)(text(1, 9), use_cache=True).past_key_values
         cache.save(tmp_path / "memory.safetensors")
         with pytest.raises(ValueError, match="other weights"):
-            tiny(seed=1)(text(1, 2), past_key_values=CometCache.load(tmp_path / "memory.safetensors"))
+            tiny(seed=1)(
+                text(1, 2), past_key_values=CometCache.load(tmp_path / "memory.safetensors")
+            )
         with pytest.raises(ValueError, match="other weights"):
             tiny(seed=1)(text(1, 2), past_key_values=cache)
         with pytest.raises(ValueError, match="another configuration"):
@@ -315,7 +388,12 @@ def test_detached_and_inference_caches_are_their_own():
         fork = cache.detach()
         model(text(1, 40, seed=3), past_key_values=fork)
         reference = model(text(1, 5, seed=4), past_key_values=cache).logits
-        torch.testing.assert_close(model(text(1, 5, seed=4), past_key_values=made).logits, reference, atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(
+            model(text(1, 5, seed=4), past_key_values=made).logits,
+            reference,
+            atol=1e-12,
+            rtol=1e-12,
+        )
         whole = model(torch.cat([ids, text(1, 5, seed=4)], 1)).logits[:, 9:]
     torch.testing.assert_close(reference, whole, atol=1e-10, rtol=1e-10)
 
@@ -337,9 +415,14 @@ def test_targets_only_between_real_tokens_and_across_chunks():
     mask[1, 6:] = 0
     labels = ids.clone()
     labels[0, 4] = -100
-    out = model(ids, attention_mask=mask, labels=labels, chunk_sizes=[[5, 6], [6]], logits_to_keep=0)
+    out = model(
+        ids, attention_mask=mask, labels=labels, chunk_sizes=[[5, 6], [6]], logits_to_keep=0
+    )
     logits = out.logits.log_softmax(-1)
-    terms = [-logits[b, k, labels[b, k + 1]] for b, k in [(0, k) for k in range(10) if k != 3] + [(1, k) for k in range(5)]]
+    terms = [
+        -logits[b, k, labels[b, k + 1]]
+        for b, k in [(0, k) for k in range(10) if k != 3] + [(1, k) for k in range(5)]
+    ]
     torch.testing.assert_close(out.loss, torch.stack(terms).mean(), atol=1e-10, rtol=1e-10)
 
 
@@ -354,7 +437,9 @@ def test_logits_to_keep():
     model, ids = tiny(), text(2, 12)
     with torch.no_grad():
         everything = model(ids).logits
-        torch.testing.assert_close(model(ids, logits_to_keep=3).logits, everything[:, -3:], atol=1e-12, rtol=1e-12)
+        torch.testing.assert_close(
+            model(ids, logits_to_keep=3).logits, everything[:, -3:], atol=1e-12, rtol=1e-12
+        )
         assert torch.equal(model(ids, logits_to_keep=0).logits, everything)
         assert torch.equal(model(ids, logits_to_keep=99).logits, everything)
 
@@ -370,9 +455,18 @@ def test_logits_to_keep():
         ({"chunk_sizes": [9, -1]}, "negative"),
         ({"resets": [True]}, "without chunk_sizes"),
         ({"chunk_sizes": [4, 4], "resets": [True]}, "one bool for each"),
-        ({"labels": torch.zeros(2, 8, dtype=torch.long), "shift_labels": torch.zeros(2, 8, dtype=torch.long)}, "give one of the two"),
+        (
+            {
+                "labels": torch.zeros(2, 8, dtype=torch.long),
+                "shift_labels": torch.zeros(2, 8, dtype=torch.long),
+            },
+            "give one of the two",
+        ),
         ({"labels": torch.zeros(2, 7, dtype=torch.long)}, "labels: shape"),
-        ({"attention_mask": torch.tensor([[1] * 8, [1, 1, 0, 1, 1, 1, 1, 1]])}, "row 1 has padding between"),
+        (
+            {"attention_mask": torch.tensor([[1] * 8, [1, 1, 0, 1, 1, 1, 1, 1]])},
+            "row 1 has padding between",
+        ),
         ({"attention_mask": torch.ones(2, 9)}, "attention_mask: shape"),
         ({"strides": [2]}, "strides"),
         ({"strides": 2}, "strides"),
@@ -384,7 +478,10 @@ def test_logits_to_keep():
         ({"past_key_values": ()}, "CometCache is needed"),
         ({"labels": torch.full((2, 8), 1000)}, "labels: 1000 given, allowed: 0 to 42, or -100"),
         ({"shift_labels": torch.full((2, 8), -5)}, "labels: -5 given"),
-        ({"attention_mask": torch.tensor([[1.0] * 8, [0.0, -1e9] * 4])}, "attention_mask: -1000000000.0 given, 1"),
+        (
+            {"attention_mask": torch.tensor([[1.0] * 8, [0.0, -1e9] * 4])},
+            "attention_mask: -1000000000.0 given, 1",
+        ),
     ],
 )
 def test_contradictions_are_refused(arguments, message):
@@ -413,7 +510,14 @@ def test_ids_that_are_no_text_are_refused_unless_they_are_padding(wrong, message
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("chunk_size", 0), ("global_size", -1), ("compression_stride", 0), ("temporary_capacity", 0), ("gate", "soft"), ("gate_bias", "high")],
+    [
+        ("chunk_size", 0),
+        ("global_size", -1),
+        ("compression_stride", 0),
+        ("temporary_capacity", 0),
+        ("gate", "soft"),
+        ("gate_bias", "high"),
+    ],
 )
 def test_impossible_configurations_name_their_key(key, value):
     with pytest.raises(ValueError, match=key):
@@ -422,29 +526,50 @@ def test_impossible_configurations_name_their_key(key, value):
 
 def test_foreign_decoders_are_refused_with_what_is_supported():
     assert set(SUPPORTED) == set(FAMILIES)
-    with pytest.raises(ValueError, match=r"gpt2.*supported: llama \(Llama 2 and 3, SmolLM2\); mistral.*backbone.py"):
+    with pytest.raises(
+        ValueError, match=r"gpt2.*supported: llama \(Llama 2 and 3, SmolLM2\); mistral.*backbone.py"
+    ):
         CometForCausalLM(
-            CometConfig(backbone_config=GPT2Config(vocab_size=30, n_embd=8, n_head=2, n_layer=1, bos_token_id=0, eos_token_id=0))
+            CometConfig(
+                backbone_config=GPT2Config(
+                    vocab_size=30, n_embd=8, n_head=2, n_layer=1, bos_token_id=0, eos_token_id=0
+                )
+            )
         )
 
 
 @pytest.mark.parametrize(
     ("family", "window", "way_out"),
     [
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window=False"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, "use_sliding_window=False"),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "use_sliding_window=False",
+        ),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+            "use_sliding_window=False",
+        ),
         ("smollm3", {"use_sliding_window": True, "sliding_window": 8}, "use_sliding_window=False"),
         ("mistral", {"sliding_window": 8}, "sliding_window=None"),
     ],
 )
-def test_a_sliding_window_is_refused_with_the_reason_and_the_way_out(family, window, way_out, tmp_path):
+def test_a_sliding_window_is_refused_with_the_reason_and_the_way_out(
+    family, window, way_out, tmp_path
+):
     plain = AutoModelForCausalLM.from_config(backbone(family, **window))
     plain.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"sliding window of 8 tokens would cut the memory slots off; set {way_out}"):
+    with pytest.raises(
+        ValueError,
+        match=f"sliding window of 8 tokens would cut the memory slots off; set {way_out}",
+    ):
         CometForCausalLM.from_pretrained(tmp_path)
     key, _, value = way_out.partition("=")
     more = {"layer_types": ["full_attention"] * 2} if family != "mistral" else {}
-    model = CometForCausalLM.from_pretrained(tmp_path, comet={"chunk_size": 4}, **{key: None if value == "None" else False}, **more)
+    model = CometForCausalLM.from_pretrained(
+        tmp_path, comet={"chunk_size": 4}, **{key: None if value == "None" else False}, **more
+    )
     assert model(text(1, 9)).logits.shape[1] == 9
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tests.support.models import same_cache, text, tiny
-from tests.support.ranks import in_processes
 
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.parallel.p2p import Ring
@@ -18,6 +16,8 @@ from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, whole
 from comet_pl.training.windows import IGNORED, count_targets, cut_windows, split_rows
+from tests.support.models import same_cache, text, tiny
+from tests.support.ranks import in_processes
 
 CHUNK = 5  # of the tiny model
 
@@ -32,7 +32,9 @@ class Case:
     lengths: tuple[int, ...] = (40, 40)
     labelled: tuple[tuple[int, int], ...] = ((0, 1000),)  # columns with labels, for all rows
     window: int | None = None
-    packed: bool = False  # chunks of other sizes, and every second one but the first starts a document
+    packed: bool = (
+        False  # chunks of other sizes, and every second one but the first starts a document
+    )
     strides: tuple[int, ...] | None = None  # of the rows in turn
     accumulate: int = 1
     recompute: bool = False
@@ -48,7 +50,10 @@ class Case:
 
     def batch(self, rank: int) -> dict[str, Any]:
         """The rows of a data-parallel rank."""
-        ids, mask = text(len(self.lengths), max(self.lengths)), torch.zeros(len(self.lengths), max(self.lengths), dtype=torch.long)
+        ids, mask = (
+            text(len(self.lengths), max(self.lengths)),
+            torch.zeros(len(self.lengths), max(self.lengths), dtype=torch.long),
+        )
         labels = torch.full_like(ids, IGNORED)
         for row, length in enumerate(self.lengths):
             mask[row, :length] = 1
@@ -58,14 +63,22 @@ class Case:
         batch = {"input_ids": ids[mine], "attention_mask": mask[mine], "labels": labels[mine]}
         if self.packed:
             sizes = [fixed_chunks(length, CHUNK - 1) for length in self.lengths[mine]]
-            batch |= {"chunk_sizes": sizes, "resets": [[t % 2 == 0 for t in range(len(row))] for row in sizes]}
+            batch |= {
+                "chunk_sizes": sizes,
+                "resets": [[t % 2 == 0 for t in range(len(row))] for row in sizes],
+            }
         if self.strides is not None:
-            batch["strides"] = [self.strides[row % len(self.strides)] for row in range(len(self.lengths))][mine]
+            batch["strides"] = [
+                self.strides[row % len(self.strides)] for row in range(len(self.lengths))
+            ][mine]
         return batch
 
     def windows(self, rank: int) -> list[Any]:
         """Windows of each micro-batch of a data-parallel rank."""
-        return [cut_windows(micro, CHUNK, self.window) for micro in split_rows(self.batch(rank), self.accumulate)]
+        return [
+            cut_windows(micro, CHUNK, self.window)
+            for micro in split_rows(self.batch(rank), self.accumulate)
+        ]
 
     @property
     def targets(self) -> int:
@@ -79,7 +92,12 @@ def alone(case: Case):
         for windows in case.windows(rank):
             cache = None
             for window in windows:
-                output = model(**window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=case.targets)
+                output = model(
+                    **window.inputs(),
+                    past_key_values=cache,
+                    use_cache=True,
+                    num_items_in_batch=case.targets,
+                )
                 if window.targets:
                     output.loss.backward()
                 total += float(output.loss.detach())
@@ -89,7 +107,10 @@ def alone(case: Case):
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in model.named_parameters()}
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
 
 
 def together(case: Case):
@@ -99,7 +120,9 @@ def together(case: Case):
     model, me, total = case.model(), dist.get_rank(), torch.zeros((), dtype=torch.float64)
     pipeline = Pipeline(ring, me % case.ranks, case.ranks, case.schedule)
     if case.sharding != "none":
-        pipeline.shards = Shards.over(model, case.data, case.ranks, layerwise=case.sharding == "zero3")
+        pipeline.shards = Shards.over(
+            model, case.data, case.ranks, layerwise=case.sharding == "zero3"
+        )
         pipeline.shards.gather(all_layers=case.sharding == "zero2")
     for windows in case.windows(me // case.ranks):
         for loss in pipeline.read(model, windows, case.targets, keep_cache=True):
@@ -119,16 +142,26 @@ def together(case: Case):
 
 
 def check(case: Case) -> None:
-    tolerance = {"atol": 1e-10, "rtol": 1e-10} if case.dtype == torch.float64 else {"atol": 1e-7, "rtol": 1e-5}
+    tolerance = (
+        {"atol": 1e-10, "rtol": 1e-10}
+        if case.dtype == torch.float64
+        else {"atol": 1e-7, "rtol": 1e-5}
+    )
     loss, expected, caches = alone(case)
     results = in_processes(case.ranks * case.data, together, case)
     for other, found, _ in results:
         assert other == pytest.approx(loss, rel=1e-10 if case.dtype == torch.float64 else 1e-5)
         for name, gradient in expected.items():
             scale = {"atol": float(tolerance["rtol"] * gradient.abs().max()) + 1e-12, "rtol": 0.0}
-            torch.testing.assert_close(found[name], gradient, **scale, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                found[name], gradient, **scale, msg=lambda text, name=name: f"{name}: {text}"
+            )
     for rank, cache in enumerate(caches):
-        last = [held for _, _, held in results[rank * case.ranks : (rank + 1) * case.ranks] if held is not None]
+        last = [
+            held
+            for _, _, held in results[rank * case.ranks : (rank + 1) * case.ranks]
+            if held is not None
+        ]
         assert len(last) == (cache is not None)  # none: no labels, nothing was read
         if cache is not None:
             same_cache(last[0].detach(), cache, 1e-10 if case.dtype == torch.float64 else 1e-4)
@@ -141,7 +174,9 @@ CASES = {
     "windows": Case(window=3, lengths=(38, 21)),
     "uneven": Case(lengths=(33, 33)),  # 7 chunks
     "packed documents": Case(packed=True, lengths=(40, 23)),
-    "packed, in windows, with strides of their own": Case(packed=True, lengths=(38, 21), strides=(1, 2), window=3),
+    "packed, in windows, with strides of their own": Case(
+        packed=True, lengths=(38, 21), strides=(1, 2), window=3
+    ),
     "no labels on the first rank": Case(labelled=((35, 1000),)),
     "no labels on the last rank": Case(labelled=((0, 12),)),
     "one chunk": Case(lengths=(4, 3)),  # a rank has nothing to do
@@ -160,7 +195,9 @@ def cases():
     for schedule in SCHEDULES:
         for name in CASES:
             quick = schedule == "layer_level" or name in OTHERS
-            yield pytest.param(name, schedule, marks=[] if quick else pytest.mark.slow, id=f"{name}, {schedule}")
+            yield pytest.param(
+                name, schedule, marks=[] if quick else pytest.mark.slow, id=f"{name}, {schedule}"
+            )
 
 
 @pytest.mark.parametrize(("name", "schedule"), list(cases()))
@@ -193,13 +230,24 @@ def random_case(number: int) -> Case:
     """A shape drawn at random: any number of ranks, rows, chunks, windows; labels anywhere or nowhere."""
     draw = random.Random(number)
     start = draw.randint(0, 60)
-    ranks, data, sharding = draw.choice([(2, 1, "none"), (3, 1, "none"), (4, 1, "none"), (2, 2, "none"), (2, 1, "zero2"), (2, 2, "zero3")])
+    ranks, data, sharding = draw.choice(
+        [
+            (2, 1, "none"),
+            (3, 1, "none"),
+            (4, 1, "none"),
+            (2, 2, "none"),
+            (2, 1, "zero2"),
+            (2, 2, "zero3"),
+        ]
+    )
     lengths = tuple(draw.randint(0 if row else 2, 60) for row in range(data * draw.randint(1, 3)))
     return Case(
         ranks=ranks,
         data=data,
         sharding=sharding,
-        schedule=draw.choice([one for one in SCHEDULES if (sharding, one) != ("zero3", "chunk_level")]),
+        schedule=draw.choice(
+            [one for one in SCHEDULES if (sharding, one) != ("zero3", "chunk_level")]
+        ),
         lengths=lengths,
         labelled=((start, start + draw.choice([1, 8, 1000])), (0, draw.choice([0, 0, 3]))),
         window=draw.choice([None, None, 1, 2, 3, 5]),
@@ -215,7 +263,9 @@ def random_case(number: int) -> Case:
     )
 
 
-@pytest.mark.parametrize("number", [pytest.param(n, marks=[] if n < 10 else pytest.mark.slow) for n in range(200)])
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[] if n < 10 else pytest.mark.slow) for n in range(200)]
+)
 def test_random_shapes_neither_hang_nor_differ(number):
     """Each under the watchdog of `in_processes`."""
     check(random_case(number))
@@ -230,7 +280,10 @@ def touched(case: Case):
     sent = {"memory": [], "gradient": []}
     for name, channel in (("memory", ring.to_next), ("gradient", ring.gradient_to_previous)):
         send = channel.send
-        channel.send = lambda message, send=send, name=name: (sent[name].append(tuple(message.shape)), send(message))
+        channel.send = lambda message, send=send, name=name: (
+            sent[name].append(tuple(message.shape)),
+            send(message),
+        )
     pipeline = Pipeline(ring, dist.get_rank(), 2, case.schedule)
     for windows in case.windows(0):
         for loss in pipeline.read(model, windows, case.targets):

@@ -18,12 +18,12 @@ import torch
 import torch.distributed as dist
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.support.tiny_runs import ROOT, TINY
 
 from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.run_folder import plan_run
+from tests.support.tiny_runs import ROOT, TINY
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 TIMEOUT = 20  # seconds: strategy.timeout of every run here
@@ -68,10 +68,24 @@ class Training:
 
     def __init__(self, root, name, *keys, on=TWO, script="train.py"):
         root.mkdir(exist_ok=True)
-        self.path, self.out, self.err = folder_of(root, name), root / f"{name}.out", root / f"{name}.err"
-        argv = [sys.executable, str(script), f"run.root={root}", f"run.name={name}", *KEYS, *on, *keys]
+        self.path, self.out, self.err = (
+            folder_of(root, name),
+            root / f"{name}.out",
+            root / f"{name}.err",
+        )
+        argv = [
+            sys.executable,
+            str(script),
+            f"run.root={root}",
+            f"run.name={name}",
+            *KEYS,
+            *on,
+            *keys,
+        ]
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.main = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True)
+            self.main = subprocess.Popen(
+                argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
+            )
 
     def __enter__(self):
         return self
@@ -101,7 +115,11 @@ class Training:
 
     def errors(self):
         """Lines on stderr, Lightning's greeting left out."""
-        return [line for line in self.err.read_text().splitlines() if not line.startswith("Initializing distributed")]
+        return [
+            line
+            for line in self.err.read_text().splitlines()
+            if not line.startswith("Initializing distributed")
+        ]
 
 
 def processes(session):
@@ -120,7 +138,9 @@ def processes(session):
 def until(condition, seconds, log=None):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited for {seconds} s in vain" + (f": {log.read_text()}" if log else "")
+        assert time.monotonic() < end, f"waited for {seconds} s in vain" + (
+            f": {log.read_text()}" if log else ""
+        )
         time.sleep(0.02)
 
 
@@ -141,17 +161,25 @@ def curves(folder):
 def same_run(folder, straight):
     """Every logged loss, and the checkpoints, are those of one device; float32, summed up in another order."""
     found, expected = curves(folder), curves(straight)
-    assert {tag: list(curve) for tag, curve in found.items()} == {tag: list(curve) for tag, curve in expected.items()}
+    assert {tag: list(curve) for tag, curve in found.items()} == {
+        tag: list(curve) for tag, curve in expected.items()
+    }
     for tag in ("train/loss", "val/loss"):
         assert found[tag] == pytest.approx(expected[tag], rel=1e-5), tag
     for tag in ("train/lr", "train/skipped"):
         assert found[tag] == expected[tag], tag
     for name in ("last", "best"):
-        one, two = (torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (straight, folder))
+        one, two = (
+            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+            for run in (straight, folder)
+        )
         assert one["global_step"] == two["global_step"]
         assert list(one["state_dict"]) == list(two["state_dict"])
         for weight, value in one["state_dict"].items():
-            assert (two["state_dict"][weight] - value).abs().max() <= 1e-5 * value.abs().max(), (name, weight)
+            assert (two["state_dict"][weight] - value).abs().max() <= 1e-5 * value.abs().max(), (
+                name,
+                weight,
+            )
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +196,11 @@ def alone(tmp_path_factory):
 
 
 def evaluated(folder):
-    files = {path.name: path.read_text() for path in (folder / "predictions").iterdir() if path.suffix == ".jsonl"}
+    files = {
+        path.name: path.read_text()
+        for path in (folder / "predictions").iterdir()
+        if path.suffix == ".jsonl"
+    }
     return json.loads((folder / "eval" / "passkey.json").read_text())["mean"], files
 
 
@@ -178,8 +210,13 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
     straight = alone("eval.after_fit=true")
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
-    files, expected = ({str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} for root in (folder, straight))
-    events, files_of_one = ([name for name in names if name.startswith("events.")] for names in (files, expected))
+    files, expected = (
+        {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        for root in (folder, straight)
+    )
+    events, files_of_one = (
+        [name for name in names if name.startswith("events.")] for names in (files, expected)
+    )
     assert len(events) == 1, "one process writes curves"
     assert files - set(events) == expected - set(files_of_one)
     written = yaml.safe_load((folder / "config.yaml").read_text())["strategy"]
@@ -196,13 +233,21 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
         ["strategy.schedule=chunk_level"],
         ["strategy.sharding=zero2"],
         ["train.bptt_chunks=2", "train.accumulate=2"],
-        ["train.bptt_chunks=3", "strategy.sharding=zero2", "strategy.schedule=layer_level", "train.recompute=cell"],
+        [
+            "train.bptt_chunks=3",
+            "strategy.sharding=zero2",
+            "strategy.schedule=layer_level",
+            "train.recompute=cell",
+        ],
     ],
 )
 def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
     with Training(tmp_path, "two", "eval.after_fit=true", *keys) as run:
         folder = run.finished()
-    straight = alone("eval.after_fit=true", *(key for key in keys if key.startswith("train.b") or key.startswith("train.a")))
+    straight = alone(
+        "eval.after_fit=true",
+        *(key for key in keys if key.startswith("train.b") or key.startswith("train.a")),
+    )
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
 
@@ -213,7 +258,9 @@ def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
 def names_it(line, rank, pid, what):
     """Whether the one line says which rank is lost, and where it was."""
     who = f"error: rank {rank} (pid {pid} on {socket.gethostname()}) {what}"
-    return line.startswith(who) and line.endswith("this run ends. Go on from the last checkpoint with resume=true.")
+    return line.startswith(who) and line.endswith(
+        "this run ends. Go on from the last checkpoint with resume=true."
+    )
 
 
 def kill(root, victim, step, *keys):
@@ -230,7 +277,9 @@ def kill(root, victim, step, *keys):
 def killed_and_gone_on(root, victim, *keys):
     """Loses a rank in the middle, then goes on with one device."""
     path = kill(root, victim, 10, *keys)
-    assert 8 <= torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
+    assert (
+        8 <= torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
+    )
     return on_one(root, "killed", *LONG, "resume=true")
 
 
@@ -278,7 +327,9 @@ def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
         assert names_it(line, victim, ranks[victim], "has not answered for "), line
         os.kill(ranks[victim], signal.SIGCONT)
         assert run.ended(TIMEOUT) == 1
-        assert len(run.errors()) == 2  # its own line: that it did not run, or that it finds the other gone
+        assert (
+            len(run.errors()) == 2
+        )  # its own line: that it did not run, or that it finds the other gone
 
 
 FAULTY = """
@@ -310,7 +361,9 @@ def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
         assert run.ended(TIMEOUT + 10) == (2 if victim == 0 else 1)
         own, named = sorted(run.errors(), key=lambda line: line.startswith(f"error: rank {victim}"))
         assert own == "error: row 60: cannot be read"
-        assert names_it(named, victim, ranks[victim], "failed: UserError: row 60: cannot be read"), named
+        assert names_it(
+            named, victim, ranks[victim], "failed: UserError: row 60: cannot be read"
+        ), named
 
 
 @pytest.mark.slow
@@ -337,25 +390,48 @@ def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
     assert sum("stopping after this step" in line for line in lines) == 1
     (last,) = [line for line in lines if line.startswith("stopped after step ")]
     step = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert last.startswith(f"stopped after step {step}, saved in {run.path / 'checkpoints' / 'last.ckpt'}; go on with: ")
+    assert last.startswith(
+        f"stopped after step {step}, saved in {run.path / 'checkpoints' / 'last.ckpt'}; go on with: "
+    )
     assert last.endswith("run.name=x resume=true")
 
 
 # ---- what is refused
 
 MISTAKES = [
-    (["trainer.devices=2", "strategy.pipeline_size=3"], "strategy.pipeline_size: 3 given, .* is 2; allowed: 1, 2"),
-    (["trainer.devices=4", "strategy.pipeline_size=3"], "strategy.pipeline_size: 3 given, .* is 4; allowed: 1, 2, 4"),
-    (["strategy.pipeline_size=0"], "strategy.pipeline_size: 0 given, allowed: integer >= 1 or null"),
+    (
+        ["trainer.devices=2", "strategy.pipeline_size=3"],
+        "strategy.pipeline_size: 3 given, .* is 2; allowed: 1, 2",
+    ),
+    (
+        ["trainer.devices=4", "strategy.pipeline_size=3"],
+        "strategy.pipeline_size: 3 given, .* is 4; allowed: 1, 2, 4",
+    ),
+    (
+        ["strategy.pipeline_size=0"],
+        "strategy.pipeline_size: 0 given, allowed: integer >= 1 or null",
+    ),
     (
         ["strategy.pipeline_size=2", "trainer.strategy=auto"],
         "strategy.pipeline_size: .* trainer.strategy is auto; it needs .*",
     ),
-    (["strategy.sharding=zero3"], "strategy.sharding: zero3 .*data-parallel ranks.* allowed: zero2 .*, none, or a smaller .*pipeline_size"),
-    (["strategy.sharding=zero22"], r"strategy.sharding: 'zero22' given, allowed: none, zero2, zero3 \(did you mean zero2\?\)"),
-    (["strategy.schedule=layer_leve"], r"strategy.schedule: 'layer_leve' given, .* \(did you mean layer_level\?\)"),
+    (
+        ["strategy.sharding=zero3"],
+        "strategy.sharding: zero3 .*data-parallel ranks.* allowed: zero2 .*, none, or a smaller .*pipeline_size",
+    ),
+    (
+        ["strategy.sharding=zero22"],
+        r"strategy.sharding: 'zero22' given, allowed: none, zero2, zero3 \(did you mean zero2\?\)",
+    ),
+    (
+        ["strategy.schedule=layer_leve"],
+        r"strategy.schedule: 'layer_leve' given, .* \(did you mean layer_level\?\)",
+    ),
     (["strategy.timeout=0"], "strategy.timeout: 0 given, allowed: number > 0"),
-    (["strategy.backend=nccl"], "strategy.backend: nccl cannot send tensors of a cpu device; allowed: gloo"),
+    (
+        ["strategy.backend=nccl"],
+        "strategy.backend: nccl cannot send tensors of a cpu device; allowed: gloo",
+    ),
 ]
 
 

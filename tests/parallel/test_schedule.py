@@ -18,13 +18,25 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from comet_pl.errors import run_cli
-from comet_pl.parallel.schedule import SCHEDULES, SIMULATED, Task, Timeline, compare, cut, runs, simulate, table
+from comet_pl.parallel.schedule import (
+    SCHEDULES,
+    SIMULATED,
+    Task,
+    Timeline,
+    compare,
+    cut,
+    runs,
+    simulate,
+    table,
+)
 from comet_pl.parallel.simulate import main, text
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COUNTS = st.integers(1, 6)
 COSTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
-TRANSFERS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0])  # of small powers of two, so that sums are exact
+TRANSFERS = st.sampled_from(
+    [0.0, 0.25, 0.5, 1.0, 1.5, 3.0]
+)  # of small powers of two, so that sums are exact
 
 
 # ---- small timelines by hand: who runs which layer of which chunks when ----
@@ -36,7 +48,9 @@ def rows(timeline: Timeline, kind: str | None = None) -> list[list[tuple[float, 
     for task in timeline.tasks:
         if kind in (None, task.kind):
             chunks = ",".join(map(str, range(*task.chunks)))
-            found[task.rank].append((task.start, f"{'FB'[task.kind == 'backward']}{task.layer}:{chunks}"))
+            found[task.rank].append(
+                (task.start, f"{'FB'[task.kind == 'backward']}{task.layer}:{chunks}")
+            )
     return found
 
 
@@ -55,8 +69,26 @@ def test_interleaved_by_hand():
     """Chunks are dealt in turn; backward goes through the same cells from the end."""
     timeline = simulate("interleaved", 2, 2, 4)
     assert rows(timeline) == [
-        [(0, "F0:0"), (1, "F1:0"), (2, "F0:2"), (3, "F1:2"), (7, "B1:2"), (9, "B0:2"), (11, "B1:0"), (13, "B0:0")],
-        [(1, "F0:1"), (2, "F1:1"), (3, "F0:3"), (4, "F1:3"), (5, "B1:3"), (7, "B0:3"), (9, "B1:1"), (11, "B0:1")],
+        [
+            (0, "F0:0"),
+            (1, "F1:0"),
+            (2, "F0:2"),
+            (3, "F1:2"),
+            (7, "B1:2"),
+            (9, "B0:2"),
+            (11, "B1:0"),
+            (13, "B0:0"),
+        ],
+        [
+            (1, "F0:1"),
+            (2, "F1:1"),
+            (3, "F0:3"),
+            (4, "F1:3"),
+            (5, "B1:3"),
+            (7, "B0:3"),
+            (9, "B1:1"),
+            (11, "B0:1"),
+        ],
     ]
     assert (timeline.makespan, timeline.messages) == (15, 12)
 
@@ -65,7 +97,16 @@ def test_chunk_level_by_hand():
     """Serial: only one rank works at any time."""
     timeline = simulate("chunk_level", 2, 2, 3, backward=1)
     assert rows(timeline) == [
-        [(0, "F0:0"), (1, "F1:0"), (2, "F0:1"), (3, "F1:1"), (8, "B1:1"), (9, "B0:1"), (10, "B1:0"), (11, "B0:0")],
+        [
+            (0, "F0:0"),
+            (1, "F1:0"),
+            (2, "F0:1"),
+            (3, "F1:1"),
+            (8, "B1:1"),
+            (9, "B0:1"),
+            (10, "B1:0"),
+            (11, "B0:0"),
+        ],
         [(4, "F0:2"), (5, "F1:2"), (6, "B1:2"), (7, "B0:2")],
     ]
     assert (timeline.makespan, timeline.idle, timeline.messages) == (12, 0.5, 4)
@@ -75,7 +116,16 @@ def test_layer_stages_by_hand():
     """Three layers on two ranks: two and one; hidden states cross, once a chunk."""
     timeline = simulate("layer_stages", 2, 3, 2, backward=1)
     assert rows(timeline) == [
-        [(0, "F0:0"), (1, "F1:0"), (2, "F0:1"), (3, "F1:1"), (6, "B1:1"), (7, "B0:1"), (8, "B1:0"), (9, "B0:0")],
+        [
+            (0, "F0:0"),
+            (1, "F1:0"),
+            (2, "F0:1"),
+            (3, "F1:1"),
+            (6, "B1:1"),
+            (7, "B0:1"),
+            (8, "B1:0"),
+            (9, "B0:0"),
+        ],
         [(2, "F2:0"), (4, "F2:1"), (5, "B2:1"), (6, "B2:0")],
     ]
     assert (timeline.makespan, timeline.messages) == (10, 4)
@@ -95,7 +145,10 @@ def test_uneven_chunks_by_hand():
 def test_transfers_queue_on_their_link_by_hand():
     """A message takes longer than a cell: rank 0 goes on, messages leave one after the other, and rank 1 waits for each."""
     timeline = simulate("layer_level", 2, 3, 2, transfer=1.5, forward_only=True)
-    assert rows(timeline) == [[(0, "F0:0"), (1, "F1:0"), (2, "F2:0")], [(2.5, "F0:1"), (4, "F1:1"), (5.5, "F2:1")]]
+    assert rows(timeline) == [
+        [(0, "F0:0"), (1, "F1:0"), (2, "F2:0")],
+        [(2.5, "F0:1"), (4, "F1:1"), (5.5, "F2:1")],
+    ]
     waits_for_all = simulate("chunk_level", 2, 3, 2, transfer=1.5, forward_only=True)
     assert rows(waits_for_all)[1][0] == (5.5, "F0:1")
 
@@ -125,12 +178,19 @@ def test_ranks_without_a_chunk_are_idle(schedule: str):
 # ---- closed formulas ----
 
 
-@given(P=st.integers(1, 8), L=st.integers(1, 10), n=st.integers(1, 5), backward=st.sampled_from([1, 2, 3]))
+@given(
+    P=st.integers(1, 8),
+    L=st.integers(1, 10),
+    n=st.integers(1, 5),
+    backward=st.sampled_from([1, 2, 3]),
+)
 def test_idle_shares_are_the_formulas(P: int, L: int, n: int, backward: int):
     idle = {one.schedule: one.idle for one in compare(P, L, n * P, backward=backward)}
     assert idle["layer_level"] == pytest.approx((P - 1) / (L + P - 1))
     assert idle["chunk_level"] == pytest.approx((P - 1) / P)
-    period = max(L, P)  # a rank's next chunk needs the one before, which comes from a round through all ranks
+    period = max(
+        L, P
+    )  # a rank's next chunk needs the one before, which comes from a round through all ranks
     assert idle["interleaved"] == pytest.approx(1 - n * L / ((n - 1) * period + L + P - 1))
     if L >= P:
         assert idle["interleaved"] == pytest.approx((P - 1) / (n * L + P - 1))
@@ -144,12 +204,20 @@ def test_layer_level_is_a_line_of_machines(costs: list[int], P: int, L: int, tra
     service = [sum(costs[start:end]) for start, end in runs("layer_level", costs, P)]
     service += [transfer] * (len(service) - 1)
     forward = sum(service) + (L - 1) * max(service)
-    assert simulate("layer_level", P, L, costs, transfer=transfer, forward_only=True).makespan == forward
+    assert (
+        simulate("layer_level", P, L, costs, transfer=transfer, forward_only=True).makespan
+        == forward
+    )
     both = simulate("layer_level", P, L, costs, transfer=transfer, backward_transfer=2 * transfer)
     assert both.makespan == 3 * forward
 
 
-@given(P=st.integers(2, 5), n=st.integers(1, 4), spare=st.integers(0, 5), transfer=st.sampled_from([0, 0.25, 0.5, 1]))
+@given(
+    P=st.integers(2, 5),
+    n=st.integers(1, 4),
+    spare=st.integers(0, 5),
+    transfer=st.sampled_from([0, 0.25, 0.5, 1]),
+)
 def test_interleaved_hides_transfers_behind_layers(P: int, n: int, spare: int, transfer: float):
     """With L >= P (1 + transfer), memory comes round before a rank has finished its chunk: only the start-up pays for it."""
     L = math.ceil(P * (1 + transfer)) + spare
@@ -161,9 +229,14 @@ def test_interleaved_hides_transfers_behind_layers(P: int, n: int, spare: int, t
 def test_chunk_level_adds_up(costs: list[int], P: int, L: int, transfer: float):
     parts = runs("chunk_level", costs, P)
     forward = L * sum(costs)
-    for _, end in parts[:-1]:  # a layer's memory leaves as it is ready; the next run waits for the last one
+    for _, end in parts[
+        :-1
+    ]:  # a layer's memory leaves as it is ready; the next run waits for the last one
         forward += transfer + (L - 1) * max(0, transfer - costs[end - 1])
-    assert simulate("chunk_level", P, L, costs, transfer=transfer, forward_only=True).makespan == forward
+    assert (
+        simulate("chunk_level", P, L, costs, transfer=transfer, forward_only=True).makespan
+        == forward
+    )
 
 
 @given(T=COUNTS, P=COUNTS, extra=st.integers(0, 6), transfer=TRANSFERS)
@@ -205,7 +278,9 @@ def cells(timeline: Timeline) -> dict[tuple[str, int, int], Task]:
 def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case: dict):
     timeline = simulate(**case)
     grid = {(t, i) for t in range(len(case["chunks"])) for i in range(case["layers"])}
-    assert set(cells(timeline)) == {(kind, *cell) for kind in ("forward", "backward") for cell in grid}
+    assert set(cells(timeline)) == {
+        (kind, *cell) for kind in ("forward", "backward") for cell in grid
+    }
     forward, backward = rows(timeline, "forward"), rows(timeline, "backward")
     for there, back in zip(forward, backward, strict=True):
         assert [name[1:] for _, name in there] == [name[1:] for _, name in reversed(back)]
@@ -216,7 +291,9 @@ def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case: dict):
 def test_nothing_starts_before_what_it_needs(case: dict):
     timeline = simulate(**case)
     found, T, L = cells(timeline), len(case["chunks"]), case["layers"]
-    back_transfer = case["transfer"] if case["backward_transfer"] is None else case["backward_transfer"]
+    back_transfer = (
+        case["transfer"] if case["backward_transfer"] is None else case["backward_transfer"]
+    )
 
     def after(late: tuple[str, int, int], early: tuple[str, int, int], transfer: float = 0.0):
         one, two = found[early], found[late]
@@ -269,18 +346,31 @@ def test_slower_transfers_never_help(case: dict, more: float):
 @given(case=cases(), unit=st.sampled_from([0.25, 2.0, 8.0]))
 def test_the_unit_of_time_is_free(case: dict, unit: float):
     back = case["backward_transfer"]
-    scaled = case | {"cell": unit, "transfer": unit * case["transfer"], "backward_transfer": back if back is None else unit * back}
-    assert [(task.start, task.end) for task in simulate(**scaled).tasks] == [(unit * t.start, unit * t.end) for t in simulate(**case).tasks]
+    scaled = case | {
+        "cell": unit,
+        "transfer": unit * case["transfer"],
+        "backward_transfer": back if back is None else unit * back,
+    }
+    assert [(task.start, task.end) for task in simulate(**scaled).tasks] == [
+        (unit * t.start, unit * t.end) for t in simulate(**case).tasks
+    ]
 
 
 @given(costs=COSTS, L=COUNTS, transfer=TRANSFERS)
 def test_one_rank_is_never_idle(costs: list[int], L: int, transfer: float):
     for timeline in compare(1, L, costs, transfer=transfer):
-        assert (timeline.makespan, timeline.idle, timeline.speedup, timeline.messages) == (3 * L * sum(costs), 0, 1, 0)
+        assert (timeline.makespan, timeline.idle, timeline.speedup, timeline.messages) == (
+            3 * L * sum(costs),
+            0,
+            1,
+            0,
+        )
 
 
 @given(P=COUNTS, extra=COUNTS, costs=COSTS)
-def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(P: int, extra: int, costs: list[int]):
+def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(
+    P: int, extra: int, costs: list[int]
+):
     """Without transfer time; the second for equal chunks, in a stack not shorter than the pipeline."""
     for timeline in compare(P, extra, costs):
         assert timeline.makespan <= simulate("chunk_level", P, extra, costs).makespan
@@ -293,23 +383,32 @@ def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(P: int, e
 
 @settings(max_examples=300)
 @given(
-    costs=st.lists(st.integers(0, 9), min_size=1, max_size=9) | st.lists(st.floats(0, 10), min_size=1, max_size=6), parts=st.integers(1, 9)
+    costs=st.lists(st.integers(0, 9), min_size=1, max_size=9)
+    | st.lists(st.floats(0, 10), min_size=1, max_size=6),
+    parts=st.integers(1, 9),
 )
 def test_cut_is_the_best_of_all_cuts(costs: list[float], parts: int):
     exact = [Fraction(cost) for cost in costs]  # float sums would depend on their order
 
     def largest(ends: tuple[int, ...]) -> Fraction:
-        return max(sum(exact[start:end], Fraction()) for start, end in itertools.pairwise((0, *ends, len(exact))))
+        return max(
+            sum(exact[start:end], Fraction())
+            for start, end in itertools.pairwise((0, *ends, len(exact)))
+        )
 
     ranges = cut(costs, parts)
     assert len(ranges) == min(parts, len(costs)) and all(start < end for start, end in ranges)
     assert [t for start, end in ranges for t in range(start, end)] == list(range(len(costs)))
-    best = min(largest(ends) for ends in itertools.combinations(range(1, len(exact)), len(ranges) - 1))
+    best = min(
+        largest(ends) for ends in itertools.combinations(range(1, len(exact)), len(ranges) - 1)
+    )
     assert max(sum(exact[start:end], Fraction()) for start, end in ranges) == best
 
 
 @given(count=st.integers(1, 200), parts=st.integers(1, 70), cost=st.sampled_from([1, 0.1, 2176]))
-def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(count: int, parts: int, cost: float):
+def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(
+    count: int, parts: int, cost: float
+):
     parts = min(parts, count)
     sizes = [end - start for start, end in cut([cost] * count, parts)]
     assert sizes == [count // parts + (k < count % parts) for k in range(parts)]
@@ -318,7 +417,11 @@ def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(count: int
 @pytest.mark.parametrize(
     ("costs", "parts", "expected"),
     [
-        ([4, 4, 4, 4, 4, 4, 1], 3, [(0, 2), (2, 4), (4, 7)]),  # a short last chunk goes where it doesn't count
+        (
+            [4, 4, 4, 4, 4, 4, 1],
+            3,
+            [(0, 2), (2, 4), (4, 7)],
+        ),  # a short last chunk goes where it doesn't count
         ([9, 1, 1, 1, 1], 3, [(0, 1), (1, 3), (3, 5)]),
         ([1, 1, 1, 1, 9], 3, [(0, 3), (3, 4), (4, 5)]),
         ([0, 0, 0], 2, [(0, 1), (1, 3)]),
@@ -363,14 +466,32 @@ def test_quick_enough_to_plan_every_window():
         (lambda: simulate("layer_level", 2, 0, 4), "layers: 0 given"),
         (lambda: simulate("layer_level", 2, 4, 0), "chunks: 0 given"),
         (lambda: simulate("layer_level", 2, 4, []), "chunks: none given"),
-        (lambda: simulate("layer_level", 2, 4, [1, 0]), "cost of a chunk: 0 given, allowed: a number > 0"),
-        (lambda: simulate("layer_level", 2, 4, 4, transfer=-1), "transfer: -1 given, allowed: a number >= 0"),
-        (lambda: simulate("layer_level", 2, 4, 4, backward_transfer=math.nan), "backward_transfer: nan given"),
+        (
+            lambda: simulate("layer_level", 2, 4, [1, 0]),
+            "cost of a chunk: 0 given, allowed: a number > 0",
+        ),
+        (
+            lambda: simulate("layer_level", 2, 4, 4, transfer=-1),
+            "transfer: -1 given, allowed: a number >= 0",
+        ),
+        (
+            lambda: simulate("layer_level", 2, 4, 4, backward_transfer=math.nan),
+            "backward_transfer: nan given",
+        ),
         (lambda: simulate("layer_level", 2, 4, 4, cell=0), "cell: 0 given, allowed: a number > 0"),
         (lambda: simulate("layer_level", 2, 4, 4, backward=math.inf), "backward: inf given"),
-        (lambda: simulate("layer_stages", 5, 4, 4), "ranks: 5 given, allowed with layer_stages: at most the 4 layers"),
-        (lambda: simulate("layer-level", 2, 4, 4), r"'layer-level' given, allowed: .*layer_stages \(did you mean layer_level\?\)"),
-        (lambda: runs("layer_stages", [1], 2), "'layer_stages' given, allowed: layer_level, interleaved, chunk_level"),
+        (
+            lambda: simulate("layer_stages", 5, 4, 4),
+            "ranks: 5 given, allowed with layer_stages: at most the 4 layers",
+        ),
+        (
+            lambda: simulate("layer-level", 2, 4, 4),
+            r"'layer-level' given, allowed: .*layer_stages \(did you mean layer_level\?\)",
+        ),
+        (
+            lambda: runs("layer_stages", [1], 2),
+            "'layer_stages' given, allowed: layer_level, interleaved, chunk_level",
+        ),
         (lambda: runs("interleaved", [1], 0), "ranks: 0 given"),
         (lambda: cut([1, 2], 0), "parts: 0 given"),
         (lambda: cut([], 1), "chunks: none given"),
@@ -387,11 +508,14 @@ def test_impossible_numbers_are_named(call, message: str):
 
 def test_text_shows_who_runs_what_when():
     timeline = simulate("interleaved", 2, 2, 3, transfer=0.5, forward_only=True)
-    assert text(timeline, 17) == [
-        "interleaved: P=2, L=2",
-        "rank 0 0011..0011",  # two columns a cell; memory comes round half a cell after the chunk's first layer
-        "rank 1 ...0011...",
-    ]
+    assert (
+        text(timeline, 17)
+        == [
+            "interleaved: P=2, L=2",
+            "rank 0 0011..0011",  # two columns a cell; memory comes round half a cell after the chunk's first layer
+            "rank 1 ...0011...",
+        ]
+    )
 
 
 @given(case=cases(), width=st.integers(20, 150))
@@ -400,7 +524,9 @@ def test_each_column_of_the_text_shows_its_middle(case: dict, width: int):
     _, *lines = text(timeline, width)
     assert len(lines) == timeline.ranks and max(map(len, lines)) <= width
     room = width - len("rank 0 ")
-    step = 1 / (room // timeline.makespan) if timeline.makespan <= room else timeline.makespan / room
+    step = (
+        1 / (room // timeline.makespan) if timeline.makespan <= room else timeline.makespan / room
+    )
     for rank, line in enumerate(lines):
         assert line.startswith(f"rank {rank} ")
         mine = [task for task in timeline.tasks if task.rank == rank]
@@ -409,12 +535,16 @@ def test_each_column_of_the_text_shows_its_middle(case: dict, width: int):
             if any(abs(middle - edge) < 1e-6 for task in mine for edge in (task.start, task.end)):
                 continue  # either side is right
             running = [
-                ("0123456789" if task.kind == "forward" else "abcdefghij")[task.layer] for task in mine if task.start < middle < task.end
+                ("0123456789" if task.kind == "forward" else "abcdefghij")[task.layer]
+                for task in mine
+                if task.start < middle < task.end
             ]
             assert symbol == "".join(running or ".")
 
 
-def test_command_prints_every_schedule_and_draws_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_command_prints_every_schedule_and_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     main(["2", "4", "4"])
@@ -430,10 +560,29 @@ def test_command_prints_every_schedule_and_draws_it(tmp_path: Path, monkeypatch:
 
 def test_command_with_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "one.png"
-    main(["2", "4", "4", "--schedule", "interleaved", "--transfer", "0.5", "--backward", "3", "--forward-only", "--out", str(out)])
+    main(
+        [
+            "2",
+            "4",
+            "4",
+            "--schedule",
+            "interleaved",
+            "--transfer",
+            "0.5",
+            "--backward",
+            "3",
+            "--forward-only",
+            "--out",
+            str(out),
+        ]
+    )
     printed = capsys.readouterr().out
     wanted = simulate("interleaved", 2, 4, 4, transfer=0.5, backward=3, forward_only=True)
-    assert f"{wanted.makespan:g}" in printed and "layer_level" not in printed and out.stat().st_size > 1000
+    assert (
+        f"{wanted.makespan:g}" in printed
+        and "layer_level" not in printed
+        and out.stat().st_size > 1000
+    )
     main(["5", "4", "4", "--out", str(out)])  # more ranks than layers: all but layer_stages
     assert "layer_stages" not in capsys.readouterr().out
 
@@ -453,7 +602,11 @@ def test_command_with_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ],
 )
 def test_command_answers_mistakes_in_one_line(
-    arguments: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: str,
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["schedule", *arguments.split()])
@@ -461,7 +614,11 @@ def test_command_answers_mistakes_in_one_line(
         run_cli(main)
     seen = capsys.readouterr()
     assert ended.value.code == 2 and seen.out == ""
-    assert part in seen.err and seen.err.startswith("error: ") and len(seen.err.strip().splitlines()) == 1
+    assert (
+        part in seen.err
+        and seen.err.startswith("error: ")
+        and len(seen.err.strip().splitlines()) == 1
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -475,7 +632,15 @@ def test_it_runs_as_a_module(tmp_path: Path):
         "sys.argv = ['', '2', '3', '4']; runpy.run_module('comet_pl.parallel.schedule', run_name='__main__', alter_sys=True)"
     )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", bare], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=os.environ, check=False
+        [sys.executable, "-W", "error", "-c", bare],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ,
+        check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert "picture: pipeline-2-3-4.png" in done.stdout and (tmp_path / "pipeline-2-3-4.png").exists()
+    assert (
+        "picture: pipeline-2-3-4.png" in done.stdout and (tmp_path / "pipeline-2-3-4.png").exists()
+    )

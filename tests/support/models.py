@@ -9,7 +9,13 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, S
 from comet_pl import CometConfig, CometForCausalLM
 
 VOCABULARY = 40
-FAMILIES = {"qwen3": Qwen3Config, "qwen2": Qwen2Config, "llama": LlamaConfig, "mistral": MistralConfig, "smollm3": SmolLM3Config}
+FAMILIES = {
+    "qwen3": Qwen3Config,
+    "qwen2": Qwen2Config,
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "smollm3": SmolLM3Config,
+}
 
 
 def backbone(family="qwen3", layers=2, **more):
@@ -21,26 +27,44 @@ def backbone(family="qwen3", layers=2, **more):
         "num_key_value_heads": 2,
         "head_dim": 4,
     }
-    rest = {"intermediate_size": 24, "initializer_range": 0.2, "tie_word_embeddings": False, "max_position_embeddings": 512}
+    rest = {
+        "intermediate_size": 24,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 512,
+    }
     rest |= {"bos_token_id": None, "eos_token_id": None}  # nothing ends by itself
-    own = {"mistral": {"sliding_window": None}, "smollm3": {"no_rope_layers": [1, 0, 1, 1][:layers], "pad_token_id": None}}.get(family, {})
+    own = {
+        "mistral": {"sliding_window": None},
+        "smollm3": {"no_rope_layers": [1, 0, 1, 1][:layers], "pad_token_id": None},
+    }.get(family, {})
     return FAMILIES[family](**sizes, **rest, **own | more)
 
 
 def tiny(family="qwen3", layers=2, seed=0, dtype=torch.float64, attention="sdpa", **comet):
     """Double precision: what differs then is wrong, not rounded."""
     torch.manual_seed(seed)
-    options = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4, "adapter_rank": 2} | comet
+    options = {
+        "chunk_size": 5,
+        "global_size": 2,
+        "compression_stride": 3,
+        "temporary_capacity": 4,
+        "adapter_rank": 2,
+    } | comet
     model = CometForCausalLM(CometConfig(backbone_config=backbone(family, layers), **options))
     for name, parameter in model.named_parameters():
-        if name.endswith("_proj.bias"):  # Hugging Face starts them at zero, where a forgotten one would not show
+        if name.endswith(
+            "_proj.bias"
+        ):  # Hugging Face starts them at zero, where a forgotten one would not show
             torch.nn.init.normal_(parameter, std=0.3)
     model.set_attn_implementation(attention)
     return model.to(dtype).eval()
 
 
 def text(rows, columns, seed=0):
-    return torch.randint(0, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @st.composite
@@ -62,7 +86,14 @@ def chunk_plans(tokens):
     """Chunks of any size that sum to `tokens`."""
     cuts = st.lists(st.integers(1, max(1, tokens - 1)), unique=True, max_size=5).map(sorted)
     return cuts.map(
-        lambda c: [b - a for a, b in zip([0, *[x for x in c if x < tokens]], [*[x for x in c if x < tokens], tokens], strict=True)]
+        lambda c: [
+            b - a
+            for a, b in zip(
+                [0, *[x for x in c if x < tokens]],
+                [*[x for x in c if x < tokens], tokens],
+                strict=True,
+            )
+        ]
     )
 
 
@@ -80,7 +111,10 @@ def valid(cache):
                 entries.append(memory.temporary[b, : clock.temporary_slots])
             if clock.fill:
                 own = open_tokens(clock.fill, clock.stride)
-                entries += [memory.keys[b, :, : clock.memory + own], memory.values[b, :, : clock.memory + own]]
+                entries += [
+                    memory.keys[b, :, : clock.memory + own],
+                    memory.values[b, :, : clock.memory + own],
+                ]
                 if own > clock.fill:
                     entries.append(memory.pending[b, : own - clock.fill])
         rows.append((clock, entries))

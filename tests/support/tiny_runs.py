@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "trainer.accelerator=cpu",
     "backbone.hidden_size=16",
@@ -29,6 +29,8 @@ def command(root: Path, name: str, *keys: str) -> list[str]:
 
 def train(root: Path, name: str, *keys: str, timeout: int = 120) -> str:
     """Runs the command to its end; returns what it printed on both streams."""
-    done = subprocess.run(command(root, name, *keys), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command(root, name, *keys), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr

@@ -9,20 +9,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from tests.support.models import memories, tiny
 from tests.training.test_lit_module import close, fit, ragged, scaler
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from live_bytes import LiveBytes
 
 from callbacks.gate_monitor import GateMonitor
-from comet_pl.training.trainable import add_adapters
 from comet_pl.config.load import from_dict, load, to_dict
-from comet_pl.errors import UserError
-from comet_pl.training.lit_module import CometModule, read_windows
-from comet_pl.training.chunk_checkpointing import Boundaries, read_chunks
 from comet_pl.config.schema import TrainConfig
+from comet_pl.errors import UserError
+from comet_pl.training.chunk_checkpointing import Boundaries, read_chunks
+from comet_pl.training.lit_module import CometModule, read_windows
+from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets, cut_windows
 
 
@@ -35,15 +36,27 @@ def gradients(model, read, batch, bptt=None, seed=0, **options):
         if part is not None:
             part.backward()
             loss += float(part.detach())
-    return loss, {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+    return loss, {
+        name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
 
 
 def norm_apart(found, expected):
     """Distance of two sets of gradients, relative to the norm of the second. None is zero."""
-    pairs = [(f, e) for f, e in ((found[name], expected[name]) for name in expected) if not (f is None and e is None)]
-    apart = [torch.zeros_like(f if e is None else e) + (0 if f is None else f) - (0 if e is None else e) for f, e in pairs]
+    pairs = [
+        (f, e)
+        for f, e in ((found[name], expected[name]) for name in expected)
+        if not (f is None and e is None)
+    ]
+    apart = [
+        torch.zeros_like(f if e is None else e) + (0 if f is None else f) - (0 if e is None else e)
+        for f, e in pairs
+    ]
     size = [e for _, e in pairs if e is not None]
-    return float(torch.cat([a.flatten().double() for a in apart]).norm() / torch.cat([e.flatten().double() for e in size]).norm())
+    return float(
+        torch.cat([a.flatten().double() for a in apart]).norm()
+        / torch.cat([e.flatten().double() for e in size]).norm()
+    )
 
 
 # ---- gradients
@@ -52,7 +65,12 @@ def norm_apart(found, expected):
 @st.composite
 def batches(draw):
     lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=3).filter(any))
-    batch = ragged(lengths, draw(st.sampled_from([0.1, 0.5, 1.0])), draw(st.integers(0, 9)), draw(st.booleans()))
+    batch = ragged(
+        lengths,
+        draw(st.sampled_from([0.1, 0.5, 1.0])),
+        draw(st.integers(0, 9)),
+        draw(st.booleans()),
+    )
     if draw(st.booleans()):
         plans = []
         for left in lengths:
@@ -60,13 +78,22 @@ def batches(draw):
             while left:
                 plans[-1].append(draw(st.integers(1, min(left, 12))))
                 left -= plans[-1][-1]
-        batch |= {"chunk_sizes": plans, "resets": [[draw(st.booleans()) for _ in plan] for plan in plans]}
+        batch |= {
+            "chunk_sizes": plans,
+            "resets": [[draw(st.booleans()) for _ in plan] for plan in plans],
+        }
     if draw(st.booleans()):
         batch["strides"] = [draw(st.integers(1, 7)) for _ in lengths]
     return batch
 
 
-@given(comet=memories(), batch=batches(), bptt=st.sampled_from([None, 1, 2, 3]), cells=st.booleans(), offload=st.booleans())
+@given(
+    comet=memories(),
+    batch=batches(),
+    bptt=st.sampled_from([None, 1, 2, 3]),
+    cells=st.booleans(),
+    offload=st.booleans(),
+)
 def test_gradients_are_those_of_full_backpropagation(comet, batch, bptt, cells, offload):
     """Any backbone, memory, gate, raggedness, plan, reset, stride and window."""
     if comet["compression_stride"] is None:
@@ -110,7 +137,12 @@ def test_gradients_under_autocast_are_as_good(cells):
 def test_dropout_drops_the_same_both_times(parameters, bptt):
     """LoRA with dropout: gradients and the random numbers that come next are those of a single reading."""
     model = tiny().train()
-    add_adapters(model, TrainConfig(parameters=parameters, **({"lora_dropout": 0.3} if "lora" in parameters else {})))
+    add_adapters(
+        model,
+        TrainConfig(
+            parameters=parameters, **({"lora_dropout": 0.3} if "lora" in parameters else {})
+        ),
+    )
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # starts at zero, where nothing would show
             torch.nn.init.normal_(parameter, std=0.3)
@@ -124,7 +156,9 @@ def test_dropout_drops_the_same_both_times(parameters, bptt):
         close(found, runs[0][1])
         assert torch.equal(after, runs[0][2])
     if "lora" in parameters:
-        assert gradients(model, read_chunks, batch, bptt, seed=1)[0] != pytest.approx(runs[0][0], rel=1e-3)
+        assert gradients(model, read_chunks, batch, bptt, seed=1)[0] != pytest.approx(
+            runs[0][0], rel=1e-3
+        )
 
 
 # ---- in training
@@ -135,9 +169,17 @@ def test_a_scaled_loss_gives_scaled_gradients(bptt):
     """16-mixed: the optimizer gets the gradients unscaled, and none is scaled twice on its way back through the chunks."""
     batch, found = ragged([23, 17], 1.0), []
     for recompute in ("none", "chunk"):
-        _, watch = fit(tiny(dtype=torch.float32), [batch], trainer=scaler(), bptt_chunks=bptt, recompute=recompute)
+        _, watch = fit(
+            tiny(dtype=torch.float32),
+            [batch],
+            trainer=scaler(),
+            bptt_chunks=bptt,
+            recompute=recompute,
+        )
         found.append(watch.gradients[0])
-    assert norm_apart(*found) < 1e-2  # float16 arithmetic; a scale of 1,024 too many or too few would be off by 1,000
+    assert (
+        norm_apart(*found) < 1e-2
+    )  # float16 arithmetic; a scale of 1,024 too many or too few would be off by 1,000
 
 
 @pytest.mark.parametrize("bptt", [None, 2])
@@ -146,7 +188,9 @@ def test_each_gate_is_seen_once(bptt, monkeypatch):
     batch, found = ragged([23, 23], 1.0), []
     for recompute in ("none", "cell", "chunk"):
         gates, values = GateMonitor(), {}
-        monkeypatch.setattr(CometModule, "record", lambda module, new, values=values: values.update(new))
+        monkeypatch.setattr(
+            CometModule, "record", lambda module, new, values=values: values.update(new)
+        )
         module, _ = fit(tiny(), [batch], [gates], bptt_chunks=bptt, recompute=recompute)
         assert all(cell.global_memory.gate_values is None for cell in module.model.model.layers)
         found.append((float(gates.step[0].sum()), values["gate/mean"]))
@@ -159,9 +203,13 @@ def test_weights_learn_as_without():
     """Some steps with clipping and accumulation, against recompute=none."""
     batches = [ragged([23, 9, 17], 0.5, seed) for seed in range(3)]
     options = {"clip": 0.5, "accumulate": 2, "bptt_chunks": 3}
-    runs = [fit(tiny(), batches, recompute=recompute, **options)[1] for recompute in ("none", "chunk")]
+    runs = [
+        fit(tiny(), batches, recompute=recompute, **options)[1] for recompute in ("none", "chunk")
+    ]
     for one, two in zip(*(run.weights for run in runs), strict=True):
-        close(two, one, 1e-7)  # AdamW divides by the root of squared gradients: where those are tiny, rounding is not
+        close(
+            two, one, 1e-7
+        )  # AdamW divides by the root of squared gradients: where those are tiny, rounding is not
 
 
 # ---- memory
@@ -169,7 +217,9 @@ def test_weights_learn_as_without():
 
 def peak(tokens, recompute):
     """(bytes of all tensors but weights and gradients at the worst moment, bytes at the boundaries, formula of those) of a text's step."""
-    model = tiny(chunk_size=16, global_size=4, compression_stride=4, temporary_capacity=16, layers=3).train()
+    model = tiny(
+        chunk_size=16, global_size=4, compression_stride=4, temporary_capacity=16, layers=3
+    ).train()
     model.gradient_checkpointing = recompute != "none"
     windows = cut_windows(ragged([tokens], 1.0), 16, None)
     for parameter in model.parameters():
@@ -178,11 +228,19 @@ def peak(tokens, recompute):
     kept = []
     with LiveBytes([*known, *model.buffers()]) as live, pytest.MonkeyPatch.context() as patch:
         add = Boundaries.add
-        patch.setattr(Boundaries, "add", lambda self, cache: (add(self, cache), kept.append(self.nbytes)))
-        for part in read_chunks(model, windows, tokens) if recompute == "chunk" else read_windows(model, windows, tokens):
+        patch.setattr(
+            Boundaries, "add", lambda self, cache: (add(self, cache), kept.append(self.nbytes))
+        )
+        for part in (
+            read_chunks(model, windows, tokens)
+            if recompute == "chunk"
+            else read_windows(model, windows, tokens)
+        ):
             part.backward()
     chunks = tokens // 16
-    formula = 3 * (chunks - 1) * (4 + 4) * 16 * 8  # layers, boundaries, slots and new entries, width, bytes of a float64
+    formula = (
+        3 * (chunks - 1) * (4 + 4) * 16 * 8
+    )  # layers, boundaries, slots and new entries, width, bytes of a float64
     return live.peak, max(kept, default=0), formula
 
 
@@ -201,10 +259,19 @@ def test_memory_is_that_of_one_chunk_and_the_boundaries():
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (["train.recompute=true"], "train.recompute: 'true' given, allowed: none (once false), cell (once true), chunk"),
-        (["train.recompute=chunks"], "allowed: none (once false), cell (once true), chunk (did you mean chunk?)"),
+        (
+            ["train.recompute=true"],
+            "train.recompute: 'true' given, allowed: none (once false), cell (once true), chunk",
+        ),
+        (
+            ["train.recompute=chunks"],
+            "allowed: none (once false), cell (once true), chunk (did you mean chunk?)",
+        ),
         (["train.recompute=null"], "train.recompute: null given, allowed: none (once false)"),
-        (["train.offload=true"], "train.offload: true given, but train.recompute is none; it needs chunk"),
+        (
+            ["train.offload=true"],
+            "train.offload: true given, but train.recompute is none; it needs chunk",
+        ),
         (
             ["train.recompute=chunk", "trainer.strategy=layer_pipeline"],
             "train.recompute: chunk given, but trainer.strategy is layer_pipeline",
@@ -221,7 +288,8 @@ def test_old_values_in_a_conf_file_are_named_with_their_place(tmp_path):
     for name, content in {"base.yaml": "", "old.yaml": "train:\n  recompute: true\n"}.items():
         (tmp_path / name).write_text(content)
     with pytest.raises(
-        UserError, match=r"train\.recompute: true given \(.*old\.yaml:2\), allowed: none \(once false\), cell \(once true\)"
+        UserError,
+        match=r"train\.recompute: true given \(.*old\.yaml:2\), allowed: none \(once false\), cell \(once true\)",
     ):
         load(["conf=old"], conf_dir=tmp_path)
 

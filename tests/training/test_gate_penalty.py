@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 from hypothesis import given
-from tests.support.models import tiny
-from tests.support.ranks import in_processes
-from tests.training.test_lit_module import close, cuts, direct, fit, ragged, scaler
-from tests.parallel.test_pipeline import Case, alone, together
-from tests.training.test_chunk_checkpointing import norm_apart
 
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.training.windows import count_gates, count_targets, cut_windows
+from tests.parallel.test_pipeline import Case, alone, together
+from tests.support.models import tiny
+from tests.support.ranks import in_processes
+from tests.training.test_chunk_checkpointing import norm_apart
+from tests.training.test_lit_module import close, cuts, direct, fit, ragged, scaler
 
 WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
 
@@ -38,10 +38,16 @@ def by_hand(model, batch, chunks):
     count, losses, penalties = count_targets(batch), [], []
     for row in range(len(batch["input_ids"])):
         cache = None
-        windows = cut_windows({name: value[row : row + 1] for name, value in batch.items()}, model.config.chunk_size, chunks)
+        windows = cut_windows(
+            {name: value[row : row + 1] for name, value in batch.items()},
+            model.config.chunk_size,
+            chunks,
+        )
         for window in windows:
             caught.clear()
-            output = model(**window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=count)
+            output = model(
+                **window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=count
+            )
             losses.append(output.loss)
             layers = len(model.gates)
             by_chunk = [caught[start : start + layers] for start in range(0, len(caught), layers)]
@@ -58,10 +64,21 @@ def test_gradients_are_those_of_loss_and_penalty(chunks, recompute, gate):
     """Ragged rows, two micro-batches, on either side of no window at all."""
     model, batch = tiny(chunk_size=4, gate=gate, gate_bias=0.5), ragged([23, 10, 31], 1.0)
     expected = by_hand(model, batch, chunks)
-    module, watch = fit(copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute, **WEIGHTS)
+    module, watch = fit(
+        copy.deepcopy(model),
+        [batch],
+        bptt_chunks=chunks,
+        accumulate=2,
+        recompute=recompute,
+        **WEIGHTS,
+    )
     close(watch.gradients[0], expected)
-    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(direct(model, batch)[0], rel=1e-6)  # the loss's alone
-    _, without = fit(copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute)
+    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(
+        direct(model, batch)[0], rel=1e-6
+    )  # the loss's alone
+    _, without = fit(
+        copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute
+    )
     assert norm_apart(without.gradients[0], expected) > 0.01
 
 
@@ -113,7 +130,9 @@ def learning(batch, chunk_size, chunks):
 def test_as_many_gates_learn_as_are_counted(cut):
     """Rows of any length, plan, reset and window: by numbers alone, and by what comes back to a model's gates."""
     batch, chunk_size, chunks, _ = cut
-    assert count_gates(cut_windows(batch, chunk_size, chunks)) == learning(batch, chunk_size, chunks)
+    assert count_gates(cut_windows(batch, chunk_size, chunks)) == learning(
+        batch, chunk_size, chunks
+    )
 
 
 def test_no_windows_no_gates():
@@ -156,14 +175,26 @@ def test_a_pipeline_has_the_same_gradients(name, monkeypatch):
     ("keys", "line"),
     [
         (["train.gate_pull=-1"], "train.gate_pull: -1 given, allowed: number >= 0"),
-        (["train.gate_pull=1", "train.gate_target=2"], "train.gate_target: 2 given, allowed: number >= 0 and <= 1"),
-        (["train.gate_target=0.5"], "train.gate_target: 0.5 given, but train.gate_pull is 0; it needs a weight > 0"),
+        (
+            ["train.gate_pull=1", "train.gate_target=2"],
+            "train.gate_target: 2 given, allowed: number >= 0 and <= 1",
+        ),
+        (
+            ["train.gate_target=0.5"],
+            "train.gate_target: 0.5 given, but train.gate_pull is 0; it needs a weight > 0",
+        ),
         (
             ["train.gate_pull=1", "model.gate=none"],
             "train.gate_pull: 1.0 given, but model.gate=none leaves no gates, allowed: 0, or another model.gate",
         ),
-        (["train.gate_entropy=1", "model.global_size=0"], "train.gate_entropy: 1.0 given, but model.global_size=0 leaves no gates"),
-        (["train.gate_entropy=1", "train.bptt_chunks=1"], "but with train.bptt_chunks=1 no gradient reaches a gate"),
+        (
+            ["train.gate_entropy=1", "model.global_size=0"],
+            "train.gate_entropy: 1.0 given, but model.global_size=0 leaves no gates",
+        ),
+        (
+            ["train.gate_entropy=1", "train.bptt_chunks=1"],
+            "but with train.bptt_chunks=1 no gradient reaches a gate",
+        ),
     ],
 )
 def test_mistakes_are_one_line(keys, line):

@@ -11,17 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
-from tests.support.models import text, tiny
 from torch.utils.data import DataLoader
 
 from callbacks.passkey_heatmap import exact_match
-from comet_pl.training.trainable import add_adapters
-from comet_pl.errors import UserError
-from comet_pl.training.lit_module import CometModule
-from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.config.schema import TrainConfig
+from comet_pl.errors import UserError
+from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.training.lit_module import CometModule
+from comet_pl.training.optimization import learning_rate_factor, parameter_groups
+from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets, cut_windows, split_rows
+from tests.support.models import text, tiny
 
 TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}
 
@@ -30,7 +30,9 @@ def ragged(lengths, labelled=0.5, seed=0, left=False):
     """Rows of some lengths; each token labelled with a probability."""
     width = max(lengths)
     ids, labels = text(len(lengths), width, seed), text(len(lengths), width, seed)
-    labels[torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) >= labelled] = -100
+    labels[
+        torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) >= labelled
+    ] = -100
     columns = torch.arange(width)
     size = torch.tensor(lengths)[:, None]
     mask = (columns >= width - size if left else columns < size).long()
@@ -43,7 +45,12 @@ def ragged(lengths, labelled=0.5, seed=0, left=False):
 @st.composite
 def cuts(draw):
     lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=4).filter(any))
-    batch = ragged(lengths, draw(st.sampled_from([0.0, 0.2, 1.0])), draw(st.integers(0, 9)), draw(st.booleans()))
+    batch = ragged(
+        lengths,
+        draw(st.sampled_from([0.0, 0.2, 1.0])),
+        draw(st.integers(0, 9)),
+        draw(st.booleans()),
+    )
     plans = None
     if draw(st.booleans()):
         plans = []
@@ -52,7 +59,10 @@ def cuts(draw):
             while left:
                 plans[-1].append(draw(st.integers(1, left)))
                 left -= plans[-1][-1]
-        batch |= {"chunk_sizes": plans, "resets": [[draw(st.booleans()) for _ in plan] for plan in plans]}
+        batch |= {
+            "chunk_sizes": plans,
+            "resets": [[draw(st.booleans()) for _ in plan] for plan in plans],
+        }
     return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3])), plans
 
 
@@ -78,7 +88,9 @@ def test_windows_are_the_rows_cut_at_chunks(cut):
             resets += [] if plans is None else window.resets[row]
         assert read == ids[: len(read)]
         assert targets == [*labels[1:], -100][: len(read)]
-        assert all(label == -100 for label in labels[len(read) + 1 :])  # what was left out had no target
+        assert all(
+            label == -100 for label in labels[len(read) + 1 :]
+        )  # what was left out had no target
         assert sizes == plan[: len(sizes)]
         assert resets == ([] if plans is None else batch["resets"][row][: len(sizes)])
         assert chunks is None or all(len(window.chunk_sizes[row]) <= chunks for window in windows)
@@ -107,11 +119,18 @@ class Watch(lightning.Callback):
         self.gradients, self.weights, self.rates = [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append({name: None if p.grad is None else p.grad.clone() for name, p in module.model.named_parameters()})
+        self.gradients.append(
+            {
+                name: None if p.grad is None else p.grad.clone()
+                for name, p in module.model.named_parameters()
+            }
+        )
         self.rates.append([group["lr"] for group in optimizer.param_groups])
 
     def on_train_batch_end(self, trainer, module, *_):
-        self.weights.append({name: p.detach().clone() for name, p in module.model.named_parameters()})
+        self.weights.append(
+            {name: p.detach().clone() for name, p in module.model.named_parameters()}
+        )
 
 
 def loader(batches):
@@ -139,7 +158,9 @@ def fit(model, batches, callbacks=(), trainer=None, **train):
 def direct(model, batch):
     """Loss and gradients of one call, by the model itself."""
     model = copy.deepcopy(model).train()
-    sizes = [fixed_chunks(n, model.config.chunk_size) for n in batch["attention_mask"].sum(1).tolist()]
+    sizes = [
+        fixed_chunks(n, model.config.chunk_size) for n in batch["attention_mask"].sum(1).tolist()
+    ]
     loss = model(**batch, chunk_sizes=sizes, use_cache=False).loss
     loss.backward()
     return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
@@ -150,7 +171,9 @@ def close(one, two, tolerance=1e-10):
         if one[name] is None or two[name] is None:
             assert one[name] is two[name], name
         else:
-            torch.testing.assert_close(one[name], two[name], rtol=tolerance, atol=tolerance, msg=name)
+            torch.testing.assert_close(
+                one[name], two[name], rtol=tolerance, atol=tolerance, msg=name
+            )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -158,7 +181,9 @@ def close(one, two, tolerance=1e-10):
 def test_full_backpropagation_is_the_models_own(accumulate, recompute):
     model, batch = tiny(chunk_size=4), ragged([23, 9, 17])
     loss, gradients = direct(model, batch)
-    module, watch = fit(copy.deepcopy(model).float().double(), [batch], accumulate=accumulate, recompute=recompute)
+    module, watch = fit(
+        copy.deepcopy(model).float().double(), [batch], accumulate=accumulate, recompute=recompute
+    )
     close(watch.gradients[0], gradients)
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(loss, rel=1e-6)
 
@@ -172,7 +197,11 @@ def test_windows_detach_the_memory_only(chunks, labelled):
     count, total = count_targets(batch), 0.0
     for row in range(3):
         size = int(batch["attention_mask"][row].sum())
-        ids, labels, cache = batch["input_ids"][row : row + 1, :size], batch["labels"][row : row + 1, :size], None
+        ids, labels, cache = (
+            batch["input_ids"][row : row + 1, :size],
+            batch["labels"][row : row + 1, :size],
+            None,
+        )
         targets = torch.cat([labels[:, 1:], torch.tensor([[-100]])], 1)
         for start in range(0, size, 4 * chunks):
             part = slice(start, start + 4 * chunks)
@@ -192,7 +221,9 @@ def test_windows_detach_the_memory_only(chunks, labelled):
     module, watch = fit(copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2)
     close(watch.gradients[0], {name: p.grad for name, p in reference.named_parameters()})
     assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(total, rel=1e-6)
-    assert total == pytest.approx(direct(model, batch)[0])  # the loss is that of full backpropagation, the gradients are not
+    assert total == pytest.approx(
+        direct(model, batch)[0]
+    )  # the loss is that of full backpropagation, the gradients are not
     if labelled == 1:
         with pytest.raises(AssertionError):
             close(watch.gradients[0], direct(model, batch)[1])
@@ -229,29 +260,45 @@ class Spoil(lightning.Callback):
 
     def on_train_start(self, trainer, module):
         weight = module.model.model.embed_tokens.weight
-        weight.register_hook(lambda g: torch.full_like(g, self.value) if trainer.global_step + 1 in self.steps else g)
+        weight.register_hook(
+            lambda g: torch.full_like(g, self.value) if trainer.global_step + 1 in self.steps else g
+        )
 
 
 def scaler():
-    return {"precision": None, "plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))]}
+    return {
+        "precision": None,
+        "plugins": [
+            MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
+        ],
+    }
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("options", [dict, scaler])
 def test_a_step_without_finite_norm_is_skipped_and_counted(value, options):
     model, batch = tiny(dtype=torch.float32), ragged([12, 20])
-    with pytest.warns(UserWarning, match=r"step 2: the gradient norm is (inf|nan); step skipped \(1 so far\)"):
+    with pytest.warns(
+        UserWarning, match=r"step 2: the gradient norm is (inf|nan); step skipped \(1 so far\)"
+    ):
         module, watch = fit(model, [batch] * 4, [Spoil({2, 3}, value)], options())
     assert (module.trainer.global_step, module.skipped, module.skipped_in_a_row) == (4, 2, 0)
     close(watch.weights[0], watch.weights[1], 0)
     close(watch.weights[0], watch.weights[2], 0)
-    assert not torch.equal(watch.weights[3]["model.embed_tokens.weight"], watch.weights[2]["model.embed_tokens.weight"])
-    assert [rates[0] for rates in watch.rates] == pytest.approx([1e-2 * learning_rate_factor(step, 0, 4, 0.0) for step in range(4)])
+    assert not torch.equal(
+        watch.weights[3]["model.embed_tokens.weight"], watch.weights[2]["model.embed_tokens.weight"]
+    )
+    assert [rates[0] for rates in watch.rates] == pytest.approx(
+        [1e-2 * learning_rate_factor(step, 0, 4, 0.0) for step in range(4)]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_too_many_skipped_steps_stop_the_training():
-    with pytest.raises(UserError, match=r"^train\.max_skipped: the gradient norm was not finite in 3 steps in a row, up to step 4;"):
+    with pytest.raises(
+        UserError,
+        match=r"^train\.max_skipped: the gradient norm was not finite in 3 steps in a row, up to step 4;",
+    ):
         fit(tiny(), [ragged([12])] * 9, [Spoil({2, 3, 4, 5}, math.nan)], max_skipped=3)
 
 
@@ -263,7 +310,9 @@ def test_a_batch_without_targets_is_a_step_that_changes_nothing(options):
     assert (module.trainer.global_step, module.skipped) == (3, 0)
     assert float(module.trainer.callback_metrics["train/loss"]) == 0
     close(watch.weights[1], watch.weights[2], 0)
-    assert not torch.equal(watch.weights[0]["model.embed_tokens.weight"], watch.weights[1]["model.embed_tokens.weight"])
+    assert not torch.equal(
+        watch.weights[0]["model.embed_tokens.weight"], watch.weights[1]["model.embed_tokens.weight"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -276,11 +325,18 @@ def test_every_precision_learns(precision):
     assert module.trainer.global_step == 8
     assert module.skipped == 0
     assert float(module.trainer.callback_metrics["train/loss"]) < 0.9 * before
-    assert model.lm_head.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    assert model.lm_head.weight.dtype == (
+        torch.bfloat16 if precision == "bf16-true" else torch.float32
+    )
 
 
 def test_a_loss_scale_that_is_too_large_is_found_out():
-    options = {"precision": None, "plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))]}
+    options = {
+        "precision": None,
+        "plugins": [
+            MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**40))
+        ],
+    }
     with pytest.warns(UserWarning, match="step skipped"):
         module, _ = fit(tiny(dtype=torch.float32), [ragged([12, 20])] * 3, trainer=options)
     assert module.trainer.precision_plugin.scaler.get_scale() < 2.0**40
@@ -294,12 +350,19 @@ def test_a_loss_scale_that_is_too_large_is_found_out():
 def test_parameter_groups(gate):
     model = tiny(gate=gate, gate_bias=1.0)
     memory = list(model.memory_parameters())
-    groups = {g["name"]: g for g in parameter_groups(model, memory, TrainConfig(lr=2.0, memory_lr_factor=5.0, weight_decay=0.1))}
+    groups = {
+        g["name"]: g
+        for g in parameter_groups(
+            model, memory, TrainConfig(lr=2.0, memory_lr_factor=5.0, weight_decay=0.1)
+        )
+    }
     names = {id(p): name for name, p in model.named_parameters()}
     found = {key: {names[id(p)] for p in group["params"]} for key, group in groups.items()}
     assert sum(map(len, found.values())) == len(names)
     assert found["memory"] | found["memory, decayed"] == {name for name, _ in memory}
-    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= found["backbone, decayed"]
+    assert {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"} <= found[
+        "backbone, decayed"
+    ]
     assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} <= found["backbone"]
     assert any("gate" in name and "bias" in name for name in found["memory"])
     assert {key: (group["lr"], group["weight_decay"]) for key, group in groups.items()} == {
@@ -326,7 +389,9 @@ def test_validation_loss_is_a_mean_over_tokens():
     model = tiny(chunk_size=4)
     batches = [ragged([23, 9], 0.9), ragged([6], 0.3, seed=1), {**ragged([9], 0, seed=2)}]
     module = CometModule(model, TrainConfig(**TRAIN), max_steps=1)
-    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer = lightning.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False
+    )
     trainer.validate(module, loader(batches), verbose=False)
     sums = [direct(model, batch)[0] * count_targets(batch) for batch in batches[:2]]
     expected = sum(sums) / sum(map(count_targets, batches))
@@ -356,7 +421,9 @@ def test_exact_match_asks_for_the_digits_alone():
 # ---- several ranks
 
 
-@pytest.mark.parametrize(("parameters", "recompute"), [("all", "none"), ("all", "chunk"), ("memory+lora", "none")])
+@pytest.mark.parametrize(
+    ("parameters", "recompute"), [("all", "none"), ("all", "chunk"), ("memory+lora", "none")]
+)
 def test_two_ranks_are_one_with_both_batches(tmp_path, parameters, recompute):
     """The ranks have different numbers of windows, and one of them a micro-batch without targets."""
     model = tiny(chunk_size=4)
@@ -365,12 +432,31 @@ def test_two_ranks_are_one_with_both_batches(tmp_path, parameters, recompute):
     batches[1]["labels"][1] = -100
     path = str(tmp_path / "gradients.pt")
     trainer = {"strategy": "ddp_fork", "devices": 2}
-    fit(copy.deepcopy(model), [batches], [Rank(path)], trainer, bptt_chunks=2, accumulate=2, recompute=recompute)
+    fit(
+        copy.deepcopy(model),
+        [batches],
+        [Rank(path)],
+        trainer,
+        bptt_chunks=2,
+        accumulate=2,
+        recompute=recompute,
+    )
     width = batches[0]["input_ids"].shape[1]
-    both = {key: torch.cat([torch.nn.functional.pad(b[key], (0, width - b[key].shape[1])) for b in batches]) for key in batches[0]}
+    both = {
+        key: torch.cat(
+            [torch.nn.functional.pad(b[key], (0, width - b[key].shape[1])) for b in batches]
+        )
+        for key in batches[0]
+    }
     _, alone = fit(copy.deepcopy(model), [both], bptt_chunks=2)
     learning = {name for name, p in model.named_parameters() if p.requires_grad}
-    close(torch.load(path), {name: torch.zeros(()) if g is None and name in learning else g for name, g in alone.gradients[0].items()})
+    close(
+        torch.load(path),
+        {
+            name: torch.zeros(()) if g is None and name in learning else g
+            for name, g in alone.gradients[0].items()
+        },
+    )
 
 
 class Rank(lightning.Callback):
@@ -381,7 +467,9 @@ class Rank(lightning.Callback):
 
     def setup(self, trainer, module, stage):
         step = module.training_step
-        module.training_step = lambda batch, batch_idx=0: step(batch[trainer.global_rank], batch_idx)
+        module.training_step = lambda batch, batch_idx=0: step(
+            batch[trainer.global_rank], batch_idx
+        )
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         if trainer.is_global_zero:

@@ -10,17 +10,23 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.models import VOCABULARY, backbone, memories, text
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Qwen3Config
 
 from comet_pl import CometConfig, CometForCausalLM
-from comet_pl.training.trainable import add_adapters, count_parameters, describe, merge_adapters, new_rows
 from comet_pl.config.load import load
+from comet_pl.config.schema import PARAMETERS, TrainConfig
 from comet_pl.errors import UserError
 from comet_pl.training.lit_module import CometModule
-from comet_pl.config.schema import PARAMETERS, TrainConfig
+from comet_pl.training.trainable import (
+    add_adapters,
+    count_parameters,
+    describe,
+    merge_adapters,
+    new_rows,
+)
+from tests.support.models import VOCABULARY, backbone, memories, text
 
 PARTS = [mode for mode in PARAMETERS if mode != "all"]
 PROJECTION = re.compile(r"self_attn\.[qkvo]_proj\.weight$|mlp\.(gate|up|down)_proj\.weight$")
@@ -30,7 +36,13 @@ def small(tied=True, family="qwen3", dtype=torch.float32, **comet):
     torch.manual_seed(0)
     decoder = backbone(family)
     decoder.tie_word_embeddings = tied
-    options = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4, "adapter_rank": 2} | comet
+    options = {
+        "chunk_size": 5,
+        "global_size": 2,
+        "compression_stride": 3,
+        "temporary_capacity": 4,
+        "adapter_rank": 2,
+    } | comet
     return CometForCausalLM(CometConfig(backbone_config=decoder, **options)).to(dtype).eval()
 
 
@@ -48,7 +60,9 @@ class Watch(lightning.Callback):
     """Names of the parameters that have a gradient when the optimizer steps, and the optimizer."""
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.with_gradient = {name for name, p in module.model.named_parameters() if p.grad is not None}
+        self.with_gradient = {
+            name for name, p in module.model.named_parameters() if p.grad is not None
+        }
         self.optimizer = optimizer
 
 
@@ -66,7 +80,9 @@ def fit(model, steps=2, **train):
         enable_model_summary=False,
         callbacks=[watch],
     )
-    batches = DataLoader([batch(seed) for seed in range(steps)], batch_size=None, collate_fn=lambda one: one)
+    batches = DataLoader(
+        [batch(seed) for seed in range(steps)], batch_size=None, collate_fn=lambda one: one
+    )
     trainer.fit(CometModule(model.train(), settings, max_steps=steps + 1), batches)
     return watch
 
@@ -107,7 +123,11 @@ def test_only_the_memory_modules_have_another_learning_rate():
     model = small()
     optimizer = fit(model, parameters="memory+lora", memory_lr_factor=5.0).optimizer
     memory = {id(p) for _, p in model.memory_parameters()}
-    rates = {(id(p) in memory, group["initial_lr"]) for group in optimizer.param_groups for p in group["params"]}
+    rates = {
+        (id(p) in memory, group["initial_lr"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert rates == {(True, 5e-2), (False, 1e-2)}
 
 
@@ -129,7 +149,11 @@ def test_new_rows_learn_from_the_embedding_and_from_a_tied_head(tied):
 def test_recomputing_changes_no_gradient(parameters):
     gradients = []
     for recompute in (False, True):
-        model = adapted(small(dtype=torch.float64).train(), parameters, lora_dropout=0.2 if "lora" in parameters else 0.0)
+        model = adapted(
+            small(dtype=torch.float64).train(),
+            parameters,
+            lora_dropout=0.2 if "lora" in parameters else 0.0,
+        )
         perturb(model)
         model.gradient_checkpointing = recompute
         torch.manual_seed(1)
@@ -148,22 +172,35 @@ def perturb(model):
 
 
 @given(
-    memories(), st.sampled_from(PARTS), st.booleans(), st.sampled_from(["qwen3", "llama"]), st.integers(1, 5), st.sampled_from([1.0, 7.5])
+    memories(),
+    st.sampled_from(PARTS),
+    st.booleans(),
+    st.sampled_from(["qwen3", "llama"]),
+    st.integers(1, 5),
+    st.sampled_from([1.0, 7.5]),
 )
 def test_merged_weights_give_the_same_logits(memory, parameters, tied, family, rank, alpha):
-    if "memory" in parameters and not memory["global_size"] and memory["compression_stride"] is None:
+    if (
+        "memory" in parameters
+        and not memory["global_size"]
+        and memory["compression_stride"] is None
+    ):
         return  # refused by the configuration
     model, ids = small(tied, **memory), text(2, 19)
     names, plain = list(model.state_dict()), model(ids).logits
     lora = {"lora_rank": rank, "lora_alpha": alpha} if "lora" in parameters else {}
     adapted(model, parameters, **lora)
-    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)  # nothing changes before the first step
+    torch.testing.assert_close(
+        model(ids).logits, plain, rtol=0, atol=0
+    )  # nothing changes before the first step
     perturb(model)
     expected = model(ids).logits
     merge_adapters(model)
     found = model(ids).logits
     assert not torch.equal(found, plain)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max())
+    )
     assert list(model.state_dict()) == names
     assert not any("peft" in type(module).__module__ for module in model.modules())
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
@@ -182,8 +219,18 @@ def test_merging_leaves_a_plain_model_alone():
 def test_lora_never_touches_the_memory_modules():
     """They have projections of the same last names."""
     model = adapted(small(gate="elementwise", shared_adapter=True), "lora")
-    memory = [module for cell in model.model.layers for module in (cell.global_memory, cell.temporary_memory, cell.adapter) if module]
-    assert {type(module) for one in memory for module in one.modules() if "proj" in str(type(module)) or isinstance(module, nn.Linear)}
+    memory = [
+        module
+        for cell in model.model.layers
+        for module in (cell.global_memory, cell.temporary_memory, cell.adapter)
+        if module
+    ]
+    assert {
+        type(module)
+        for one in memory
+        for module in one.modules()
+        if "proj" in str(type(module)) or isinstance(module, nn.Linear)
+    }
     assert not any("peft" in type(module).__module__ for one in memory for module in one.modules())
 
 
@@ -201,7 +248,13 @@ def test_counts_of_qwen3_4b():
         add_adapters(model, TrainConfig(parameters="memory+lora", lora_rank=4))
         counts = count_parameters(model)
     lora = 36 * 4 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
-    assert plain == {"decoder": total - 4_631_040, "memory": 3_317_760, "rows": 513 * 2560, "lora": 0, "learning": total}
+    assert plain == {
+        "decoder": total - 4_631_040,
+        "memory": 3_317_760,
+        "rows": 513 * 2560,
+        "lora": 0,
+        "learning": total,
+    }
     assert counts == {**plain, "lora": lora, "learning": 4_631_040 + lora}
     assert counts["memory"] < 3.95e6 < counts["memory"] + counts["rows"] == 4_631_040
 
@@ -209,13 +262,21 @@ def test_counts_of_qwen3_4b():
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_are_shown_in_one_line(tied):
     model = small(tied)
-    decoder, memory = model.num_parameters() - 3 * 16, sum(p.numel() for _, p in model.memory_parameters())
+    decoder, memory = (
+        model.num_parameters() - 3 * 16,
+        sum(p.numel() for _, p in model.memory_parameters()),
+    )
     decoder -= memory
     rows = f"{memory} in memory modules, 48 in rows of new tokens"
-    assert describe(count_parameters(model)) == f"{decoder:,} weights of the decoder, {rows}: {decoder + memory + 48:,} learn (100 %)"
+    assert (
+        describe(count_parameters(model))
+        == f"{decoder:,} weights of the decoder, {rows}: {decoder + memory + 48:,} learn (100 %)"
+    )
     adapted(model, "memory")
     share = 100 * (memory + 48) / (decoder + memory + 48)
-    line = f"{decoder:,} weights of the decoder (frozen), {rows}: {memory + 48} learn ({share:.3g} %)"
+    line = (
+        f"{decoder:,} weights of the decoder (frozen), {rows}: {memory + 48} learn ({share:.3g} %)"
+    )
     assert describe(count_parameters(model)) == line
 
 
@@ -225,11 +286,26 @@ def test_counts_are_shown_in_one_line(tied):
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        (["train.parameters=adapter"], r"^train\.parameters: 'adapter' given, allowed: all, memory, lora, memory\+lora"),
-        (["train.lora_rank=4"], r"^train\.lora_rank: given, but train\.parameters is all; it needs lora or memory\+lora$"),
-        (["train.lora_dropout=0.1", "train.parameters=memory"], r"^train\.lora_dropout: given, but train\.parameters is memory"),
-        (["train.parameters=lora", "train.lora_rank=0"], r"^train\.lora_rank: 0 given, allowed: integer >= 1"),
-        (["train.parameters=lora", "train.lora_dropout=1"], r"^train\.lora_dropout: .*>= 0 and < 1"),
+        (
+            ["train.parameters=adapter"],
+            r"^train\.parameters: 'adapter' given, allowed: all, memory, lora, memory\+lora",
+        ),
+        (
+            ["train.lora_rank=4"],
+            r"^train\.lora_rank: given, but train\.parameters is all; it needs lora or memory\+lora$",
+        ),
+        (
+            ["train.lora_dropout=0.1", "train.parameters=memory"],
+            r"^train\.lora_dropout: given, but train\.parameters is memory",
+        ),
+        (
+            ["train.parameters=lora", "train.lora_rank=0"],
+            r"^train\.lora_rank: 0 given, allowed: integer >= 1",
+        ),
+        (
+            ["train.parameters=lora", "train.lora_dropout=1"],
+            r"^train\.lora_dropout: .*>= 0 and < 1",
+        ),
         (
             ["train.parameters=memory", "model.global_size=0", "model.compression_stride=null"],
             r"^train\.parameters: memory given, but .* leave no memory to train, allowed: all, lora$",

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.batches import train_tokenizer
-from data.text.chunk_plans import KINDS, SENTENCE_ENDS, chunk_plan, draw_kind, draw_stride, sentence_ends
+from data.text.chunk_plans import (
+    KINDS,
+    SENTENCE_ENDS,
+    chunk_plan,
+    draw_kind,
+    draw_stride,
+    sentence_ends,
+)
 
 
 def generator(*seed: int) -> np.random.Generator:
@@ -24,7 +31,9 @@ def texts(draw):
     size, chunks = draw(st.integers(1, 40)), draw(st.integers(1, 20))
     length = size * chunks + draw(st.integers(0, size - 1))
     n = draw(st.integers(0, 2 * length) | st.sampled_from([size, size + 1, length, length - 1]))
-    ends = generator(draw(st.integers(0, 99))).random(n) < draw(st.sampled_from([0.0, 0.05, 0.3, 1.0]))
+    ends = generator(draw(st.integers(0, 99))).random(n) < draw(
+        st.sampled_from([0.0, 0.05, 0.3, 1.0])
+    )
     return n, size, length, ends, draw(st.integers(0, 99))
 
 
@@ -39,7 +48,9 @@ def test_every_plan_covers_the_text_in_chunks_of_at_most_c(kind: str, text):
 @given(text=texts())
 def test_fixed_and_right_aligned_have_one_short_chunk(text):
     n, size, length, _, seed = text
-    fixed, right = (chunk_plan(kind, n, size, length, generator(seed)) for kind in ("fixed", "right_aligned"))
+    fixed, right = (
+        chunk_plan(kind, n, size, length, generator(seed)) for kind in ("fixed", "right_aligned")
+    )
     assert len(fixed) == math.ceil(n / size) and all(one == size for one in fixed[:-1])
     assert right == fixed[::-1]
 
@@ -68,7 +79,9 @@ def test_random_counts_and_sizes_are_spread():
     assert counts[4:] == pytest.approx(400, abs=80)
     assert {size for plan in plans for size in plan} == set(range(4, 33))
     places = np.array([plan for plan in plans if len(plan) == 6])
-    assert places.mean(0) == pytest.approx(100 / 6, abs=2)  # no place in the text has longer chunks than another
+    assert places.mean(0) == pytest.approx(
+        100 / 6, abs=2
+    )  # no place in the text has longer chunks than another
 
 
 @given(text=texts())
@@ -98,7 +111,9 @@ def test_the_mixture_has_the_authors_weights(n: int, weights: list[float]):
     expected = trials * np.array(weights)
     assert (counts[expected == 0] == 0).all()
     used = expected > 0
-    assert ((counts - expected)[used] ** 2 / expected[used]).sum() < 18.5  # chi-square, 4 degrees of freedom: 1 in 1,000
+    assert (
+        (counts - expected)[used] ** 2 / expected[used]
+    ).sum() < 18.5  # chi-square, 4 degrees of freedom: 1 in 1,000
 
 
 def test_the_mixture_is_a_draw_and_its_plan():
@@ -106,11 +121,20 @@ def test_the_mixture_is_a_draw_and_its_plan():
     for index in range(50):
         random = generator(0, index)
         kind = draw_kind(600, 64, 1024, random)
-        assert chunk_plan("mixture", 600, 64, 1024, generator(0, index), ends) == chunk_plan(kind, 600, 64, 1024, random, ends)
+        assert chunk_plan("mixture", 600, 64, 1024, generator(0, index), ends) == chunk_plan(
+            kind, 600, 64, 1024, random, ends
+        )
 
 
 @pytest.mark.parametrize(
-    ("stride", "choices"), [(8, [8, 16, 32, 64, 128]), (100, [100]), (128, [128]), (300, [300]), (3, [3, 6, 12, 24, 48, 96])]
+    ("stride", "choices"),
+    [
+        (8, [8, 16, 32, 64, 128]),
+        (100, [100]),
+        (128, [128]),
+        (300, [300]),
+        (3, [3, 6, 12, 24, 48, 96]),
+    ],
 )
 def test_strides_double_and_the_shortest_is_the_likeliest(stride: int, choices: list[int]):
     trials = 3000
@@ -119,7 +143,9 @@ def test_strides_double_and_the_shortest_is_the_likeliest(stride: int, choices: 
     expected = trials * weights / weights.sum()
     counts = np.array([drawn.count(choice) for choice in choices])
     assert counts.sum() == trials
-    assert ((counts - expected) ** 2 / expected).sum() < 20.6  # chi-square, 5 degrees of freedom: 1 in 1,000
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 20.6  # chi-square, 5 degrees of freedom: 1 in 1,000
     assert draw_stride(stride, generator(1), longest=stride) == stride
 
 
@@ -148,7 +174,11 @@ def test_sentence_ends_of_a_tokenizer_of_our_own():
     assert ends[tokenizer.eos_token_id] and not ends[tokenizer.pad_token_id]
     pieces = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     found = [piece for piece, end in zip(pieces, ends, strict=True) if end]
-    assert {".", ",", "\n"} <= set(found) and "<|user|>" not in found and not any(piece.isalnum() for piece in found)
+    assert (
+        {".", ",", "\n"} <= set(found)
+        and "<|user|>" not in found
+        and not any(piece.isalnum() for piece in found)
+    )
     ids = tokenizer(text + "<|end|>")["input_ids"]
     plan = chunk_plan("sentence", len(ids), 8, 64, generator(0), ends[ids])
     starts = np.cumsum([0, *plan])

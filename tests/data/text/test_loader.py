@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.support.models import VOCABULARY, tiny
 
 from comet_pl.errors import UserError
-from data.text.datamodule import tokenized as module
 from data.batches import train_tokenizer
-from data.text.loader import Cached, Feed, Layout, Streamed
 from data.jsonl import UnusableRow, read
+from data.text import tokenized as module
+from data.text.loader import Cached, Feed, Layout, Streamed
 from data.text.tokenized import Sample, cached, encoded, file_facts
+from tests.support.models import VOCABULARY, tiny
 
 
 @dataclass
@@ -39,7 +39,12 @@ class Numbers:
         if not row.get("ids"):
             raise UnusableRow("ids: missing")
         ids = np.array(row["ids"] * self.times, dtype=np.int32)
-        return Sample(ids, np.arange(len(ids)) == len(ids) - 1, {"name": row["name"]}, group="even" if row["name"] % 2 == 0 else "odd")
+        return Sample(
+            ids,
+            np.arange(len(ids)) == len(ids) - 1,
+            {"name": row["name"]},
+            group="even" if row["name"] % 2 == 0 else "odd",
+        )
 
     def key(self):
         return {"files": file_facts([self.path]), "times": self.times}
@@ -49,7 +54,10 @@ class Numbers:
 def source(tmp_path):
     """97 rows of 2 to 30 tokens, three of them unusable."""
     make = random.Random(0)
-    rows = [{"name": k, "ids": [make.randrange(VOCABULARY) for _ in range(make.randint(2, 30))]} for k in range(97)]
+    rows = [
+        {"name": k, "ids": [make.randrange(VOCABULARY) for _ in range(make.randint(2, 30))]}
+        for k in range(97)
+    ]
     lines = [json.dumps(row) for row in rows]
     lines[5], lines[40], lines[96] = '{"name": 5}', "{broken", "[]"
     (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
@@ -60,7 +68,9 @@ GOOD = [k for k in range(97) if k not in (5, 40, 96)]
 LAYOUTS = {
     "single": Layout(max_length=30, chunk_size=7, stride=3),
     "packed": Layout(max_length=40, chunk_size=7, stride=3, packing="documents"),
-    "shared, mixture, strides": Layout(40, 7, 3, "shared", "mixture", True, ends=np.arange(VOCABULARY) % 5 == 0),
+    "shared, mixture, strides": Layout(
+        40, 7, 3, "shared", "mixture", True, ends=np.arange(VOCABULARY) % 5 == 0
+    ),
 }
 
 
@@ -74,13 +84,17 @@ def test_rows_come_in_order_and_unusable_ones_are_counted(source, workers):
     assert names(filter(None, encoded(source, complaints, workers))) == GOOD
     assert complaints.count == 3
     assert complaints.first == f"{source.path}:6: ids: missing"
-    assert names(filter(None, encoded(source, complaints, workers, start=90))) == [k for k in GOOD if k >= 90]
+    assert names(filter(None, encoded(source, complaints, workers, start=90))) == [
+        k for k in GOOD if k >= 90
+    ]
     with pytest.raises(UserError, match=r"rows.jsonl:6: malformed row: ids: missing"):
         list(encoded(source, module.Complaints("raise"), workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_cache_is_written_once_for_the_same_tokenizer_files_and_options(source, tmp_path, workers, monkeypatch, capsys):
+def test_a_cache_is_written_once_for_the_same_tokenizer_files_and_options(
+    source, tmp_path, workers, monkeypatch, capsys
+):
     made = cached(source, tmp_path / "cache", "train", workers)
     assert names(made[k] for k in range(len(made))) == GOOD
     assert made.lengths.tolist() == [len(made[k]) for k in range(len(made))]
@@ -93,7 +107,9 @@ def test_a_cache_is_written_once_for_the_same_tokenizer_files_and_options(source
     assert names(again[k] for k in range(len(again))) == GOOD
     assert "3 unusable rows" in capsys.readouterr().out  # told each time
     other = Numbers(source.path, times=2)
-    assert cached(other, tmp_path / "cache", "train").lengths.tolist() == [2 * n for n in made.lengths]
+    assert cached(other, tmp_path / "cache", "train").lengths.tolist() == [
+        2 * n for n in made.lengths
+    ]
     with source.path.open("a") as file:
         file.write('{"name": 97, "ids": [1, 2]}\n')
     assert len(cached(source, tmp_path / "cache", "train")) == len(made) + 1
@@ -108,19 +124,29 @@ def test_a_failed_cache_leaves_nothing(source, tmp_path):
 
 
 def feed(source, tmp_path, layout, streaming, batches=60, **more):
-    windows = Streamed(source, 32) if streaming else Cached(cached(source, tmp_path / "cache", "train"))
-    return Feed(windows, LAYOUTS[layout], pad_token=0, batches=batches, batch_size=4, seed=7, **more)
+    windows = (
+        Streamed(source, 32) if streaming else Cached(cached(source, tmp_path / "cache", "train"))
+    )
+    return Feed(
+        windows, LAYOUTS[layout], pad_token=0, batches=batches, batch_size=4, seed=7, **more
+    )
 
 
 def same(one, other):
     assert one.keys() == other.keys()
     for name, value in one.items():
-        assert torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name], name
+        assert (
+            torch.equal(value, other[name])
+            if isinstance(value, torch.Tensor)
+            else value == other[name]
+        ), name
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_stopped_anywhere_and_resumed_it_goes_on_as_if_never_stopped(source, tmp_path, layout, streaming):
+def test_stopped_anywhere_and_resumed_it_goes_on_as_if_never_stopped(
+    source, tmp_path, layout, streaming
+):
     """In each epoch, with and without workers."""
     whole = list(feed(source, tmp_path, layout, streaming))
     assert len(whole) == 60
@@ -140,11 +166,16 @@ def test_stopped_anywhere_and_resumed_it_goes_on_as_if_never_stopped(source, tmp
 @pytest.mark.parametrize("streaming", [False, True])
 def test_ranks_share_the_rows_of_one_order(source, tmp_path, streaming):
     alone = feed(source, tmp_path, "packed", streaming, batches=20)
-    ranks = [list(feed(source, tmp_path, "packed", streaming, batches=10, rank=rank, world=2)) for rank in range(2)]
+    ranks = [
+        list(feed(source, tmp_path, "packed", streaming, batches=10, rank=rank, world=2))
+        for rank in range(2)
+    ]
 
     def rows(batches):
         return [
-            row[mask.bool()].tolist() for batch in batches for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+            row[mask.bool()].tolist()
+            for batch in batches
+            for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
         ]
 
     together = [row for pair in zip(*map(rows, ranks), strict=True) for row in pair]
@@ -157,12 +188,17 @@ def test_ranks_share_the_rows_of_one_order(source, tmp_path, streaming):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (1, 4), (4, 2)])
-def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, streaming, before, after):
+def test_resumed_on_another_number_of_ranks_the_order_goes_on(
+    source, tmp_path, streaming, before, after
+):
     """The same rows in each optimizer step: ranks share a batch of four."""
 
     def steps(world, state=None):
         """The rows of each step, and what rank 0 would save after it."""
-        feeds = [feed(source, tmp_path, "packed", streaming, rank=rank, world=world) for rank in range(world)]
+        feeds = [
+            feed(source, tmp_path, "packed", streaming, rank=rank, world=world)
+            for rank in range(world)
+        ]
         for one in feeds:
             one.batch_size = 4 // world
             if state is not None:
@@ -171,7 +207,8 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, 
             found = [None] * 4
             for rank, batch in enumerate(batches):
                 found[rank::world] = [
-                    row[mask.bool()].tolist() for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+                    row[mask.bool()].tolist()
+                    for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
                 ]
             yield found, feeds[0].state_dict()
 
@@ -186,22 +223,33 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(source, tmp_path, 
 @pytest.mark.parametrize("packing", ["none", "documents"])
 def test_epochs_without_a_row_end_in_a_line(source, tmp_path, streaming, packing, monkeypatch):
     monkeypatch.setattr("data.text.loader.EMPTY_EPOCHS", 3)
-    monkeypatch.setitem(LAYOUTS, "none", Layout(40, 7, 3, packing, weights={"even": 0.0, "odd": 0.0}))
+    monkeypatch.setitem(
+        LAYOUTS, "none", Layout(40, 7, 3, packing, weights={"even": 0.0, "odd": 0.0})
+    )
     with pytest.raises(UserError, match=r"data.weights: 4 epochs in a row had not a single row"):
         list(feed(source, tmp_path, "none", streaming))
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_document_once_an_epoch_and_in_new_company_in_the_next(source, tmp_path, layout, streaming):
-    texts = {tuple(sample.ids.tolist()) for sample in filter(None, encoded(source, module.Complaints("skip")))}
+def test_every_document_once_an_epoch_and_in_new_company_in_the_next(
+    source, tmp_path, layout, streaming
+):
+    texts = {
+        tuple(sample.ids.tolist())
+        for sample in filter(None, encoded(source, module.Complaints("skip")))
+    }
     seen, orders = {0: Counter(), 1: Counter()}, {0: [], 1: []}
     batches = feed(source, tmp_path, layout, streaming, batches=200)
     for batch in batches:
         if batches.epoch > 1:
             break
         for ids, labels, mask, sizes, resets in zip(
-            *(batch[name] for name in ("input_ids", "labels", "attention_mask", "chunk_sizes", "resets")), strict=True
+            *(
+                batch[name]
+                for name in ("input_ids", "labels", "attention_mask", "chunk_sizes", "resets")
+            ),
+            strict=True,
         ):
             n = int(mask.sum())
             assert sum(sizes) == n <= LAYOUTS[layout].max_length and len(sizes) == len(resets)
@@ -232,7 +280,11 @@ def test_a_mixture_has_each_group_as_often_as_it_says(source, tmp_path, packing,
     layout = Layout(40, 7, 3, packing, weights={"even": 2.5, "odd": 0.5})
     counts = Counter()
     for epoch in range(40):
-        counts.update(number for row in layout.rows(samples, np.random.default_rng((0, epoch))) for number in row)
+        counts.update(
+            number
+            for row in layout.rows(samples, np.random.default_rng((0, epoch)))
+            for number in row
+        )
     even = [counts[k] / 40 for k in range(len(samples)) if samples[k].group == "even"]
     odd = [counts[k] / 40 for k in range(len(samples)) if samples[k].group == "odd"]
     assert {round(value) for value in even} <= {2, 3} and 2.3 < np.mean(even) < 2.7
@@ -244,10 +296,15 @@ def test_a_document_in_a_pack_is_a_document_alone(source, tmp_path):
     batch = next(iter(feed(source, tmp_path, "packed", False)))
     with torch.no_grad():
         packed = model(
-            batch["input_ids"], attention_mask=batch["attention_mask"], chunk_sizes=batch["chunk_sizes"], resets=batch["resets"]
+            batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            chunk_sizes=batch["chunk_sizes"],
+            resets=batch["resets"],
         ).logits
         documents = 0
-        for row, (ids, sizes, resets) in enumerate(zip(batch["input_ids"], batch["chunk_sizes"], batch["resets"], strict=True)):
+        for row, (ids, sizes, resets) in enumerate(
+            zip(batch["input_ids"], batch["chunk_sizes"], batch["resets"], strict=True)
+        ):
             starts = [k for k, reset in enumerate(resets) if reset]
             for first, last in zip(starts, [*starts[1:], len(sizes)], strict=True):
                 span = slice(sum(sizes[:first]), sum(sizes[:last]))

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.support.models import text, tiny
 
 from data import lines as jsonl
 from data.text.packing import join, pack, padding_share, sample_plan
+from tests.support.models import text, tiny
 
 MOST = 32768
 QMSUM = np.minimum(np.random.default_rng(5).lognormal(np.log(13000), 0.5, 1257).astype(int), MOST)
@@ -30,7 +30,9 @@ def test_every_document_is_in_one_sample_and_fits(lengths: list[int], seed: int)
     assert all(room >= 0 for room in rooms) and all(samples)
     assert sum(50 - room <= 25 for room in rooms) <= 1  # two half-empty samples would have been one
     assert samples == pack(np.array(lengths, dtype=int), 50, generator(seed))
-    assert padding_share(samples, lengths, 50) == pytest.approx(sum(rooms) / (50 * len(samples)) if samples else 0)
+    assert padding_share(samples, lengths, 50) == pytest.approx(
+        sum(rooms) / (50 * len(samples)) if samples else 0
+    )
 
 
 def test_it_is_best_fit():
@@ -42,30 +44,48 @@ def test_it_is_best_fit():
         rooms = [400 - sum(lengths[one] for one in sample) - lengths[number] for sample in bins]
         fitting = [room for room in rooms if room >= 0]
         if fitting:
-            bins[max(place for place, room in enumerate(rooms) if room == min(fitting))].append(number)
+            bins[max(place for place, room in enumerate(rooms) if room == min(fitting))].append(
+                number
+            )
         else:
             bins.append([number])
     wanted = sorted(sum(lengths[one] for one in sample) for sample in bins)
-    assert sorted(sum(lengths[one] for one in sample) for sample in pack(lengths, 400, generator(7))) == wanted
+    assert (
+        sorted(sum(lengths[one] for one in sample) for sample in pack(lengths, 400, generator(7)))
+        == wanted
+    )
 
 
 @pytest.mark.parametrize("max_length", [MOST, 2 * MOST])
 def test_little_padding_and_new_company_each_epoch(max_length: int):
     epochs = [pack(QMSUM, max_length, generator(0, epoch)) for epoch in range(4)]
     assert all(padding_share(samples, QMSUM, max_length) < 0.03 for samples in epochs)
-    pairs = [{frozenset((a, b)) for sample in samples for a in sample for b in sample if a < b} for samples in epochs]
-    kept = [len(one & other) / len(one) for place, one in enumerate(pairs) for other in pairs[:place]]
+    pairs = [
+        {frozenset((a, b)) for sample in samples for a in sample for b in sample if a < b}
+        for samples in epochs
+    ]
+    kept = [
+        len(one & other) / len(one) for place, one in enumerate(pairs) for other in pairs[:place]
+    ]
     assert max(kept) < 0.1
     for samples in epochs:  # neither samples nor the documents in them stand by length
         documents = [len(sample) for sample in samples]
         assert np.mean(documents[:100]) == pytest.approx(np.mean(documents), rel=0.1)
-        ends = np.array([(QMSUM[sample[0]], QMSUM[sample[-1]]) for sample in samples if len(sample) > 1]).mean(0)
+        ends = np.array(
+            [(QMSUM[sample[0]], QMSUM[sample[-1]]) for sample in samples if len(sample) > 1]
+        ).mean(0)
         assert ends[0] == pytest.approx(ends[1], rel=0.1)
 
 
 def test_little_padding_on_qmsum(shared_data):
-    rows = (row for split in ("train", "validation") for _, row in jsonl.rows(shared_data / f"scrolls/qmsum/{split}.jsonl.xz"))
-    lengths = [min(MOST, round(1.3 * len(f"{row['input']} {row['output']}".split()))) for row in rows]
+    rows = (
+        row
+        for split in ("train", "validation")
+        for _, row in jsonl.rows(shared_data / f"scrolls/qmsum/{split}.jsonl.xz")
+    )
+    lengths = [
+        min(MOST, round(1.3 * len(f"{row['input']} {row['output']}".split()))) for row in rows
+    ]
     assert len(lengths) == 1257 + 272
     assert padding_share(pack(lengths, MOST, generator(0)), lengths, MOST) < 0.02
 
@@ -110,14 +130,25 @@ def test_a_document_in_a_pack_equals_it_alone():
     shared = join(documents, plans, shared=True)[3]
     rows = torch.from_numpy(ids)[None]
     with torch.no_grad():
-        packed, leaking = (model(rows, chunk_sizes=sizes, resets=flags).logits[0] for flags in (resets, shared))
-        alone = [model(torch.from_numpy(one)[None], chunk_sizes=plan).logits[0] for (one, _), plan in zip(documents, plans, strict=True)]
-        losses = [
-            model(torch.from_numpy(one)[None], labels=torch.from_numpy(one)[None], chunk_sizes=plan).loss
+        packed, leaking = (
+            model(rows, chunk_sizes=sizes, resets=flags).logits[0] for flags in (resets, shared)
+        )
+        alone = [
+            model(torch.from_numpy(one)[None], chunk_sizes=plan).logits[0]
             for (one, _), plan in zip(documents, plans, strict=True)
         ]
-        loss = model(rows, labels=torch.from_numpy(labels)[None], chunk_sizes=sizes, resets=resets).loss
+        losses = [
+            model(
+                torch.from_numpy(one)[None], labels=torch.from_numpy(one)[None], chunk_sizes=plan
+            ).loss
+            for (one, _), plan in zip(documents, plans, strict=True)
+        ]
+        loss = model(
+            rows, labels=torch.from_numpy(labels)[None], chunk_sizes=sizes, resets=resets
+        ).loss
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-10, atol=1e-10)
     assert (leaking - torch.cat(alone))[lengths[0] :].abs().max() > 1e-3
     targets = [n - 1 for n in lengths]
-    torch.testing.assert_close(loss, sum(one * count for one, count in zip(losses, targets, strict=True)) / sum(targets))
+    torch.testing.assert_close(
+        loss, sum(one * count for one, count in zip(losses, targets, strict=True)) / sum(targets)
+    )

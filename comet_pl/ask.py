@@ -81,6 +81,8 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
     """Answers line by line until the input ends. Ctrl-C ends the answer, and the conversation goes on."""
     terminal = sys.stdin.isatty()
     if terminal:
+        import readline  # noqa: F401  (input() then has a history and can be edited)
+
         print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
     while True:
         try:

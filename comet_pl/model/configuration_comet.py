@@ -87,6 +87,8 @@ class CometConfig(PretrainedConfig):
             )
         # AutoModelForCausalLM knows CoMeT from the first configuration on, not from the start: `import comet_pl` is to be quick.
 
+        import comet_pl.model.modeling_comet  # noqa: F401
+
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
         backbone_config = copy.deepcopy(

@@ -14,8 +14,8 @@ from comet_pl.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import performance
-import reading
+import performance  # noqa: E402
+import reading  # noqa: E402
 
 TEXT = ROOT / "README.md"
 

@@ -227,7 +227,7 @@ def rewrite(path, change):
     with safe_open(path, framework="pt") as file:
         facts, tensors = (
             json.loads(file.metadata()["comet_cache"]),
-            {name: file.get_tensor(name) for name in file.keys()},
+            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118
         )
     metadata = change(facts, tensors)
     save_file(

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,6 +47,27 @@ class RowClock:
     @property
     def memory(self) -> int:
         return self.global_slots + self.temporary_slots
+
+
+class ChunkPlan(NamedTuple):
+    """How one row of text is cut: the same value from the data to the forward pass.
+
+    A tuple, so that it travels between processes and through Lightning's batch transfer.
+    """
+
+    sizes: tuple[int, ...]  # text tokens of each chunk
+    resets: tuple[bool, ...] | None = None  # of each chunk: its row's memory is emptied before it
+    stride: int | None = None  # None: the model's own
+
+    @property
+    def tokens(self) -> int:
+        """Text tokens of the row."""
+        return sum(self.sizes)
+
+    def part(self, start: int, end: int) -> ChunkPlan:
+        """Chunks start to end (not included)."""
+        resets = self.resets and self.resets[start:end]
+        return ChunkPlan(self.sizes[start:end], resets, self.stride)
 
 
 @dataclass(frozen=True)

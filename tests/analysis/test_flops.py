@@ -23,7 +23,7 @@ from comet_pl.training.lit_module import CometModule, read_windows
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import cut_windows, split_rows
 from tests.support.models import FAMILIES, backbone, chunk_plans, memories, text, tiny
-from tests.training.test_lit_module import fit, ragged
+from tests.support.training import fit, ragged
 
 QWEN3 = {
     "num_key_value_heads": 8,

@@ -22,7 +22,7 @@ from comet_pl.experiment.run_folder import plan_run
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.training.lit_module import CometModule
 from tests.support.models import tiny
-from tests.training.test_lit_module import fit, loader, ragged
+from tests.support.training import fit, loader, ragged
 
 EVERY_STEP = {"log_every_n_steps": 1}
 

@@ -15,8 +15,7 @@ from nbclient import NotebookClient
 
 from comet_pl.evaluation.results import worst_first
 from comet_pl.metrics.scrolls import PAPER
-from tests.evaluation.test_agent_run import write_traces
-from tests.laws.test_resume import write_events
+from tests.support.tiny_data import write_events, write_traces
 from tests.support.tiny_runs import ROOT, TINY, train
 
 NOTEBOOK = ROOT / "notebooks" / "evaluate.ipynb"

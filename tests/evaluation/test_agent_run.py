@@ -17,6 +17,7 @@ from data.agent_traces import source_of, split_of, validation_samples
 from data.batches import AGENT_TOKENS, train_tokenizer
 from data.text.tokenized import Sample
 from tests.support.models import tiny
+from tests.support.tiny_data import write_traces
 
 
 def trace(tokens=60):
@@ -64,33 +65,6 @@ def test_turn_by_turn_is_the_whole_text(comet):
         assert answer["score"] == f1(
             answer["prediction"], answer["references"][0]
         )  # no turn calls a tool
-
-
-def write_traces(folder, count=12):
-    rows = []
-    for k in range(count):
-        call = {
-            "id": "c",
-            "type": "function",
-            "function": {"name": "look_up", "arguments": json.dumps({"order": f"W{k:04}"})},
-        }
-        messages = [
-            {"role": "system", "content": "You help."},
-            {"role": "user", "content": f"Where is order W{k:04}?"},
-            {"role": "assistant", "content": None, "tool_calls": [call]},
-            {"role": "tool", "tool_call_id": "c", "name": "look_up", "content": "on its way"},
-            {"role": "assistant", "content": f"Order W{k:04} is on its way."},
-        ]
-        rows.append(
-            {
-                "uniq_id": f"task{k}-trial0",
-                "messages": messages if k % 2 else json.dumps(messages),
-                "reward": k % 3 / 2,
-            }
-        )
-    folder.mkdir()
-    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def test_a_run_trains_validates_and_scores_next_actions(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from callbacks.behavior_scores import BehaviorScores
-from tests.laws.test_resume import write_events
+from tests.support.tiny_data import write_events
 
 SMALL = [
     "hidden_size=32",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -10,14 +9,11 @@ import signal
 import subprocess
 import threading
 import time
-from datetime import datetime, timedelta
 
 import lightning
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor
 
 from callbacks.checkpoints import TrainingStopped
 from comet_pl import build
@@ -25,69 +21,10 @@ from comet_pl.config.load import load
 from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.experiment.run_folder import plan_run
 from data.batches import ResumableLoader, pad_rows, validation_loader
-from tests.evaluation.test_agent_run import write_traces
-from tests.support.tiny_runs import ROOT, TINY, command, train
+from tests.support.tiny_data import write_events, write_scrolls, write_traces
+from tests.support.tiny_runs import ROOT, TINY, command, same_run, train
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
-TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")
-
-
-def scalars(folder):
-    """{tag: [(step, value)]} as TensorBoard shows them, and what it shows pictures of."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
-    curves = {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if tag not in TIMES
-    }
-    pictures = {
-        tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]
-    }
-    return curves, pictures
-
-
-def differences(one, two, where=""):
-    """The places at which two nested structures of tensors and plain values differ."""
-    if isinstance(one, Tensor):
-        return [] if torch.equal(one, two) else [where]
-    if isinstance(one, dict):
-        return [
-            d
-            for key in sorted({*one, *two}, key=str)
-            for d in differences(one.get(key), two.get(key), f"{where}.{key}")
-        ]
-    if isinstance(one, list | tuple):
-        if len(one) != len(two):
-            return [where]
-        return [
-            d
-            for number, pair in enumerate(zip(one, two, strict=True))
-            for d in differences(*pair, f"{where}.{number}")
-        ]
-    return [] if one == two else [where]
-
-
-def same_run(straight, other, best=True):
-    """Weights, optimizer, random states, data position and logged values of two run folders are equal."""
-    for name in ("last", "best") if best else ("last",):
-        a, b = (
-            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-            for run in (straight, other)
-        )
-        for key in (
-            "state_dict",
-            "optimizer_states",
-            "lr_schedulers",
-            "random_states",
-            "callbacks",
-            "global_step",
-            "skipped",
-        ):
-            assert differences(a[key], b[key]) == [], (name, key)
-        loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (a, b)]
-        assert loaders[0] == loaders[1]
-    assert scalars(straight) == scalars(other)
-    assert not list((other / "checkpoints").glob(".*"))
 
 
 # ---- every step of a run with several epochs, in this process
@@ -381,49 +318,6 @@ SCROLLS = [
 ]
 
 
-def write_scrolls(root):
-    """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a second author."""
-    draw = random.Random(3)
-    words = [
-        "rain",
-        "sun",
-        "wind",
-        "cloud",
-        "north",
-        "south",
-        "sea",
-        "town",
-        "evening",
-        "morning",
-        "cold",
-        "warm",
-    ]
-    for task, count in (("qmsum", 9), ("contract_nli", 5)):
-        (root / task).mkdir(parents=True)
-        for split in ("train", "validation"):
-            rows = []
-            for number in range(count):
-                document = " ".join(draw.choices(words, k=60))
-                answer = (
-                    document.split()[7]
-                    if task == "qmsum"
-                    else draw.choice(["Entailment", "Contradiction"])
-                )
-                rows.append(
-                    {
-                        "id": f"{split}{number}",
-                        "pid": f"{split}{number}_0",
-                        "input": f"Which?\n\n{document}",
-                        "output": answer,
-                    }
-                )
-            rows.append(rows[0] | {"pid": f"{split}0_1", "output": "calm"})
-            (root / task / f"{split}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows)
-            )
-    return root
-
-
 def killed_equals_straight(tmp_path, straight, conf, *keys, kills=1):
     """Kills a run at random moments, resumes it after each, and compares it with one that was left alone."""
     draw = random.Random()
@@ -494,25 +388,6 @@ def test_sigkill_scrolls_five_times(tmp_path, workers, layout):
         f"data.num_workers={workers}",
         kills=5,
     )
-
-
-def write_events(root):
-    """12 users with 90 events each, an hour apart."""
-    draw = random.Random(5)
-    root.mkdir(parents=True)
-    rows = []
-    for user in range(12):
-        for number in range(90):
-            time = datetime(2024, 1, 1) + timedelta(hours=number)
-            row = {
-                "user_id": f"u{user}",
-                "timestamp": time.isoformat(),
-                "action": "purchase",
-                "item": f"{draw.randrange(12)}",
-            }
-            rows.append(row | {"quantity": draw.randint(1, 5), "price": draw.randint(1, 900) / 100})
-    (root / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
 
 
 OTHERS = {

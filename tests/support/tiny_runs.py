@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     "trainer.accelerator=cpu",
@@ -34,3 +38,64 @@ def train(root: Path, name: str, *keys: str, timeout: int = 120) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
+
+
+TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")
+
+
+def scalars(folder):
+    """{tag: [(step, value)]} as TensorBoard shows them, and what it shows pictures of."""
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+    curves = {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in TIMES
+    }
+    pictures = {
+        tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]
+    }
+    return curves, pictures
+
+
+def differences(one, two, where=""):
+    """The places at which two nested structures of tensors and plain values differ."""
+    if isinstance(one, Tensor):
+        return [] if torch.equal(one, two) else [where]
+    if isinstance(one, dict):
+        return [
+            d
+            for key in sorted({*one, *two}, key=str)
+            for d in differences(one.get(key), two.get(key), f"{where}.{key}")
+        ]
+    if isinstance(one, list | tuple):
+        if len(one) != len(two):
+            return [where]
+        return [
+            d
+            for number, pair in enumerate(zip(one, two, strict=True))
+            for d in differences(*pair, f"{where}.{number}")
+        ]
+    return [] if one == two else [where]
+
+
+def same_run(straight, other, best=True):
+    """Weights, optimizer, random states, data position and logged values of two run folders are equal."""
+    for name in ("last", "best") if best else ("last",):
+        a, b = (
+            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+            for run in (straight, other)
+        )
+        for key in (
+            "state_dict",
+            "optimizer_states",
+            "lr_schedulers",
+            "random_states",
+            "callbacks",
+            "global_step",
+            "skipped",
+        ):
+            assert differences(a[key], b[key]) == [], (name, key)
+        loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (a, b)]
+        assert loaders[0] == loaders[1]
+    assert scalars(straight) == scalars(other)
+    assert not list((other / "checkpoints").glob(".*"))

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support.models import memories, tiny
-from tests.training.test_lit_module import close, fit, ragged, scaler
+from tests.support.training import close, fit, norm_apart, ragged, scaler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -39,24 +39,6 @@ def gradients(model, read, batch, bptt=None, seed=0, **options):
     return loss, {
         name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
     }
-
-
-def norm_apart(found, expected):
-    """Distance of two sets of gradients, relative to the norm of the second. None is zero."""
-    pairs = [
-        (f, e)
-        for f, e in ((found[name], expected[name]) for name in expected)
-        if not (f is None and e is None)
-    ]
-    apart = [
-        torch.zeros_like(f if e is None else e) + (0 if f is None else f) - (0 if e is None else e)
-        for f, e in pairs
-    ]
-    size = [e for _, e in pairs if e is not None]
-    return float(
-        torch.cat([a.flatten().double() for a in apart]).norm()
-        / torch.cat([e.flatten().double() for e in size]).norm()
-    )
 
 
 # ---- gradients

@@ -12,11 +12,10 @@ from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.training.windows import count_gates, count_targets, cut_windows
-from tests.parallel.test_pipeline import Case, alone, together
 from tests.support.models import tiny
+from tests.support.pipelines import Case, alone, together
 from tests.support.ranks import in_processes
-from tests.training.test_chunk_checkpointing import norm_apart
-from tests.training.test_lit_module import close, cuts, direct, fit, ragged, scaler
+from tests.support.training import close, cuts, direct, fit, norm_apart, ragged, scaler
 
 WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
 

@@ -9,9 +9,7 @@ import lightning
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch.utils.data import DataLoader
 
 from callbacks.passkey_heatmap import exact_match
 from comet_pl.config.schema import TrainConfig
@@ -21,49 +19,10 @@ from comet_pl.training.lit_module import CometModule
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets, cut_windows, split_rows
-from tests.support.models import text, tiny
-
-TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}
-
-
-def ragged(lengths, labelled=0.5, seed=0, left=False):
-    """Rows of some lengths; each token labelled with a probability."""
-    width = max(lengths)
-    ids, labels = text(len(lengths), width, seed), text(len(lengths), width, seed)
-    labels[
-        torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed)) >= labelled
-    ] = -100
-    columns = torch.arange(width)
-    size = torch.tensor(lengths)[:, None]
-    mask = (columns >= width - size if left else columns < size).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels.masked_fill(mask == 0, -100)}
-
+from tests.support.models import tiny
+from tests.support.training import TRAIN, close, cuts, direct, fit, loader, ragged, scaler
 
 # ---- windows
-
-
-@st.composite
-def cuts(draw):
-    lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=4).filter(any))
-    batch = ragged(
-        lengths,
-        draw(st.sampled_from([0.0, 0.2, 1.0])),
-        draw(st.integers(0, 9)),
-        draw(st.booleans()),
-    )
-    plans = None
-    if draw(st.booleans()):
-        plans = []
-        for left in lengths:
-            plans.append([])
-            while left:
-                plans[-1].append(draw(st.integers(1, left)))
-                left -= plans[-1][-1]
-        batch |= {
-            "chunk_sizes": plans,
-            "resets": [[draw(st.booleans()) for _ in plan] for plan in plans],
-        }
-    return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3])), plans
 
 
 @given(cuts())
@@ -110,70 +69,6 @@ def test_split_rows_keeps_what_belongs_to_a_row():
 
 
 # ---- steps
-
-
-class Watch(lightning.Callback):
-    """Gradients before clipping, weights after each step."""
-
-    def __init__(self):
-        self.gradients, self.weights, self.rates = [], [], []
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.gradients.append(
-            {
-                name: None if p.grad is None else p.grad.clone()
-                for name, p in module.model.named_parameters()
-            }
-        )
-        self.rates.append([group["lr"] for group in optimizer.param_groups])
-
-    def on_train_batch_end(self, trainer, module, *_):
-        self.weights.append(
-            {name: p.detach().clone() for name, p in module.model.named_parameters()}
-        )
-
-
-def loader(batches):
-    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
-
-
-def fit(model, batches, callbacks=(), trainer=None, **train):
-    """Trains on the batches, one step each; returns the module and what was watched."""
-    watch = Watch()
-    module = CometModule(model.train(), TrainConfig(**{**TRAIN, **train}), max_steps=len(batches))
-    options = {"accelerator": "cpu", "devices": 1, "precision": None, **(trainer or {})}
-    lightning.Trainer(
-        **options,
-        max_steps=len(batches),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[watch, *callbacks],
-    ).fit(module, loader(batches))
-    return module, watch
-
-
-def direct(model, batch):
-    """Loss and gradients of one call, by the model itself."""
-    model = copy.deepcopy(model).train()
-    sizes = [
-        fixed_chunks(n, model.config.chunk_size) for n in batch["attention_mask"].sum(1).tolist()
-    ]
-    loss = model(**batch, chunk_sizes=sizes, use_cache=False).loss
-    loss.backward()
-    return float(loss.detach()), {name: p.grad for name, p in model.named_parameters()}
-
-
-def close(one, two, tolerance=1e-10):
-    for name in one:
-        if one[name] is None or two[name] is None:
-            assert one[name] is two[name], name
-        else:
-            torch.testing.assert_close(
-                one[name], two[name], rtol=tolerance, atol=tolerance, msg=name
-            )
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])
@@ -263,15 +158,6 @@ class Spoil(lightning.Callback):
         weight.register_hook(
             lambda g: torch.full_like(g, self.value) if trainer.global_step + 1 in self.steps else g
         )
-
-
-def scaler():
-    return {
-        "precision": None,
-        "plugins": [
-            MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=1024.0))
-        ],
-    }
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])

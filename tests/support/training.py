@@ -1,0 +1,141 @@
+"""Batches, the training of a tiny model on them, and gradients to compare with."""
+
+from __future__ import annotations
+
+import copy
+
+import lightning
+import torch
+from hypothesis import strategies as st
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils.data import DataLoader
+
+from comet_pl.config.schema import TrainConfig
+from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.training.lit_module import CometModule
+from tests.support.models import text
+
+TRAIN = {"lr": 1e-2, "warmup_steps": 0, "clip": None, "memory_lr_factor": 2.0}
+QUIET = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+def ragged(lengths, labelled=0.5, seed=0, left=False):
+    """Rows of some lengths; each token is labelled with a probability."""
+    width = max(lengths)
+    ids, labels = text(len(lengths), width, seed), text(len(lengths), width, seed)
+    draw = torch.rand(labels.shape, generator=torch.Generator().manual_seed(seed))
+    columns, size = torch.arange(width), torch.tensor(lengths)[:, None]
+    mask = (columns >= width - size if left else columns < size).long()
+    labels = labels.masked_fill((draw >= labelled) | (mask == 0), -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@st.composite
+def cuts(draw, labelled=(0.0, 0.2, 1.0), largest=23, strides=False):
+    """(batch, chunk size, chunks a window, its chunk sizes or None): any raggedness, plan and reset."""
+    lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=4).filter(any))
+    share, seed, left = (
+        draw(st.sampled_from(labelled)),
+        draw(st.integers(0, 9)),
+        draw(st.booleans()),
+    )
+    batch, plans = ragged(lengths, share, seed, left), None
+    if draw(st.booleans()):
+        plans = [draw(sizes(length, largest)) for length in lengths]
+        batch["chunk_sizes"] = plans
+        batch["resets"] = [[draw(st.booleans()) for _ in plan] for plan in plans]
+    if strides and draw(st.booleans()):
+        batch["strides"] = [draw(st.integers(1, 7)) for _ in lengths]
+    return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3])), plans
+
+
+@st.composite
+def sizes(draw, tokens, largest):
+    """Chunk sizes that sum to `tokens`."""
+    found = []
+    while tokens:
+        found.append(draw(st.integers(1, min(tokens, largest))))
+        tokens -= found[-1]
+    return found
+
+
+class Watch(lightning.Callback):
+    """Gradients before clipping and learning rates of each step, and the weights after it."""
+
+    def __init__(self):
+        self.gradients, self.weights, self.rates = [], [], []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        self.optimizer = optimizer
+        self.gradients.append(gradients_of(module.model))
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def on_train_batch_end(self, trainer, module, *_):
+        named = module.model.named_parameters()
+        self.weights.append({name: p.detach().clone() for name, p in named})
+
+
+def gradients_of(model):
+    """{name of a parameter: a copy of its gradient, or None}."""
+    named = model.named_parameters()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in named}
+
+
+def loader(batches):
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)
+
+
+def fit(model, batches, callbacks=(), trainer=None, **train):
+    """Trains on the batches, one step each; returns the module and what was watched."""
+    watch = Watch()
+    module = CometModule(model.train(), TrainConfig(**TRAIN | train), max_steps=len(batches))
+    options = {"accelerator": "cpu", "devices": 1, "precision": None, **QUIET, **(trainer or {})}
+    options |= {"max_steps": len(batches), "callbacks": [watch, *callbacks]}
+    lightning.Trainer(**options).fit(module, loader(batches))
+    return module, watch
+
+
+def scaler(scale=1024.0):
+    """Trainer options of 16-mixed with a loss scaler, on the CPU."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+    return {"precision": None, "plugins": [plugin]}
+
+
+def direct(model, batch):
+    """Loss and gradients of one call of the model itself."""
+    model = copy.deepcopy(model).train()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    plan = [fixed_chunks(n, model.config.chunk_size) for n in lengths]
+    loss = model(**batch, chunk_sizes=plan, use_cache=False).loss
+    loss.backward()
+    return float(loss.detach()), gradients_of(model)
+
+
+def close(one, two, tolerance=1e-10):
+    """Two sets of tensors agree; None agrees with None alone."""
+    for name in one:
+        if one[name] is None or two[name] is None:
+            assert one[name] is two[name], name
+        else:
+            torch.testing.assert_close(
+                one[name], two[name], rtol=tolerance, atol=tolerance, msg=name
+            )
+
+
+def norm_apart(found, expected):
+    """Distance of two sets of gradients, relative to the norm of the second. None is zero."""
+    apart = size = 0.0
+    for name, right in expected.items():
+        left = found[name]
+        if left is not None or right is not None:
+            left = torch.zeros_like(right) if left is None else left
+            right = torch.zeros_like(left) if right is None else right
+            apart += float((left.double() - right.double()).square().sum())
+            size += float(right.double().square().sum())
+    return (apart / size) ** 0.5

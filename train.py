@@ -6,7 +6,7 @@ import shlex
 import sys
 
 from comet_pl.config.load import load
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import OnAllRanks, TrainingStopped, UserError, run_cli
 
 
 def main(argv: list[str]) -> None:
@@ -16,7 +16,7 @@ def main(argv: list[str]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from callbacks.checkpoints import TrainingStopped, read_checkpoint
+    from callbacks.checkpoints import read_checkpoint
     from comet_pl import build
     from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
     from comet_pl.experiment.run_folder import plan_run
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> None:
     except (UserError, MisconfigurationException) as error:
         if trainer.global_step == 0 and trainer.is_global_zero:
             run.discard()
-        if not trainer.is_global_zero and (
-            isinstance(error, MisconfigurationException) or hasattr(error, "on_all_ranks")
+        if not trainer.is_global_zero and isinstance(
+            error, (MisconfigurationException, OnAllRanks)
         ):
-            sys.exit(2)  # the first process tells
+            sys.exit(2)  # rank 0 reports it
         # Lightning's: limits of which no batch is left
         raise (
             error

@@ -21,19 +21,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from comet_pl.config.schema import CheckpointConfig
-from comet_pl.errors import UserError, UserErrorOnAllRanks
+from comet_pl.errors import TrainingStopped, UserError, UserErrorOnAllRanks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class TrainingStopped(Exception):
-    """Ctrl-C or SIGTERM ended the training between two steps; last.ckpt holds the state."""
-
-    on_all_ranks = True  # they agreed on it: none is lost (see LayerPipelineStrategy.on_exception)
-
-    def __init__(self, number: int, step: int):
-        self.number, self.step = number, step
-        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
 
 
 class RunCheckpoints(Checkpoint):

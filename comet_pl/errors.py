@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -12,10 +13,20 @@ class UserError(ValueError):
     """A mistake of the user: the message is one line that names the key, file or option, what was given and what is allowed."""
 
 
-class UserErrorOnAllRanks(UserError):
-    """One that every process of a distributed run meets at the same place; the first process tells."""
+class OnAllRanks(Exception):
+    """An end that all ranks of a run come to at the same step: none of them is lost."""
 
-    on_all_ranks = True
+
+class UserErrorOnAllRanks(UserError, OnAllRanks):
+    """A mistake that every rank meets at the same place; rank 0 reports it."""
+
+
+class TrainingStopped(OnAllRanks):
+    """Ctrl-C or SIGTERM ended the training between two steps; last.ckpt holds the state."""
+
+    def __init__(self, number: int, step: int):
+        self.number, self.step = number, step
+        super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
 
 
 class TooLittleMemory(UserError, MemoryError):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from comet_pl.config.schema import SHARDING
-from comet_pl.errors import UserError
+from comet_pl.errors import OnAllRanks, UserError
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
@@ -223,11 +223,7 @@ class LayerPipelineStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         """A rank that fails tells the others; one that lost a neighbour finds out whom."""
-        if (
-            self.watch is None
-            or isinstance(exception, MisconfigurationException)
-            or getattr(exception, "on_all_ranks", False)
-        ):
+        if self.watch is None or isinstance(exception, (MisconfigurationException, OnAllRanks)):
             return
         self.failed = True
         if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(

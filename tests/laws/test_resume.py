@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.checkpoints import TrainingStopped
 from comet_pl import build
 from comet_pl.config.load import load
+from comet_pl.errors import TrainingStopped
 from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.experiment.run_folder import plan_run
 from data.batches import ResumableLoader, pad_rows, validation_loader

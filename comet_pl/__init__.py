@@ -1,4 +1,7 @@
-"""comet-pl: Collaborative Memory Transformer. Importing it also teaches Hugging Face's Auto classes to load CoMeT folders."""
+"""CoMeT, the Collaborative Memory Transformer.
+
+Importing it registers CoMeT with Hugging Face's Auto classes.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +15,7 @@ __all__ = ["CometCache", "CometConfig", "CometForCausalLM"]
 
 
 def __getattr__(name: str) -> Any:
-    # The class that it derives from takes as long to import as torch does; help and the message about a typo need none of it.
+    # Its base class takes as long to import as torch; help and messages about typos need neither.
     if name == "CometForCausalLM":
         from comet_pl.model.modeling_comet import CometForCausalLM
 

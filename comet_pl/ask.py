@@ -1,6 +1,7 @@
-"""Answers from a memory file: python -m comet_pl.ask MODEL memory.safetensors "question"; --help lists the options.
+"""Answers from a memory file: python -m comet_pl.ask MODEL memory.safetensors "question".
 
---interactive goes on for ever at constant memory, with a memory file or without. The file itself never changes.
+--interactive is a conversation at constant memory, with a memory file or without. The file itself
+never changes. --help lists the options.
 """
 
 from __future__ import annotations
@@ -40,48 +41,29 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> Parser:
-    made = Parser(
-        prog="python -m comet_pl.ask",
-        description="Answers from what python -m comet_pl.read has read.",
-    )
-    add_options(made)
-    made.add_argument(
-        "memory",
-        metavar="MEMORY",
-        nargs="?",
-        help="a memory file; only --interactive can do without",
-    )
-    made.add_argument("question", metavar="QUESTION", nargs="?", help="in quotes")
-    made.add_argument(
-        "--interactive",
-        action="store_true",
-        help="a conversation, a line at a time; Ctrl-C ends an answer, Ctrl-D all",
-    )
-    made.add_argument(
-        "--max-new-tokens",
-        metavar="N",
-        type=_count,
-        default=256,
-        help="longest answer (default: 256)",
-    )
-    made.add_argument(
-        "--temperature",
-        metavar="T",
-        type=_temperature,
-        default=0.0,
-        help="0: always the likeliest token (default)",
-    )
-    made.add_argument(
-        "--save", metavar="MEMORY", help="the memory after the last answer, to go on from"
-    )
-    return made
+    description = "Answers from what python -m comet_pl.read has read."
+    parser = Parser(prog="python -m comet_pl.ask", description=description)
+    add_options(parser)
+    add = parser.add_argument
+    memory = "a memory file; only --interactive can do without"
+    add("memory", metavar="MEMORY", nargs="?", help=memory)
+    add("question", metavar="QUESTION", nargs="?", help="in quotes")
+    lines = "a conversation, a line at a time; Ctrl-C ends an answer, Ctrl-D all"
+    add("--interactive", action="store_true", help=lines)
+    longest = "longest answer (default: 256)"
+    add("--max-new-tokens", metavar="N", type=_count, default=256, help=longest)
+    greedy = "0: always the likeliest token (default)"
+    add("--temperature", metavar="T", type=_temperature, default=0.0, help=greedy)
+    add("--save", metavar="MEMORY", help="the memory after the last answer, to go on from")
+    return parser
 
 
 def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Answers line by line until the input ends. Ctrl-C ends the answer, and the conversation goes on."""
+    """Answers line by line until the input ends; Ctrl-C ends one answer."""
     terminal = sys.stdin.isatty()
     if terminal:
-        import readline  # noqa: F401  (input() then has a history and can be edited)
+        # gives input() a history and line editing
+        import readline  # noqa: F401
 
         print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
     while True:
@@ -100,15 +82,15 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
 
 
 def answer(conversation: Conversation, question: str, settings: dict[str, Any]) -> None:
-    """Prints the answer while it comes."""
+    """Prints the answer while it is generated."""
     streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
     conversation.ask(question, streamer=streamer, **settings)
 
 
 class Interruptible(contextlib.AbstractContextManager["Interruptible"]):
-    """A stopping criterion of generate(): Ctrl-C ends the answer after the current token, a second one the program.
+    """A stopping criterion: Ctrl-C ends the answer after the current token, a second one all.
 
-    Inside a forward pass an exception would leave layers behind that have read different texts.
+    An exception inside a forward pass would leave layers that have read different texts.
     """
 
     asked = False

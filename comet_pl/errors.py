@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 
 class UserError(ValueError):
-    """A mistake of the user: the message is one line that names the key, file or option, what was given and what is allowed."""
+    """A user's mistake, in one line: the key, file or option, what was given, what is allowed."""
 
 
 class OnAllRanks(Exception):
@@ -30,27 +31,37 @@ class TrainingStopped(OnAllRanks):
 
 
 class TooLittleMemory(UserError, MemoryError):
-    """What was asked for does not fit into the device's memory; said before anything is computed."""
+    """The device has too little memory; raised before anything is computed."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are UserErrors; options must be written out."""
+    """A parser that raises UserError, takes no abbreviated options and shows descriptions as is."""
 
-    def __init__(self, *args: Any, allow_abbrev: bool = False, **kwargs: Any):
-        super().__init__(*args, allow_abbrev=allow_abbrev, **kwargs)
+    def __init__(self, **options: Any):
+        layout = argparse.RawDescriptionHelpFormatter
+        super().__init__(**{"allow_abbrev": False, "formatter_class": layout, **options})
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the options")
 
 
 def first_line(error: BaseException) -> str:
-    """Of a library's error: its first line with text, or its kind."""
+    """The first line of a library's error that has text, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
+@contextmanager
+def os_errors(line: str) -> Iterator[None]:
+    """Turns an OSError of the block into the UserError `line`: reason."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{line}: {error.strerror or error}") from None
+
+
 def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(sys.argv[1:])`; a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Runs `main(sys.argv[1:])`: UserError becomes a line on stderr and exit code 2, Ctrl-C 130."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:

@@ -1,32 +1,30 @@
-"""Writes a trained model as a Hugging Face folder: python -m comet_pl.export CKPT FOLDER [--dtype float32|bfloat16|float16].
+"""Writes a trained model as a Hugging Face folder: python -m comet_pl.export CKPT FOLDER.
 
-CKPT is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt file, or a model folder. LoRA and separately trained rows are merged
-into plain weights. CometForCausalLM.from_pretrained(FOLDER) loads it; after `import comet_pl`, so does AutoModelForCausalLM.
+CKPT is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt file, or a model folder. LoRA
+and separately trained rows are merged into plain weights. CometForCausalLM.from_pretrained(FOLDER)
+loads the result; after `import comet_pl`, so does AutoModelForCausalLM.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import tempfile
 from pathlib import Path
 
-from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.errors import Parser, run_cli
+from comet_pl.files import check_new, save_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
-    """Writes `folder` (weights, configuration, tokenizer) at once, whole.
+    """Writes `folder` (weights, configuration, tokenizer), whole or not at all.
 
     Args:
         dtype: of the weights, one of DTYPES; None: as the checkpoint's.
 
     Raises:
-        UserError: no such checkpoint, or not a whole one; a folder that is there already or cannot be written.
+        UserError: the checkpoint is missing or damaged; the folder exists or cannot be written.
     """
-    if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder}: is there already; remove it first, or give another folder")
+    check_new(folder)
     import torch
     import transformers
 
@@ -38,39 +36,21 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
     model, tokenizer, _ = load_trained(checkpoint, [])
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
-            made = Path(work) / "folder"
-            model.save_pretrained(made)
-            tokenizer.save_pretrained(made)
-            os.replace(made, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}") from None
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m comet_pl.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "checkpoint", metavar="CKPT", type=Path, help="run folder, .ckpt file or model folder"
-    )
-    parser.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="folder to write; it must not be there"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the weights (default: as the checkpoint's)"
-    )
-    return parser.parse_args(argv)
+    save_folder(folder, model, tokenizer)
 
 
 def main(argv: list[str]) -> None:
-    given = parse(argv)
-    folder = given.folder.expanduser()
-    export(given.checkpoint.expanduser(), folder, given.dtype)
+    parser = Parser(prog="python -m comet_pl.export", description=__doc__)
+    checkpoint = "run folder, .ckpt file or model folder"
+    parser.add_argument("checkpoint", metavar="CKPT", type=Path, help=checkpoint)
+    parser.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder to write; must not exist"
+    )
+    dtype = "of the weights (default: as the checkpoint's)"
+    parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+    options = parser.parse_args(argv)
+    folder = options.folder.expanduser()
+    export(options.checkpoint.expanduser(), folder, options.dtype)
     print(f"wrote {folder}", flush=True)
 
 

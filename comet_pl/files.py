@@ -11,20 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, os_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a path beside `path` to write to; it becomes `path` if the block succeeds, else it is removed.
+def replacing(path: Path, tag: str = "") -> Iterator[Path]:
+    """Yields a path beside `path` for a file or folder; it becomes `path` if the block succeeds.
 
-    The file lies in the same folder, so that the renaming is atomic. Raises OSError.
+    If the block fails, what it wrote is removed. Both lie in one folder, so the renaming is atomic.
+
+    Args:
+        tag: tells apart the processes that may write the same path at once.
+
+    Raises:
+        OSError
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(f".{path.name}{tag}.part")
     try:
         yield beside
         os.replace(beside, path)
@@ -39,14 +45,32 @@ def replacing(path: Path) -> Iterator[Path]:
 def replace_file(path: Path, content: bytes, key: str) -> None:
     """Writes a file atomically, its folder too.
 
+    Args:
+        key: the option that decides where the file is.
+
     Raises:
-        UserError: it cannot be written; key: what decides where it is.
+        UserError: it cannot be written.
     """
-    try:
-        with replacing(path) as beside:
-            beside.write_bytes(content)
-    except OSError as error:
-        raise UserError(f"{key}: {path} cannot be written: {error.strerror or error}") from None
+    with os_errors(f"{key}: {path} cannot be written"), replacing(path) as beside:
+        beside.write_bytes(content)
+
+
+def check_new(folder: Path) -> None:
+    """Raises UserError if the folder exists."""
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder}: is there already; remove it first, or give another folder")
+
+
+def save_folder(folder: Path, *parts: Any) -> None:
+    """Writes what the parts' save_pretrained write, as one new folder that appears whole.
+
+    Raises:
+        UserError: the folder exists or cannot be written.
+    """
+    check_new(folder)
+    with os_errors(f"{folder}: cannot be written"), replacing(folder) as beside:
+        for part in parts:
+            part.save_pretrained(beside)
 
 
 def as_png(figure: Figure) -> bytes:

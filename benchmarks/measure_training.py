@@ -25,7 +25,7 @@ from slots_in_full import SlotsInFull
 from comet_pl import CometForCausalLM
 from comet_pl.analysis import flops
 from comet_pl.training import chunk_checkpointing as recompute
-from comet_pl.training.lit_module import read_windows
+from comet_pl.training.text_reader import read_windows
 from comet_pl.training.windows import IGNORED, Window, count_targets, cut_windows
 
 MIB = 2**20
@@ -126,7 +126,7 @@ def measure_ratio(job: dict[str, Any]) -> dict[str, Any]:
 
     def slots_in_full(windows: list[Window], targets: int) -> None:
         (window,) = windows
-        logits = SlotsInFull(model).read(window.input_ids, window.chunk_sizes[0])
+        logits = SlotsInFull(model).read(window.input_ids, list(window.plans[0].sizes))
         loss = torch.nn.functional.cross_entropy(
             logits.transpose(1, 2), window.shift_labels, ignore_index=IGNORED, reduction="sum"
         )

@@ -34,7 +34,7 @@ from comet_pl.parallel.p2p import Channel, Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.strategy import LayerPipelineStrategy
-from comet_pl.training.lit_module import read_windows
+from comet_pl.training.text_reader import read_windows
 from comet_pl.training.windows import Window, count_targets, cut_windows
 
 ALONE, BOTH = "alone", "at_the_same_time"  # one process; two that know nothing of each other

@@ -13,7 +13,7 @@ import torch
 
 from comet_pl.analysis.flops import Learning, Row, training_step
 from comet_pl.training.lit_module import CometModule
-from comet_pl.training.windows import IGNORED, Window, cut_windows, split_rows
+from comet_pl.training.windows import IGNORED, Window
 
 
 class Throughput(lightning.Callback):
@@ -51,8 +51,8 @@ class Throughput(lightning.Callback):
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.tokens += int(batch["attention_mask"].sum())
-        self.operations += step_operations(pl_module, batch)
-        copies = pl_module.data_parallel[1] / max(self.seconds, 1e-9)
+        self.operations += step_operations(pl_module)
+        copies = pl_module.reader.shard[1] / max(self.seconds, 1e-9)
         rate, tflops = self.tokens * copies, self.operations * copies / 1e12
         pl_module.log("train/tokens_per_s", rate, prog_bar=True, logger=False, batch_size=1)
         if pl_module.logs_at(trainer.global_step):
@@ -68,38 +68,31 @@ class Throughput(lightning.Callback):
             self.tokens, self.operations, self.seconds = 0, 0, 0.0
 
 
-def step_operations(module: CometModule, batch: dict[str, Any]) -> int:
-    """Operations of an optimizer step on a loader batch (see CometModule.training_step)."""
+def step_operations(module: CometModule) -> int:
+    """Operations of the optimizer step that the module has just made."""
     settings, config = module.settings, module.model.config
     learning = Learning(settings.parameters, settings.lora_rank)
-    total = 0
-    for micro in split_rows(batch, settings.accumulate):
-        for window in cut_windows(
-            micro, config.chunk_size, None
-        ):  # one; training_step cuts it itself
-            total += training_step(
-                config, training_rows(window), settings.bptt_chunks, learning
-            ).total
-    return total
+    return sum(
+        training_step(config, training_rows(windows), settings.bptt_chunks, learning).total
+        for windows in module.windows
+    )
 
 
-def training_rows(window: Window) -> list[Row]:
-    """The rows of a window in numbers."""
-    before = torch.nn.functional.pad(
-        (window.shift_labels != IGNORED).cumsum(1), (1, 0)
-    ).tolist()  # targets before each column
+def training_rows(windows: list[Window]) -> list[Row]:
+    """The rows of a micro-batch in numbers."""
+    labelled = [(window.shift_labels != IGNORED).tolist() for window in windows]
     rows = []
-    for b, sizes in enumerate(window.chunk_sizes):
-        ends = list(accumulate(sizes, initial=0))
-        targets = [before[b][end] - before[b][begin] for begin, end in pairwise(ends)]
-        rows.append(
-            Row(
-                sizes,
-                targets,
-                window.resets and window.resets[b],
-                window.strides and window.strides[b],
-            )
-        )
+    for b in range(len(windows[0].plans) if windows else 0):
+        sizes: list[int] = []
+        targets: list[int] = []
+        resets: list[bool] = []
+        for window, marks in zip(windows, labelled, strict=True):
+            plan = window.plans[b]
+            ends = accumulate(plan.sizes, initial=0)
+            targets += [sum(marks[b][begin:end]) for begin, end in pairwise(ends)]
+            sizes += plan.sizes
+            resets += plan.resets or [False] * len(plan.sizes)
+        rows.append(Row(sizes, targets, resets, windows[0].plans[b].stride))
     return rows
 
 

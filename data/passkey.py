@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from comet_pl.chat.conversation import encode
 from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
 from data.batches import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
+from data.datamodule import ShardedDataModule
 from data.haystack import sentences
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
@@ -226,11 +226,8 @@ def collate(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
-class PasskeyDataModule(lightning.LightningDataModule):
+class PasskeyDataModule(ShardedDataModule):
     """Training batches of data.batch_size * accumulate rows, max_steps of them in one epoch; validation on a grid of lengths and depths.
-
-    Args:
-        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
 
     Raises:
         UserError: lengths that are too short; a haystack that cannot be read or is too short.
@@ -245,8 +242,6 @@ class PasskeyDataModule(lightning.LightningDataModule):
         seed: int,
         max_steps: int,
         accumulate: int = 1,
-        rank: int = 0,
-        world: int = 1,
     ):
         super().__init__()
         self.data, self.tokenizer, self.max_steps, self.rows = (
@@ -255,7 +250,6 @@ class PasskeyDataModule(lightning.LightningDataModule):
             max_steps,
             data.batch_size * accumulate,
         )
-        self.rank, self.world = self.val_rank, self.val_world = rank, world
         self.training = PasskeyExamples(data, tokenizer, seed, "train")
         self.validation = PasskeyExamples(data, tokenizer, seed, "validation")
         lengths = [length for start, length in data.length_schedule or [] if start < max_steps]

@@ -28,7 +28,6 @@ from dataclasses import fields, replace
 from functools import lru_cache, partial
 from typing import Any
 
-import lightning
 import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -50,6 +49,7 @@ from data.batches import (
 from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts
 from data.behavior.events import Columns, History, Log, event_files, read_log, split_users
 from data.behavior.questions import Query, Question, ask, oracle, wording
+from data.datamodule import ShardedDataModule
 from data.text.tokenized import file_facts
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -405,11 +405,8 @@ class Behavior:
         )
 
 
-class UserBehaviorDataModule(lightning.LightningDataModule):
+class UserBehaviorDataModule(ShardedDataModule):
     """Training batches of data.batch_size * accumulate new questions, max_steps of them in one epoch; validation on data.val_examples.
-
-    Args:
-        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
 
     Raises:
         UserError: the log cannot be read or does not allow what is asked for; lengths that are too short.
@@ -429,13 +426,7 @@ class UserBehaviorDataModule(lightning.LightningDataModule):
     ):
         super().__init__()
         self.data, self.tokenizer, self.seed, self.max_steps = data, tokenizer, seed, max_steps
-        self.rows, self.rank, self.world, self.val_rank, self.val_world = (
-            data.batch_size * accumulate,
-            0,
-            1,
-            0,
-            1,
-        )
+        self.rows = data.batch_size * accumulate
         self.log = log_of(data)
         self.pad = pad_token(tokenizer)
         for step in {start for start, _ in data.length_schedule or [] if start < max_steps} | {0}:

@@ -1,6 +1,8 @@
-"""Which rank reads which chunks of a batch, and what goes from rank to rank: known to all of them beforehand.
+"""Which rank reads which chunks of a batch, and what it receives and sends. All ranks know the whole
+plan beforehand.
 
-Run k of a text is on rank k mod P, counted through all windows, so that memory only ever goes to the next rank of a ring.
+A run is consecutive chunks of a window. Run k of a text is on rank k mod P, counted through all
+windows, so that memory only ever goes to the next rank of a ring.
 """
 
 from __future__ import annotations
@@ -23,12 +25,13 @@ class Run:
 
     number: int  # counted through the windows
     window: int
-    part: Window | None  # None: a relay, which hands on the memory as it came
-    clocks: list[RowClock]  # the rows' as the run starts
+    part: Window | None  # None: a relay, which sends the memory as it was received
+    clocks: list[RowClock]  # of each row at its start
     receives: Slots  # from the run before
     sends: Slots  # to the run after; none after the last run
-    live_in: bool = False  # a gradient of what it receives goes back: it or a later run of its window has targets
-    live_out: bool = False  # a gradient of what it sends comes back
+    # It sends back a gradient of what it receives: it or a later run of its window has targets.
+    live_in: bool = False
+    live_out: bool = False  # it gets a gradient of what it sends
     last: bool = False  # of the text
 
     @property
@@ -43,24 +46,16 @@ def plan_text(
     """All runs of a text, in order.
 
     Args:
-        aligned: each window begins on the first rank, with relays from where the one before ended.
+        aligned: each window begins on the first rank; relays fill the ranks in between.
     """
-    rows, stride = (
-        len(windows[0].chunk_sizes) if windows else 0,
-        config.compression_stride or NO_STRIDE,
-    )
-    strides = (windows[0].strides if windows else None) or [stride] * rows
-    clocks = [RowClock(stride=stride) for stride in strides]
+    default = config.compression_stride or NO_STRIDE
+    rows = windows[0].plans if windows else []
+    clocks = [RowClock(stride=row.stride or default) for row in rows]
     plan: list[Run] = []
 
     def add(window: int, part: Window | None) -> None:
         nonlocal clocks
-        after = clocks
-        if part is not None:
-            flags: Sequence[list[bool] | None] = part.resets or [None] * rows
-            after = [
-                _after(config, *row) for row in zip(clocks, part.chunk_sizes, flags, strict=True)
-            ]
+        after = clocks if part is None else _after(config, clocks, part)
         plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after
 
@@ -69,44 +64,40 @@ def plan_text(
             add(number, window.part(start, end))
         while aligned and number < len(windows) - 1 and len(plan) % ranks:
             add(number, None)
-    for after in range(len(plan) - 1, 0, -1):
-        one, other = plan[after - 1], plan[after]
-        live = one.window == other.window and other.learns and any(one.sends)
-        plan[after - 1], plan[after] = replace(one, live_out=live), replace(other, live_in=live)
+    for k in range(len(plan) - 1, 0, -1):
+        before, after = plan[k - 1], plan[k]
+        live = before.window == after.window and after.learns and any(before.sends)
+        plan[k - 1], plan[k] = replace(before, live_out=live), replace(after, live_in=live)
     if plan:
         plan[-1] = replace(plan[-1], sends=(0, 0), last=True)
     return plan
 
 
 def chunk_costs(config: CometConfig, window: Window) -> list[int]:
-    """Own tokens of each chunk of a window: of its longest row, because the others are padded to it."""
-    count = max(map(len, window.chunk_sizes))
-    longest = [
-        max(sizes[t] for sizes in window.chunk_sizes if t < len(sizes)) for t in range(count)
-    ]
-    return [
-        n + compression_tokens(n, config.compression_stride or NO_STRIDE) + config.global_size
-        for n in longest
-    ]
+    """Own tokens of each chunk of a window in its longest row, to which the others are padded."""
+    stride, costs = config.compression_stride or NO_STRIDE, []
+    for t in range(window.chunks):
+        n = max(plan.sizes[t] for plan in window.plans if t < len(plan.sizes))
+        costs.append(n + compression_tokens(n, stride) + config.global_size)
+    return costs
 
 
 def _slots(clocks: list[RowClock]) -> Slots:
-    return max(clock.global_slots for clock in clocks), max(
-        clock.temporary_slots for clock in clocks
-    )
+    temporary = max(clock.temporary_slots for clock in clocks)
+    return max(clock.global_slots for clock in clocks), temporary
 
 
-def _after(
-    config: CometConfig, clock: RowClock, sizes: list[int], resets: list[bool] | None
-) -> RowClock:
-    """A row's clock after chunks of these sizes."""
-    capacity, m = config.temporary_capacity, config.global_size
-    return plan_row(
-        clock,
-        sum(sizes),
-        chunk_size=config.chunk_size,
-        global_size=m,
-        capacity=capacity,
-        chunk_sizes=sizes,
-        resets=resets,
-    )[1]
+def _after(config: CometConfig, clocks: list[RowClock], part: Window) -> list[RowClock]:
+    """The rows' clocks after the chunks of a part."""
+    return [
+        plan_row(
+            clock,
+            plan.tokens,
+            chunk_size=config.chunk_size,
+            global_size=config.global_size,
+            capacity=config.temporary_capacity,
+            chunk_sizes=plan.sizes,
+            resets=plan.resets,
+        )[1]
+        for clock, plan in zip(clocks, part.plans, strict=True)
+    ]

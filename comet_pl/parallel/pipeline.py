@@ -1,4 +1,5 @@
-"""A batch read by several ranks: each reads its own runs of chunks, and hands a layer's memory on as soon as it is there.
+"""A batch that several ranks read: each reads its own runs of chunks and sends a layer's memory on as
+soon as it is written.
 
 Every rank has the whole batch, and reads only its own part of it.
 """
@@ -25,8 +26,9 @@ class Pipeline:
     """This rank's place in a pipeline.
 
     Args:
-        ring: to the neighbours; None: a pipeline of one. index: of this rank in it. schedule: one of
-            comet_pl.parallel.schedule.SCHEDULES.
+        ring: to the neighbours; None: a pipeline of one.
+        index: of this rank in it.
+        schedule: one of comet_pl.parallel.schedule.SCHEDULES.
     """
 
     def __init__(
@@ -35,9 +37,7 @@ class Pipeline:
         self.ring, self.index, self.ranks = ring, index, ranks
         self.schedule = schedule if ranks > 1 else "layer_level"
         self.shards: Shards | None = None
-        self.cache: CometCache | None = (
-            None  # what the last run that this rank has read left behind
-        )
+        self.cache: CometCache | None = None  # after the last run that this rank has read
         self.holds_last = False  # whether that was the text's last run
 
     def read(
@@ -47,34 +47,32 @@ class Pipeline:
         num_items: int,
         keep_cache: bool = False,
     ) -> Iterator[Tensor | None]:
-        """Reads its runs window by window; yields for each window this rank's part of the loss, or None if it has nothing to backpropagate.
+        """Reads this rank's runs; yields for each window its part of the loss, or None if there is
+        nothing to backpropagate.
 
-        The caller runs the loss's backward pass before it asks for the next window: gradients of the memory travel in it.
+        The caller backpropagates a loss before it asks for the next: gradients of the memory travel
+        in the backward pass.
 
         Args:
-            num_items: divides the summed loss. keep_cache: the memory after the text is wanted too (in `cache`, on the last run's rank).
+            num_items: divides the summed loss.
+            keep_cache: leave the memory after the text in `cache`, on the rank of the last run.
         """
         self.cache, self.holds_last = None, False
         layerwise = self.shards if self.shards is not None and self.shards.layerwise else None
-        plan = plan_text(
-            model.config, windows, self.schedule, self.ranks, aligned=layerwise is not None
-        )
-        own = [
-            [run for run in plan if run.window == w and run.number % self.ranks == self.index]
-            for w in range(len(windows))
-        ]
-        # zero3: data-parallel ranks gather every layer together, also those that have less to read. They stand at the same place of their
-        # pipelines and windows, and what a shorter text lacks are a window's last runs, the first to be gone back through: no waiting in
-        # circles.
+        aligned = layerwise is not None
+        plan = plan_text(model.config, windows, self.schedule, self.ranks, aligned)
+        own: list[list[Run]] = [[] for _ in windows]
+        for run in plan[self.index :: self.ranks]:
+            own[run.window].append(run)
+        # zero3: data-parallel ranks gather every layer together, also those that have less to read.
+        # They have the same index in their pipelines and windows. What a shorter text lacks are a
+        # window's last runs, whose backward passes come first: no rank waits for itself.
         ahead = [sum(run.part is not None for run in mine) for mine in own]
         back = [sum(run.learns for run in mine) for mine in own]
         spare = layerwise.spare(ahead, back) if layerwise is not None else [(0, 0)] * len(own)
         for w, (visits_ahead, visits_back) in enumerate(spare):
-            loss = (
-                self._window(model, own[w], num_items, keep_cache)
-                if w < len(own) and own[w]
-                else None
-            )
+            mine = own[w] if w < len(own) else []
+            loss = self._window(model, mine, num_items, keep_cache) if mine else None
             if layerwise is not None:
                 layerwise.visit(visits_ahead, backward=False)
                 layerwise.visit(visits_back, backward=True)
@@ -86,28 +84,8 @@ class Pipeline:
         self, model: CometForCausalLM, mine: list[Run], num_items: int, keep_cache: bool
     ) -> Tensor | None:
         """Reads this rank's runs of a window."""
-        layers, like = len(model.model.layers), model.model.embed_tokens.weight
-        together = layers if self.schedule == "chunk_level" else 1
-
-        def shapes(memories: Iterable[Slots]) -> list[tuple[int, int, int]]:
-            return [
-                (len(mine[0].clocks), sum(slots), like.shape[1])
-                for slots in memories
-                if any(slots)
-                for _ in range(layers)
-            ]
-
-        desk = None
-        if self.ring is not None:
-            inbox = p2p.Inbox(
-                self.ring.from_previous, like, shapes(run.receives for run in mine), together
-            )
-            back = shapes(run.sends for run in reversed(mine) if run.live_out)
-            desk = Desk(
-                self.ring, inbox, p2p.Inbox(self.ring.gradient_from_next, like, back, together)
-            )
-            inbox.open()
-        losses = []
+        layers, losses = len(model.model.layers), []
+        desk = None if self.ring is None else self._desk(self.ring, model, mine)
         seam, walk = model.seam, model.walk
         try:
             model.walk = WALK[self.schedule]
@@ -122,12 +100,12 @@ class Pipeline:
                 elif self.cache is not None:
                     past = self.cache.detach()
                 with torch.set_grad_enabled(run.learns):
-                    inputs = {
+                    output = model(
                         **run.part.inputs(),
-                        "past_key_values": past,
-                        "num_items_in_batch": num_items,
-                    }
-                    output = model(**inputs, use_cache=keep_cache or not run.last)
+                        past_key_values=past,
+                        use_cache=keep_cache or not run.last,
+                        num_items_in_batch=num_items,
+                    )
                 self.cache, self.holds_last = output.past_key_values, run.last
                 losses.append(output.loss)
         finally:
@@ -139,21 +117,36 @@ class Pipeline:
             return p2p.tie(loss, desk.ties, desk.gradients)
         return loss if loss.requires_grad else None
 
+    def _desk(self, ring: p2p.Ring, model: CometForCausalLM, mine: list[Run]) -> Desk:
+        layers, like = len(model.model.layers), model.model.embed_tokens.weight
+        together = layers if self.schedule == "chunk_level" else 1
+
+        def shapes(memories: Iterable[Slots]) -> list[tuple[int, int, int]]:
+            filled = [sum(slots) for slots in memories if any(slots)]
+            return [(len(mine[0].clocks), n, like.shape[1]) for n in filled for _ in range(layers)]
+
+        received = shapes(run.receives for run in mine)
+        back = shapes(run.sends for run in reversed(mine) if run.live_out)
+        inbox = p2p.Inbox(ring.from_previous, like, received, together)
+        inbox.open()
+        return Desk(ring, inbox, p2p.Inbox(ring.gradient_from_next, like, back, together))
+
 
 class Desk:
-    """Where the memories of a window's runs come in and go out. ties: what the loss has to be tied to."""
+    """Receives and sends the memories of a window's runs. ties: what the loss has to be tied to."""
 
     def __init__(self, ring: p2p.Ring, inbox: p2p.Inbox, gradients: p2p.Inbox):
         self.ring, self.inbox, self.gradients, self.ties = ring, inbox, gradients, list[Tensor]()
 
     def relay(self, messages: int) -> None:
-        """Hands on what comes."""
+        """Sends so many messages on as they come."""
         for _ in range(messages):
             self.ring.to_next.send(self.inbox.take())
 
 
 class RunSeam:
-    """The seam of a run (see comet_pl.model.traversal.Seam): memory comes from the run before and goes to the run after."""
+    """The seam of a run (see comet_pl.model.traversal.Seam): memory comes from the run before and
+    goes to the run after."""
 
     def __init__(self, desk: Desk, run: Run, memories: list[LayerMemory]):
         self.desk, self.run, self.memories = desk, run, memories
@@ -170,9 +163,8 @@ class RunSeam:
         new = LayerMemory(message[:, :m] if m else None, message[:, m:] if t else None)
         if held.state is None and held.temporary is None:
             return new
-        for buffer, value in zip(
-            held, new, strict=True
-        ):  # a call without gradients has buffers, and writes to them
+        # A call without gradients has buffers and writes to them.
+        for buffer, value in zip(held, new, strict=True):
             if buffer is not None and value is not None:
                 buffer[:, : value.shape[1]] = value
         return held
@@ -187,9 +179,8 @@ class RunSeam:
             for part, n in ((memory.state, m), (memory.temporary, t))
             if n and part is not None
         ]
-        message = torch.cat(parts, 1).to(
-            desk.inbox.like.dtype
-        )  # a copy: what is under way must not change
+        # cat copies: a message in flight must not change.
+        message = torch.cat(parts, 1).to(desk.inbox.like.dtype)
         if self.run.live_out:
             desk.ties.append(p2p.send(message, desk.ring.to_next, desk.gradients))
         else:

@@ -29,6 +29,7 @@ from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
 from comet_pl.parallel.watchdog import Watch, default_store
 from comet_pl.training.optimization import sum_gradients
+from comet_pl.training.text_reader import TextReader
 from comet_pl.training.windows import Window
 
 NAME = "layer_pipeline"
@@ -37,7 +38,7 @@ SLOWEST = timedelta(
 )  # for a rank that is alive but busy, as when it writes a large checkpoint
 
 
-class LayerPipelineStrategy(DDPStrategy):
+class LayerPipelineStrategy(DDPStrategy, TextReader):
     """Layer-level pipeline parallelism over the chunks of a text, times data parallelism over texts.
 
     Gradients are summed over all ranks once a step; the module divides its loss by the labelled tokens of all data-parallel ranks.
@@ -87,9 +88,13 @@ class LayerPipelineStrategy(DDPStrategy):
         return self.num_nodes * self.num_processes
 
     @property
+    def shard(self) -> tuple[int, int]:
+        """(data-parallel rank, data-parallel size); the ranks of a pipeline share theirs."""
+        return self.global_rank // self.pipeline_size, self.data_size
+
+    @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        """The data-parallel rank, of how many."""
-        return {"num_replicas": self.data_size, "rank": self.global_rank // self.pipeline_size}
+        return {"rank": self.shard[0], "num_replicas": self.shard[1]}
 
     def check(self) -> None:
         """Raises UserError for what cannot be run."""

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate's course, and gradients summed over ranks."""
+"""Parameter groups, the learning rate's schedule, and gradients summed over ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ BUCKET = 1 << 24  # elements of gradients that are summed together
 def parameter_groups(
     model: nn.Module, memory: Iterable[tuple[str, nn.Parameter]], train: TrainConfig
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: the memory modules at a multiple of the learning rate; no decay on norms, biases and whatever else has one dimension.
+    """AdamW's groups: memory modules at train.memory_lr_factor times the learning rate; no decay on
+    norms, biases and whatever else has one dimension.
 
     Args:
-        model: its frozen parameters are in no group. memory: (name, parameter) of the memory modules. The new tokens' rows, part of the
-            embedding or beside it, and LoRA learn at the backbone's rate.
+        model: its frozen parameters are in no group.
+        memory: (name, parameter) of the memory modules. LoRA and the new tokens' rows learn at the
+            backbone's rate.
     """
     ids = {id(parameter) for _, parameter in memory}
     groups: dict[str, dict[str, Any]] = {}
@@ -32,14 +34,14 @@ def parameter_groups(
         name = f"{part}, decayed" if decayed else part
         lr = train.lr * (train.memory_lr_factor if part == "memory" else 1.0)
         decay = train.weight_decay if decayed else 0.0
-        groups.setdefault(name, {"name": name, "params": [], "lr": lr, "weight_decay": decay})[
-            "params"
-        ].append(parameter)
+        group = {"name": name, "params": [], "lr": lr, "weight_decay": decay}
+        groups.setdefault(name, group)["params"].append(parameter)
     return list(groups.values())
 
 
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, final_lr: float) -> float:
-    """Factor of the learning rate at a step, counted from 0: linear warm-up, then a cosine from 1 to final_lr at max_steps."""
+    """Factor of the learning rate at a step, counted from 0: a linear warm-up, then a cosine from 1
+    to final_lr at max_steps."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
@@ -49,23 +51,21 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, final_lr:
 def sum_gradients(
     parameters: Sequence[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]
 ) -> None:
-    """Sums the gradients of parameters over ranks, many at a time. One that some ranks miss counts as zero there; one that all miss stays
-    missing: zeros would move an optimizer's averages.
+    """Sums gradients over ranks in buckets. A gradient that some ranks miss counts as zero there;
+    one that all ranks miss stays None, because zeros would move the optimizer's averages.
 
     Args:
-        parameters: on one device, the same on all ranks. sum_over_ranks: a tensor -> its sum over all ranks.
+        parameters: on one device, the same on all ranks.
+        sum_over_ranks: a tensor -> its sum over all ranks.
     """
     if not parameters:
         return
-    ranks_with = sum_over_ranks(
-        torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
-    )
+    has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    used = [p for p, n in zip(parameters, sum_over_ranks(has).tolist(), strict=True) if n]
     bucket: list[nn.Parameter] = []
-    for parameter in (p for p, ranks in zip(parameters, ranks_with.tolist(), strict=True) if ranks):
-        if bucket and (
-            sum(p.numel() for p in bucket) + parameter.numel() > BUCKET
-            or parameter.dtype != bucket[0].dtype
-        ):
+    for parameter in used:
+        size = sum(p.numel() for p in bucket) + parameter.numel()
+        if bucket and (size > BUCKET or parameter.dtype != bucket[0].dtype):
             _sum_bucket(bucket, sum_over_ranks)
             bucket = []
         bucket.append(parameter)
@@ -74,13 +74,9 @@ def sum_gradients(
 
 
 def _sum_bucket(parameters: list[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-    """The gradients of parameters of one dtype, as one tensor."""
-    flat = sum_over_ranks(
-        torch.cat(
-            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-        )
-    )
-    for parameter, part in zip(
-        parameters, flat.split([p.numel() for p in parameters]), strict=True
-    ):
+    """Sums the gradients of parameters of one dtype as one tensor."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)

@@ -1,4 +1,5 @@
-"""Cuts a batch into windows of whole chunks: gradients flow within a window, the detached memory flows on to the next.
+"""Cuts a batch into windows of whole chunks: gradients flow within a window, and the memory passes
+to the next window detached.
 
 Legend: B rows, N columns, W columns of a window.
 """
@@ -7,62 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Window:
-    """What the model reads in one call.
-
-    chunk_sizes: the chunks of each row; [] for a row that has ended before. resets: for each of them, whether the row's memory is emptied
-    before it (a packed document's start). strides: each row's compression stride. None: no resets; the model's own stride.
-    """
+    """What the model reads in one call. A row that ended before has a plan without chunks."""
 
     input_ids: Tensor  # (B, W), right-padded
     attention_mask: Tensor  # (B, W)
-    shift_labels: Tensor  # (B, W) each token's target: the row's next token, also where that lies in the next window
-    chunk_sizes: list[list[int]]
+    shift_labels: Tensor  # (B, W) each token's target, even if it lies in the next window
+    plans: list[ChunkPlan]  # of each row
     targets: int  # labelled positions
-    resets: list[list[bool]] | None = None
-    strides: list[int] | None = None
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the row that has most of them."""
+        return max(len(plan.sizes) for plan in self.plans)
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
-        names = ("input_ids", "attention_mask", "shift_labels", "chunk_sizes", "resets", "strides")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "shift_labels": self.shift_labels,
+            **plan_arguments(self.plans),
+        }
 
     def part(self, start: int, end: int) -> Window:
         """Chunks start to end (not included) of each row, as a window."""
-        starts = [sum(sizes[:start]) for sizes in self.chunk_sizes]
-        resets = self.resets and [flags[start:end] for flags in self.resets]
-        return _window(
-            self.input_ids,
-            self.shift_labels,
-            starts,
-            [sizes[start:end] for sizes in self.chunk_sizes],
-            resets,
-            self.strides,
-        )
+        starts = [sum(plan.sizes[:start]) for plan in self.plans]
+        plans = [plan.part(start, end) for plan in self.plans]
+        return _window(self.input_ids, self.shift_labels, starts, plans)
 
 
 def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> list[Window]:
     """The windows of a batch, up to the last one that has a target; none if there is no target.
 
     Args:
-        batch: input_ids, attention_mask and labels (unshifted), each (B, N); padding on either side. Where the data prescribe them,
-            chunk_sizes, resets and strides: a list, a list and a number for each row, as the model takes them.
-        chunk_size: C of the fixed plan, if the batch has no chunk_sizes. chunks: chunks a window; None: all in one.
+        batch: input_ids, attention_mask and labels (unshifted), each (B, N), padded on either side;
+            plans, a ChunkPlan for each row, if the data prescribe them.
+        chunk_size: C of the fixed plan of a batch without plans.
+        chunks: of a window; None: all.
 
     Raises:
-        ValueError: chunk_sizes that do not sum to the rows' real tokens.
+        ValueError: a plan that does not sum to its row's real tokens.
     """
     mask = batch["attention_mask"].bool()
     columns = torch.argsort(~mask, dim=1, stable=True)  # real tokens first, in order
@@ -70,29 +67,45 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     lengths: list[int] = mask.sum(1).tolist()
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = batch["labels"].gather(1, columns)[:, 1:]
-    targets.masked_fill_(
-        torch.arange(ids.shape[1], device=ids.device) + 1 >= _column(lengths, ids), IGNORED
-    )
-    plans = [
-        list(plan)
-        for plan in batch.get("chunk_sizes") or (fixed_chunks(n, chunk_size) for n in lengths)
-    ]
-    resets, strides = batch.get("resets"), batch.get("strides")
+    past = torch.arange(1, ids.shape[1] + 1, device=ids.device) >= _column(lengths, ids)
+    targets.masked_fill_(past, IGNORED)
+    plans = batch_plans(batch) or [ChunkPlan(tuple(fixed_chunks(n, chunk_size))) for n in lengths]
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
-        if sum(plan) != n:
-            raise ValueError(
-                f"chunk_sizes: row {row} sums to {sum(plan)}, but it has {n} real tokens"
-            )
-    size = chunks or max(map(len, plans), default=0) or 1
+        if plan.tokens != n:
+            raise ValueError(f"plans: row {row} sums to {plan.tokens}, but it has {n} real tokens")
+    longest = max((len(plan.sizes) for plan in plans), default=0)
     windows, starts = [], [0] * len(plans)
-    for first in range(0, max(map(len, plans), default=0), size):
-        parts = [plan[first : first + size] for plan in plans]
-        flags = resets and [row[first : first + size] for row in resets]
-        windows.append(_window(ids, targets, starts, parts, flags, strides))
-        starts = [start + sum(part) for start, part in zip(starts, parts, strict=True)]
+    for first in range(0, longest, chunks or longest):
+        parts = [plan.part(first, first + (chunks or longest)) for plan in plans]
+        windows.append(_window(ids, targets, starts, parts))
+        starts = [start + part.tokens for start, part in zip(starts, parts, strict=True)]
     while windows and not windows[-1].targets:
         windows.pop()
     return windows
+
+
+def batch_plans(batch: dict[str, Any]) -> list[ChunkPlan] | None:
+    """The plans that the data prescribe."""
+    if "chunk_sizes" not in batch:
+        return batch.get("plans")
+    rows = len(batch["chunk_sizes"])
+    resets, strides = batch.get("resets") or [None] * rows, batch.get("strides") or [None] * rows
+    return [
+        ChunkPlan(tuple(sizes), flags and tuple(flags), stride)
+        for sizes, flags, stride in zip(batch["chunk_sizes"], resets, strides, strict=True)
+    ]
+
+
+def plan_arguments(plans: list[ChunkPlan]) -> dict[str, Any]:
+    """forward's arguments."""
+    resets = any(plan.resets for plan in plans)
+    return {
+        "chunk_sizes": [list(plan.sizes) for plan in plans],
+        "resets": [list(plan.resets or [False] * len(plan.sizes)) for plan in plans]
+        if resets
+        else None,
+        "strides": [plan.stride for plan in plans] if plans[0].stride else None,
+    }
 
 
 def count_targets(batch: dict[str, Any]) -> int:
@@ -101,59 +114,27 @@ def count_targets(batch: dict[str, Any]) -> int:
     return int(((batch["labels"][:, 1:] != IGNORED) & real[:, 1:] & real[:, :-1]).sum())
 
 
-def count_gates(windows: Sequence[Window]) -> int:
-    """Gates of one layer that learn, over all rows: of chunks that start with a state and have, in their window, a later target of their
-    row, before its memory is emptied."""
-    count = 0
-    started = [False] * (len(windows[0].chunk_sizes) if windows else 0)
-    for window in windows:
-        labelled = (window.shift_labels != IGNORED).tolist()
-        for b, sizes in enumerate(window.chunk_sizes):
-            resets = window.resets[b] if window.resets else [False] * len(sizes)
-            ends = list(accumulate(sizes, initial=0))
-            state, had = started[b], []
-            for size, reset in zip(sizes, resets, strict=True):
-                had.append(state and not reset and size > 0)
-                state = (state and not reset) or size > 0
-            started[b], wanted = state, False
-            for t in reversed(range(len(sizes))):
-                count += had[t] and wanted
-                wanted = (wanted or any(labelled[b][ends[t] : ends[t + 1]])) and not resets[t]
-    return count
-
-
 def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
-    """Micro-batches of nearly equal numbers of rows, in order. Tensors and lists with a value a row are split, the rest is shared."""
+    """Micro-batches of nearly equal numbers of rows, in order. Tensors and lists with a value for
+    each row are split; other values are in every micro-batch."""
     rows = len(batch["input_ids"])
+    by_row = {k for k, v in batch.items() if isinstance(v, Tensor | list) and len(v) == rows}
     size = -(-rows // parts)
-
-    def part(value: Any, start: int) -> Any:
-        by_row = isinstance(value, (Tensor, list)) and len(value) == rows
-        return value[start : start + size] if by_row else value
-
     return [
-        {key: part(value, start) for key, value in batch.items()} for start in range(0, rows, size)
+        {k: v[start : start + size] if k in by_row else v for k, v in batch.items()}
+        for start in range(0, rows, size)
     ]
 
 
-def _window(
-    ids: Tensor,
-    targets: Tensor,
-    starts: list[int],
-    chunk_sizes: list[list[int]],
-    resets: list[list[bool]] | None = None,
-    strides: list[int] | None = None,
-) -> Window:
-    """Columns [start, start + the chunks' tokens) of each row."""
-    lengths = [sum(part) for part in chunk_sizes]
+def _window(ids: Tensor, targets: Tensor, starts: list[int], plans: Sequence[ChunkPlan]) -> Window:
+    """Columns [start, start + the plan's tokens) of each row."""
+    lengths = [plan.tokens for plan in plans]
     offsets = torch.arange(max(lengths), device=ids.device)
     columns = (offsets + _column(starts, ids)).clamp(max=ids.shape[1] - 1)  # (B, W)
     real = offsets < _column(lengths, ids)
     shift_labels = targets.gather(1, columns).masked_fill(~real, IGNORED)
     count = int((shift_labels != IGNORED).sum())
-    return Window(
-        ids.gather(1, columns), real.long(), shift_labels, chunk_sizes, count, resets, strides
-    )
+    return Window(ids.gather(1, columns), real.long(), shift_labels, list(plans), count)
 
 
 def _column(values: list[int], like: Tensor) -> Tensor:

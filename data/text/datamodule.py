@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning
 import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
@@ -14,19 +13,19 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config.schema import TextData
 from comet_pl.errors import UserError
 from data.batches import Rows, pad_rows, pad_token, say, validation_loader
+from data.datamodule import ShardedDataModule
 from data.text.chunk_plans import sentence_ends
 from data.text.loader import Cached, Feed, Layout, Streamed, Windows
 from data.text.packing import padding_share
 from data.text.tokenized import Source, cached
 
 
-class TextDataModule(lightning.LightningDataModule):
+class TextDataModule(ShardedDataModule):
     """Training batches of data.batch_size * accumulate rows; the whole training is one pass of the loader. A subclass gives the sources.
 
     Args:
         chunk_size, stride: of the model (stride None: no temporary memory). max_steps, max_epochs: how long the training is; None: only the
             other decides.
-        rank, world: this data-parallel rank, of how many; may be set until the loaders are made.
 
     Raises:
         UserError: nothing to train on; a file cannot be read; a malformed row, with on_error=raise; keys that exclude each other.
@@ -51,7 +50,6 @@ class TextDataModule(lightning.LightningDataModule):
             data.batch_size * accumulate,
         )
         self.max_steps, self.max_epochs = max_steps, max_epochs
-        self.rank, self.world, self.val_rank, self.val_world = 0, 1, 0, 1
         self.pad = pad_token(tokenizer)
         ends = sentence_ends(tokenizer) if data.chunk_plan in ("sentence", "mixture") else None
         self.layout = Layout(

@@ -19,7 +19,8 @@ from comet_pl.analysis import flops
 from comet_pl.config.schema import PARAMETERS, TrainConfig
 from comet_pl.model.chunk_layout import RowClock, Segment, fixed_chunks, plan_row
 from comet_pl.model.naive import SlotsInFull
-from comet_pl.training.lit_module import CometModule, read_windows
+from comet_pl.training.lit_module import CometModule
+from comet_pl.training.text_reader import read_windows
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import cut_windows, split_rows
 from tests.support.models import FAMILIES, backbone, chunk_plans, memories, text, tiny
@@ -222,8 +223,7 @@ def test_a_training_step_takes_what_torch_counts(case):
             if loss is not None:
                 loss.backward()
 
-    (whole,) = cut_windows(batch, model.config.chunk_size, None) or [None]
-    rows = training_rows(whole) if whole else []
+    rows = training_rows(cut_windows(batch, model.config.chunk_size, None))
     with set_checkpoint_early_stop(False):
         found = counted(step)
     assert (
@@ -244,6 +244,13 @@ def test_backward_is_twice_forward_and_recomputation_once_more():
     assert again.total - step.total == forward.total - forward.head
 
 
+def operations(model, *micros):
+    """Of a step on micro-batches."""
+    module = CometModule(model, TrainConfig(), max_steps=1)
+    module.windows = [cut_windows(micro, model.config.chunk_size, None) for micro in micros]
+    return step_operations(module)
+
+
 def test_ragged_rows_count_as_rows_alone():
     model = tiny()
     together = ragged([23, 5, 14], labelled=1.0)
@@ -251,12 +258,9 @@ def test_ragged_rows_count_as_rows_alone():
         {key: value[b : b + 1, :n] for key, value in together.items()}
         for b, n in enumerate([23, 5, 14])
     ]
-    module = CometModule(model, TrainConfig(), max_steps=1)
-    assert step_operations(module, together) == sum(step_operations(module, one) for one in alone)
-    module.settings = TrainConfig(accumulate=3)
-    assert step_operations(module, together) == sum(
-        step_operations(module, one) for one in split_rows(together, 3)
-    )
+    expected = operations(model, *alone)
+    assert operations(model, together) == sum(operations(model, one) for one in alone) == expected
+    assert operations(model, *split_rows(together, 3)) == expected
 
 
 # ---- the floors that the project is measured by
@@ -361,14 +365,13 @@ class Recorder(lightning.Callback):
 def test_throughput_logs_operations_and_their_share(peak):
     model, recorder, throughput = tiny(), Recorder(), Throughput()
     batches = [ragged([23, 17]), ragged([11, 9], seed=1)]
-    module = CometModule(model, TrainConfig(), max_steps=1)
-    expected = [step_operations(module, batch) for batch in batches]
+    expected = [operations(model, batch) for batch in batches]
     fit(model, batches, [recorder, throughput], {"log_every_n_steps": 1}, peak_tflops=peak)
     logged = [values for values in recorder.values if "train/tflops" in values]
     assert len(logged) == 2
-    for values, operations, tokens in zip(logged, expected, (40, 20), strict=True):
+    for values, count, tokens in zip(logged, expected, (40, 20), strict=True):
         seconds = tokens / values["train/tokens_per_s"]
-        assert values["train/tflops"] == pytest.approx(operations / seconds / 1e12)
+        assert values["train/tflops"] == pytest.approx(count / seconds / 1e12)
         assert values.get("train/mfu") == (
             None if peak is None else pytest.approx(values["train/tflops"] / peak)
         )

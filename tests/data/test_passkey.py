@@ -140,14 +140,10 @@ def test_ranks_without_a_validation_batch_get_one_that_does_not_count():
     data = PasskeyData(
         train_length=64, val_depths=3, val_examples=2, batch_size=5
     )  # batches of 5 and 1 rows
-    parts = [
-        list(
-            PasskeyDataModule(
-                data, TOKENIZER, seed=0, max_steps=1, rank=rank, world=3
-            ).val_dataloader()
-        )
-        for rank in range(3)
-    ]
+    module, parts = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1), []
+    for rank in range(3):
+        module.val_rank, module.val_world = rank, 3
+        parts.append(list(module.val_dataloader()))
     assert [[len(batch["depth"]) for batch in part] for part in parts] == [[5], [1], [0]]
     (idle,) = parts[2]
     assert idle["length"] == 64

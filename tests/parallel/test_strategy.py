@@ -18,6 +18,7 @@ from comet_pl.parallel.strategy import LayerPipelineStrategy
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.trainable import add_adapters
 from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
+from data.datamodule import ShardedDataModule
 from tests.support.models import text, tiny
 from tests.support.ranks import in_processes
 
@@ -40,13 +41,12 @@ class Rows:
         return ids, labels
 
 
-class Data(lightning.LightningDataModule):
+class Data(ShardedDataModule):
     """`total` rows a step over all data-parallel ranks."""
 
     def __init__(self, total, short):
         super().__init__()
-        self.total, self.short, self.rank, self.world = total, short, 0, 1
-        self.val_rank, self.val_world = 0, 1
+        self.total, self.short = total, short
 
     def train_dataloader(self):
         rows = Rows(self.total * STEPS * 2, self.short)

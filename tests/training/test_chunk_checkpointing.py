@@ -22,7 +22,8 @@ from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.config.schema import TrainConfig
 from comet_pl.errors import UserError
 from comet_pl.training.chunk_checkpointing import Boundaries, read_chunks
-from comet_pl.training.lit_module import CometModule, read_windows
+from comet_pl.training.lit_module import CometModule
+from comet_pl.training.text_reader import read_windows
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets, cut_windows
 

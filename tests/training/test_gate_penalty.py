@@ -10,8 +10,8 @@ from hypothesis import given
 
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
-from comet_pl.training.gate_penalty import GatePenalty
-from comet_pl.training.windows import count_gates, count_targets, cut_windows
+from comet_pl.training.gate_penalty import GatePenalty, count_gates
+from comet_pl.training.windows import count_targets, cut_windows
 from tests.support.models import tiny
 from tests.support.pipelines import Case, alone, together
 from tests.support.ranks import in_processes

@@ -39,24 +39,24 @@ def test_windows_are_the_rows_cut_at_chunks(cut):
         for window in windows:
             here = window.attention_mask[row].bool()
             assert here.tolist() == sorted(here.tolist(), reverse=True)  # right-padded
-            assert int(here.sum()) == sum(window.chunk_sizes[row])
+            assert int(here.sum()) == sum(window.plans[row].sizes)
             assert (window.shift_labels[row][~here] == -100).all()
             read += window.input_ids[row][here].tolist()
             targets += window.shift_labels[row][here].tolist()
-            sizes += window.chunk_sizes[row]
-            resets += [] if plans is None else window.resets[row]
+            sizes += window.plans[row].sizes
+            resets += [] if plans is None else window.plans[row].resets
         assert read == ids[: len(read)]
         assert targets == [*labels[1:], -100][: len(read)]
         assert all(
             label == -100 for label in labels[len(read) + 1 :]
         )  # what was left out had no target
-        assert sizes == plan[: len(sizes)]
+        assert sizes == list(plan)[: len(sizes)]
         assert resets == ([] if plans is None else batch["resets"][row][: len(sizes)])
-        assert chunks is None or all(len(window.chunk_sizes[row]) <= chunks for window in windows)
+        assert chunks is None or all(len(window.plans[row].sizes) <= chunks for window in windows)
 
 
 def test_windows_refuse_a_plan_that_does_not_fit():
-    with pytest.raises(ValueError, match="chunk_sizes: row 1 sums to 7, but it has 6 real tokens"):
+    with pytest.raises(ValueError, match="plans: row 1 sums to 7, but it has 6 real tokens"):
         cut_windows({**ragged([6, 6]), "chunk_sizes": [[6], [7]]}, 4, None)
 
 

@@ -1,6 +1,7 @@
-"""Reads text files once into a memory file: python -m comet_pl.read MODEL FILE... --save memory.safetensors; --help lists the options.
+"""Reads text files into a memory file: python -m comet_pl.read MODEL FILE... --save MEMORY.
 
-The memory has the same size for a page and for a million tokens. python -m comet_pl.ask answers questions from it.
+The memory has the same size for a page and for a million tokens; python -m comet_pl.ask answers
+questions from it. --help lists the options.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import codecs
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.conversation import BLANK, encode
 from comet_pl.chat.open_model import add_options, check_target, open_conversation
-from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.errors import Parser, UserError, os_errors, run_cli
 from comet_pl.progress import Bar
+from data.chat_template import BLANK, encode
 
 PIECE = 100_000  # bytes of a file decoded and tokenised at once
 
@@ -34,39 +35,35 @@ def main(argv: list[str]) -> None:
         conversation.read(id_pieces(options.files, conversation.tokenizer, size, bar), bar.add)
     conversation.save(options.save, **notes)
     cache, chunk = conversation.cache, conversation.model.config.chunk_size
-    tokens, seconds = cache.get_seq_length() - before, time.monotonic() - start
-    chunks = -(-cache.get_seq_length() // chunk)
+    total, seconds = cache.get_seq_length(), time.monotonic() - start
+    tokens, constant = total - before, "as many as for a page or for a million tokens"
     print(f"read    {tokens:,} tokens in {seconds:,.1f} s ({tokens / seconds:,.0f} tokens/s)")
-    print(
-        f"memory  {cache.nbytes:,} bytes after {chunks:,} chunks of {chunk:,}: as many as for a page or for a million tokens"
-    )
+    chunks = f"{-(-total // chunk):,} chunks of {chunk:,}"
+    print(f"memory  {cache.nbytes:,} bytes after {chunks}: {constant}")
     print(f"wrote   {options.save}", flush=True)
 
 
 def parser() -> Parser:
-    made = Parser(
-        prog="python -m comet_pl.read",
-        description="Reads text files once into a memory file of constant size.",
-    )
-    add_options(made)
-    made.add_argument(
-        "files",
-        metavar="FILE",
-        nargs="+",
-        help="text in UTF-8, read one after the other; - is the standard input",
-    )
-    made.add_argument("--save", metavar="MEMORY", required=True, help="the memory file to write")
-    made.add_argument(
-        "--onto", metavar="MEMORY", help="go on from this memory, which stays as it is"
-    )
-    made.add_argument("--force", action="store_true", help="replace a memory file that is there")
-    return made
+    description = "Reads text files once into a memory file of constant size."
+    parser = Parser(prog="python -m comet_pl.read", description=description)
+    add_options(parser)
+    add = parser.add_argument
+    files = "text in UTF-8, read one after the other; - is the standard input"
+    add("files", metavar="FILE", nargs="+", help=files)
+    add("--save", metavar="MEMORY", required=True, help="the memory file to write")
+    add("--onto", metavar="MEMORY", help="go on from this memory, which stays as it is")
+    add("--force", action="store_true", help="replace a memory file that is there")
+    return parser
 
 
 def id_pieces(
     files: list[str], tokenizer: PreTrainedTokenizerBase, size: int | None, bar: Bar
 ) -> Iterator[list[int]]:
-    """The files' ids, a blank line between them. The bar learns how many there will be, as far as `size` (bytes of all files) tells."""
+    """The files' ids, a blank line between files.
+
+    Args:
+        size: bytes of all files, from which the bar's total is estimated; None: not known.
+    """
     done = tokens = 0
     for number, file in enumerate(files):
         bar.name(Path(file).name)
@@ -81,56 +78,54 @@ def id_pieces(
 
 
 def check_text(file: str) -> int | None:
-    """Bytes of a text file, read through once: a wrong byte shall show now, not after an hour. None for - and pipes.
+    """Bytes of a text file; None for - and pipes.
+
+    A file is read through once, so that a wrong byte shows now and not after an hour.
 
     Raises:
         UserError: no such file, a folder, not UTF-8, no text in it.
     """
-    if file == "-" or (
-        Path(file).exists() and not Path(file).is_dir() and not Path(file).is_file()
-    ):
+    path = Path(file)
+    if file == "-" or (path.exists() and not path.is_dir() and not path.is_file()):
         return None
     return sum(size for _, size in text_pieces(file))
 
 
 def text_pieces(file: str) -> Iterator[tuple[str, int]]:
-    """(text, its bytes in the file) in order, cut between lines or else between words; a byte order mark is left out.
+    """(text, its bytes) in order, cut between lines or else words, without a byte order mark.
 
     Raises:
         UserError: as check_text.
     """
-    try:
+    with os_errors(f"{file}: cannot be read"):
         if file == "-":
             yield from _pieces(sys.stdin.buffer, "standard input")
         else:
             with Path(file).open("rb") as stream:
                 yield from _pieces(stream, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
 
 
 def _pieces(stream: BinaryIO, name: str) -> Iterator[tuple[str, int]]:
-    decode: Callable[[bytes, bool], str] = codecs.getincrementaldecoder("utf-8")().decode
-    left, place, seen = "", 0, False
-    while True:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    left, position, seen = "", 0, False
+    content = b"\n"
+    while content:
         content = stream.read(PIECE)
         try:
-            left += decode(content, not content)
+            left += decoder.decode(content, not content)
         except UnicodeDecodeError as error:
-            at = place + len(content) - len(error.object) + error.start
+            at = position + len(content) - len(error.object) + error.start
             raise UserError(f"{name}: is not text in UTF-8 ({error.reason} at byte {at})") from None
-        if not place:
+        if not position:
             left = left.removeprefix("\ufeff")
-        place += len(content)
-        end = (
-            (left.rfind("\n") + 1 or max(0, left.rfind(" ")) or len(left)) if content else len(left)
-        )
+        position += len(content)
+        end = len(left)
+        if content:
+            end = left.rfind("\n") + 1 or max(0, left.rfind(" ")) or end
         if end:
             piece, left = left[:end], left[end:]
             seen = seen or bool(piece.strip())
             yield piece, len(piece.encode())
-        if not content:
-            break
     if not seen:
         raise UserError(f"{name}: holds no text")
 

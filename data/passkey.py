@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.conversation import encode
 from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
 from data.batches import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
+from data.chat_template import encode
 from data.datamodule import ShardedDataModule
 from data.haystack import sentences
 

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.conversation import encode, frame
 from comet_pl.config.load import ScrollsData
 from comet_pl.config.rules import nearest
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data.batches import IGNORED, say, stop_token
+from data.chat_template import encode, frame
 from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
 from data.text.datamodule import TextDataModule
 from data.text.tokenized import Sample, file_facts

@@ -32,7 +32,6 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.conversation import encode, frame, separator
 from comet_pl.config.rules import nearest
 from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError
@@ -49,6 +48,7 @@ from data.batches import (
 from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts
 from data.behavior.events import Columns, History, Log, event_files, read_log, split_users
 from data.behavior.questions import Query, Question, ask, oracle, wording
+from data.chat_template import encode, frame, separator
 from data.datamodule import ShardedDataModule
 from data.text.tokenized import file_facts
 

@@ -1,9 +1,9 @@
-"""A text that a model reads, and a conversation about it, in one CometCache: as many bytes after a page as after a million tokens.
+"""A conversation about a text, in one CometCache of constant size.
 
-    before | document, blank line | question | after | answer | between | question | after | answer | between ...
+    before | document, blank line | question | after | answer | between | question | after ...
 
-before, after and between are the tokenizer's chat template: what stands before a user's words, between them and the answer, and between
-the answer and the user's next words. The document is the beginning of the user's first words.
+before, after and between are the frame of the tokenizer's chat template (data/chat_template.py).
+The document is the beginning of the user's first message.
 """
 
 from __future__ import annotations
@@ -11,70 +11,20 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError, first_line
-from comet_pl.model.cache import CometCache
-from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl import CometCache, CometForCausalLM
+from comet_pl.errors import UserError, os_errors
+from data.chat_template import BLANK, encode, frame, separator
 
-READ_AT_ONCE = 1024  # tokens a call, at least one chunk: the logits of one column, and the activations of one chunk, are all that it needs
-BLANK = "\n\n"
-MARKS = [f"\u2063{name}\u2063" for name in ("FIRST", "ANSWER", "NEXT")]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text: no special token is added, and none is read out of the text."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-        "input_ids"
-    ]
-
-
-def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids before and after what a user says and the model answers."""
-    if tokenizer.chat_template is None:
-        first = tokenizer("")["input_ids"][
-            :1
-        ]  # a token that begins every text, where the decoder was trained with one
-        return first if first == [tokenizer.bos_token_id] else [], encode(
-            tokenizer, "\n\nAnswer:\n"
-        )
-    chat = [{"role": "user", "content": MARKS[0]}]
-    before, _, after = _render(tokenizer, chat, add_generation_prompt=True).partition(MARKS[0])
-    return _with_special(tokenizer, before), _with_special(tokenizer, after)
-
-
-def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids between an answer and what the user says next; the stop token is the first of them."""
-    if tokenizer.chat_template is None:
-        return encode(tokenizer, BLANK)
-    chat = [
-        {"role": role, "content": mark}
-        for role, mark in zip(("user", "assistant", "user"), MARKS, strict=True)
-    ]
-    return _with_special(
-        tokenizer, _render(tokenizer, chat).partition(MARKS[1])[2].partition(MARKS[2])[0]
-    )
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **more: Any) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(chat, tokenize=False, enable_thinking=False, **more)
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the tokenizer's chat template cannot be used: {first_line(error)}"
-        ) from None
-
-
-def _with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+# Tokens a forward call prefills, at least one chunk: it holds the activations of one chunk and the
+# logits of one column.
+PREFILL = 1024
 
 
 @dataclass
@@ -82,10 +32,10 @@ class Conversation:
     """What was read and said so far.
 
     Args:
-        cache: holds every id so far, except those in `opening`; without one the conversation starts empty.
-        opening: ids that come before whatever text is next. After an answer they begin with what generate() has not fed of it: its last
-            token, if it was cut off. None: the template's beginning.
-        name: of the memory file, for complaints.
+        cache: holds every id so far except those in `opening`.
+        opening: ids that precede the next text. After an answer they begin with the answer's last
+            token if generate() was cut off before feeding it. None: the template's beginning.
+        name: of the memory file, for error messages.
     """
 
     model: CometForCausalLM
@@ -93,114 +43,95 @@ class Conversation:
     cache: CometCache
     opening: list[int] | None = None
     name: str = "the cache"
-    stops: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         before, self.after = frame(self.tokenizer)
         self.between = separator(self.tokenizer)
         self.opening = before if self.opening is None else self.opening
         configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ends = [
-            self.tokenizer.eos_token_id,
-            *(configured if isinstance(configured, list) else [configured]),
-        ]
+        ends = [self.tokenizer.eos_token_id]
+        ends += configured if isinstance(configured, list) else [configured]
         ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
-        self.stops = list(dict.fromkeys(i for i in ends if i is not None))
+        self.stops: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
 
     @torch.no_grad()
     def read(
         self, pieces: Iterable[list[int]], count: Callable[[int], None] = lambda tokens: None
     ) -> None:
-        """Reads a document, a few chunks at a time.
+        """Prefills the cache with a document, a few chunks a call.
 
         Args:
-            pieces: its ids, in pieces of any length. count: is told how many more tokens have been read.
+            pieces: the document's ids, in pieces of any length.
+            count: called with the number of tokens of each forward call.
 
         Raises:
             UserError: the cache is of another model, or there is no memory for it.
         """
         size = self.model.config.chunk_size
-        most = max(1, READ_AT_ONCE // size) * size
+        most = max(1, PREFILL // size) * size
         ids = list(self.opening or [])
         for piece in pieces:
             ids += piece
             while len(ids) > most:
-                self._feed(ids[:most])
+                self._prefill(ids[:most])
                 count(most)
                 del ids[:most]
         if ids:
-            self._feed(ids)
+            self._prefill(ids)
             count(len(ids))
         self.opening = encode(self.tokenizer, BLANK)
 
     def ask(
-        self, question: str, max_new_tokens: int, temperature: float = 0.0, **more: Any
+        self, question: str, max_new_tokens: int, temperature: float = 0.0, **options: Any
     ) -> list[int]:
         """Ids of the answer, without a stop token.
 
         Args:
-            temperature: 0: greedy; whatever the model's folder says of sampling is then set aside. more: goes to generate(), such as a
-                streamer.
+            temperature: 0: greedy, whatever the model's folder says of sampling.
+            options: further arguments of generate(), such as a streamer.
 
         Raises:
             UserError: the cache is of another model, or there is no memory for it.
         """
         ids = [*(self.opening or []), *encode(self.tokenizer, question), *self.after]
         columns = self.cache.get_seq_length() + len(ids)
-        greedy: dict[str, Any] = {
-            "do_sample": False,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
-        choice = {"do_sample": True, "temperature": temperature} if temperature else greedy
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else next(iter(self.stops), 0)
-        )
-        ends: dict[str, Any] = {
-            "eos_token_id": self.stops or None,
-            "pad_token_id": pad,
-            "max_new_tokens": max_new_tokens,
-        }
-        mask = torch.ones(
-            1, columns, dtype=torch.long, device=self.model.device
-        )  # of all columns: or generate() would count anew
-        with self._plainly():
-            out: Any = self.model.generate(  # type: ignore[misc]
+        if temperature:
+            options |= {"do_sample": True, "temperature": temperature}
+        else:
+            options |= {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k"))}
+        pad = self.tokenizer.pad_token_id
+        # A mask of all columns: without it generate() would number the new ones from 0.
+        mask = torch.ones(1, columns, dtype=torch.long, device=self.model.device)
+        with self._naming_the_memory():
+            output: Any = self.model.generate(  # type: ignore[misc]
                 self._tensor(ids),
                 attention_mask=mask,
                 past_key_values=self.cache,
                 num_beams=1,
                 num_return_sequences=1,
-                **choice,
-                **ends,
-                **more,
+                eos_token_id=self.stops or None,
+                pad_token_id=next(iter(self.stops), 0) if pad is None else pad,
+                max_new_tokens=max_new_tokens,
+                **options,
             )
-        answer: list[int] = out[0, len(ids) :].tolist()
+        answer: list[int] = output[0, len(ids) :].tolist()
         if answer[-1] in self.stops:
             answer.pop()
-        self.opening = (
-            answer[self.cache.get_seq_length() - columns :] + self.between
-        )  # generate() does not feed its last token
+        # generate() does not feed its last token
+        self.opening = answer[self.cache.get_seq_length() - columns :] + self.between
         return answer
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
-        """Writes the cache, with `opening` and the notes, at once, whole.
+        """Writes the cache with `opening` and the notes, whole or not at all.
 
         Raises:
             UserError: it cannot be written.
         """
-        try:
+        with os_errors(f"--save: {path} cannot be written"):
             self.cache.save(path, notes={"opening": self.opening, **notes})
-        except OSError as error:
-            raise UserError(
-                f"--save: {path} cannot be written: {error.strerror or error}"
-            ) from None
 
-    def _feed(self, ids: list[int]) -> None:
-        with self._plainly():
+    def _prefill(self, ids: list[int]) -> None:
+        with self._naming_the_memory():
             self.model(
                 self._tensor(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1
             )
@@ -209,11 +140,10 @@ class Conversation:
         return torch.tensor([ids], device=self.model.device)
 
     @contextmanager
-    def _plainly(self) -> Iterator[None]:
-        """What the model refuses, as one line that names the memory."""
+    def _naming_the_memory(self) -> Iterator[None]:
+        """Turns the model's refusals into a UserError that names the memory."""
         try:
             yield
         except (ValueError, MemoryError) as error:
-            raise UserError(
-                f"{self.name}: {str(error).removeprefix('past_key_values: ')}"
-            ) from None
+            reason = str(error).removeprefix("past_key_values: ")
+            raise UserError(f"{self.name}: {reason}") from None

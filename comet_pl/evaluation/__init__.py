@@ -1,6 +1,7 @@
-"""A trained model's results, by kind of data: as files, figures and a table.
+"""A trained model's results, by data.kind: files, figures and a table.
 
-Files are written again after each length, task or trace, so that an interrupted evaluation leaves what it has (comet_pl/evaluation/results.py).
+Files are replaced after each length, task or trace, so that an interrupted evaluation leaves what
+it has (comet_pl/evaluation/results.py).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from comet_pl import CometForCausalLM
 from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
 from comet_pl.evaluation.agent import evaluate_agent
 from comet_pl.evaluation.behavior import evaluate_behavior
 from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import evaluate_scrolls
-from comet_pl.model.modeling_comet import CometForCausalLM
 
 EVALUATE = {
     PasskeyData: evaluate_passkey,
@@ -30,21 +31,20 @@ EVALUATE = {
 def evaluate(
     model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, out: Path
 ) -> dict[str, Any]:
-    """Evaluates on what config.data names, as config.eval says; writes the files into `out` and prints a table.
+    """The content of <out>/eval/<kind>.json, after writing all files and printing a table.
 
-    Returns:
-        What <out>/eval/<kind>.json holds.
+    Args:
+        config: data says on what, eval how.
 
     Raises:
-        UserError: lengths that are too short for a passkey; data that cannot be read.
+        UserError: lengths too short for a passkey; data that cannot be read.
     """
     training = model.training
     if config.train.compile:
         model.compile_cells()
+    results = Results(out, config.data.kind)
     try:
         with torch.no_grad():
-            return EVALUATE[type(config.data)](
-                model.eval(), tokenizer, config, Results(out, config.data.kind)
-            )
+            return EVALUATE[type(config.data)](model.eval(), tokenizer, config, results)
     finally:
         model.train(training)

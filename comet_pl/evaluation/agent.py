@@ -10,12 +10,11 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from comet_pl import CometCache, CometForCausalLM
 from comet_pl.config.schema import AgentData, Config
-from comet_pl.evaluation.generation import generate
+from comet_pl.evaluation.generation import generate, plain_text, prefill
 from comet_pl.evaluation.results import Answer, Results, prompt_end
 from comet_pl.metrics.agent import AgentScore, by_distance, judge
-from comet_pl.model.cache import CometCache
-from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.progress import Bar
 from data.agent_traces import source_of, validation_samples
 from data.text.tokenized import Sample
@@ -26,8 +25,7 @@ LONGEST = 256  # default of eval.max_new_tokens
 def evaluate_agent(
     model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
 ) -> dict[str, Any]:
-    """AgentScore's values on validation traces. The memory is carried from turn to turn: a turn costs its own tokens, and a fork of the
-    memory for what the model would do there."""
+    """AgentScore's values on validation traces."""
     data = config.data
     assert isinstance(data, AgentData)
     traces = validation_samples(source_of(data, tokenizer, "validation", 0), config.eval.examples)
@@ -37,7 +35,10 @@ def evaluate_agent(
             bar.name(trace.notes["id"])
             for answer in act(model, tokenizer, trace, config.eval.max_new_tokens or LONGEST):
                 metric.update(
-                    *(answer[name] for name in ("distance", "turn", "loss", "tokens")),
+                    answer["distance"],
+                    answer["turn"],
+                    answer["loss"],
+                    answer["tokens"],
                     answer["references"][0],
                     answer["prediction"],
                 )
@@ -53,73 +54,50 @@ def evaluate_agent(
 def act(
     model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, trace: Sample, max_new_tokens: int
 ) -> Iterator[Answer]:
-    """For each assistant turn of a trace: what the model would say there, and its loss on what was said.
+    """For each assistant turn of a trace: what the model would say, and its loss on what was said.
 
-    score: where a tool was called, whether the same is called with the same arguments; else F1 of the words.
+    A turn costs its own tokens: the memory is carried on, and a copy of it generates the answer.
+    score: where a tool was called, whether the same call with the same arguments was made; else the
+    F1 of the words.
     """
     ids = torch.from_numpy(trace.ids.astype(np.int64))[None].to(model.device)
-    cache, read, number = CometCache(), 0, 0
-    for role, _, content, end, distance in trace.notes["turns"]:
-        if role != "assistant":
-            continue
-        number += 1
-        if (
-            content - 1 > read
-        ):  # the last token before the turn stays unread: generation goes on from it
-            model(
-                ids[:, read : content - 1], past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            read = content - 1
-        mask = torch.ones(
-            1, cache.get_seq_length() + content - read, dtype=torch.long, device=model.device
-        )
-        given = generate(
-            model,
-            tokenizer,
-            ids[:, read:content],
-            mask,
-            max_new_tokens,
-            past_key_values=cache.clone(),
-        )
-        logits = (
-            model(ids[:, read:end], past_key_values=cache, use_cache=True)
-            .logits[0, content - read - 1 : -1]
-            .float()
-        )
+    cache, fed = CometCache(), 0
+    turns = [turn for turn in trace.notes["turns"] if turn[0] == "assistant"]
+    for number, (_, _, content, end, distance) in enumerate(turns, 1):
+        # the last token before the turn is not fed yet: generation starts from it
+        if content - 1 > fed:
+            prefill(model, ids[:, fed : content - 1], cache)
+            fed = content - 1
+        said = generate(model, tokenizer, ids[:, :content], max_new_tokens, cache=cache.clone())
+        logits = model(ids[:, fed:end], past_key_values=cache, use_cache=True).logits
+        logits = logits[0, content - fed - 1 : -1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, content:end], reduction="sum")
-        read = end
-        texts = [
-            str(tokenizer.decode(part, skip_special_tokens=True)).strip()
-            for part in (given[0], ids[0, content:end])
-        ]
+        fed = end
+        texts = [plain_text(tokenizer, part) for part in (said[0], ids[0, content:end])]
         f1, calls, _, action = judge(*texts)
-        scored = {
-            "prediction": texts[0],
-            "references": [texts[1]],
-            "score": float(action) if calls else f1,
-        }
-        facts = {"turn": number, "distance": distance, "loss": float(loss), "tokens": end - content}
         yield {
             "id": f"{trace.notes['id']}-{number}",
             "prompt_end": prompt_end(tokenizer, trace.ids[:content]),
-            **scored,
-            **facts,
+            "prediction": texts[0],
+            "references": [texts[1]],
+            "score": float(action) if calls else f1,
+            "turn": number,
+            "distance": distance,
+            "loss": float(loss),
+            "tokens": end - content,
         }
 
 
 def agent_table(values: dict[str, Any]) -> Table:
-    """A row each turn distance, then all, of AgentScore's values."""
+    """A row for each turn distance, then one for all, of AgentScore's values."""
     table = Table("turn distance")
     for name in ("turns", "perplexity", "token F1", "calls", "tool right", "and arguments"):
         table.add_column(name, justify="right")
-    for name, found in [*values["by_distance"].items(), ("all", values["all"])]:
+    formats = {"turns": "d", "perplexity": ".2f", "f1": ".1%", "calls": "d"}
+    formats |= {"name": ".1%", "action": ".1%"}
+    for name, scores in [*values["by_distance"].items(), ("all", values["all"])]:
         if name == "all":
             table.add_section()
-        shares = [
-            "" if found[key] is None else f"{found[key]:.1%}" for key in ("f1", "name", "action")
-        ]
-        perplexity = "" if found["perplexity"] is None else f"{found['perplexity']:.2f}"
-        table.add_row(
-            name, str(found["turns"]), perplexity, shares[0], str(found["calls"]), *shares[1:]
-        )
+        cells = [(scores[key], form) for key, form in formats.items()]
+        table.add_row(name, *("" if cell is None else format(cell, form) for cell, form in cells))
     return table

@@ -1,4 +1,4 @@
-"""What all evaluations share: prompts in, greedy answers out."""
+"""Prompts in, greedy answers out: what all evaluations share."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from comet_pl import CometCache, CometForCausalLM
 from comet_pl.config.schema import EvalConfig
-from comet_pl.model.cache import CometCache
 from comet_pl.model.chunk_layout import fixed_chunks
-from comet_pl.model.modeling_comet import CometForCausalLM
 from data.batches import pad_rows, pad_token, stop_token
 
 Count = Callable[[int], None]
-"""Is told how many tokens have been read."""
+"""Called with the number of tokens that have just been read."""
 
 
 def answer_prompts(
@@ -27,32 +27,23 @@ def answer_prompts(
     max_new_tokens: int,
     count: Count = lambda n: None,
 ) -> list[str]:
-    """Greedy answers in the order of the prompts, generated in left-padded batches of prompts of similar length.
+    """Greedy answers in the order of the prompts, from left-padded batches of similar lengths.
 
     Args:
-        settings: batch_size; priming, the tokens of a prompt's last chunk, which stays open for the answer (None: as C leaves it).
+        settings: batch_size; priming: tokens of a prompt's last chunk, which stays open for the
+            answer (None: as the chunk size leaves it).
     """
     texts = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     for start in range(0, len(order), settings.batch_size):
         numbers = order[start : start + settings.batch_size]
-        batch = pad_rows(
-            [(prompts[number], prompts[number]) for number in numbers],
-            pad_token(tokenizer),
-            left=True,
-        )
+        rows = [(prompts[number], prompts[number]) for number in numbers]
+        batch = pad_rows(rows, pad_token(tokenizer), left=True)
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        cache = settings.priming and _all_but_last(model, ids, mask, settings.priming)
-        given = generate(
-            model,
-            tokenizer,
-            ids,
-            mask,
-            max_new_tokens,
-            **({"past_key_values": cache} if cache else {}),
-        )
-        for number, answer in zip(numbers, given, strict=True):
-            texts[number] = str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+        cache = _all_but_last(model, ids, mask, settings.priming) if settings.priming else None
+        answers = generate(model, tokenizer, ids, max_new_tokens, mask, cache)
+        for number, answer in zip(numbers, answers, strict=True):
+            texts[number] = plain_text(tokenizer, answer)
         count(int(mask.sum()))
     return texts
 
@@ -60,18 +51,28 @@ def answer_prompts(
 def _all_but_last(
     model: CometForCausalLM, ids: Tensor, mask: Tensor, priming: int
 ) -> CometCache | None:
-    """The memory of left-padded prompts up to their last `priming` tokens, all chunks closed; None if no prompt is longer."""
+    """The memory of left-padded prompts up to their last `priming` tokens, all chunks closed.
+
+    None if no prompt is longer.
+    """
     if ids.shape[1] <= priming:
         return None
-    lengths = mask.sum(1).tolist()
-    plans = [fixed_chunks(max(0, n - priming), model.config.chunk_size) for n in lengths]
-    cut = slice(None, -priming)
+    lengths = [max(0, n - priming) for n in mask.sum(1).tolist()]
     return model(
-        ids[:, cut],
-        attention_mask=mask[:, cut],
-        chunk_sizes=plans,
+        ids[:, :-priming],
+        attention_mask=mask[:, :-priming],
+        chunk_sizes=[fixed_chunks(n, model.config.chunk_size) for n in lengths],
         use_cache=True,
         logits_to_keep=1,
+    ).past_key_values
+
+
+def prefill(
+    model: CometForCausalLM, ids: Tensor, cache: CometCache | None, sizes: list[int] | None = None
+) -> CometCache:
+    """The cache after more tokens (B, N); the logits of one column alone are computed."""
+    return model(
+        ids, past_key_values=cache, use_cache=True, logits_to_keep=1, chunk_sizes=sizes
     ).past_key_values
 
 
@@ -79,17 +80,32 @@ def generate(
     model: CometForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
-    mask: Tensor,
     max_new_tokens: int,
-    **more: Any,
+    mask: Tensor | None = None,
+    cache: CometCache | None = None,
 ) -> Tensor:
-    """(B, <= max_new_tokens) greedy continuation; whatever the model's folder says of sampling is set aside."""
-    greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-    greedy |= dict.fromkeys(("temperature", "top_p", "top_k"))
-    ends: dict[str, Any] = {
-        "eos_token_id": stop_token(tokenizer),
-        "pad_token_id": pad_token(tokenizer),
-    }
-    more |= {"attention_mask": mask, "max_new_tokens": max_new_tokens}
-    all_ids: Any = model.generate(ids, **greedy, **ends, **more)  # type: ignore[misc]
-    return all_ids[:, ids.shape[1] :]
+    """(B, <= max_new_tokens) greedy continuation, whatever the model's folder says of sampling.
+
+    Args:
+        ids: (B, N), all tokens so far. mask: (B, N); None: no padding.
+        cache: holds the first of them, fewer than N.
+    """
+    sampling: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+    output: Any = model.generate(  # type: ignore[misc]
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        eos_token_id=stop_token(tokenizer),
+        pad_token_id=pad_token(tokenizer),
+        **sampling,
+    )
+    return output[:, ids.shape[1] :]
+
+
+def plain_text(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> str:
+    """The text of an answer (n,), without special tokens and the space around it."""
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

@@ -1,6 +1,9 @@
-"""Where evaluation leaves its results and how it shows them: files, each written atomically, lines and bars.
+"""Where evaluation leaves its results: files, each written atomically, and a printed table.
 
-<out>/eval/<kind>.json, <out>/eval/<kind>.png, <out>/predictions/<task>.json ({id: text}) and .jsonl (one answer a line)
+<out>/eval/<kind>.json           the scores
+<out>/eval/<kind>.png            their picture
+<out>/predictions/<task>.json    {id: prediction}
+<out>/predictions/<task>.jsonl   an Answer a line
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, os_errors
 from comet_pl.files import as_json, as_png, replace_file
 from comet_pl.progress import PLAIN
 
@@ -24,84 +27,82 @@ if TYPE_CHECKING:
 
 TAIL = 64  # tokens of a prompt's end that are shown
 Answer = dict[str, Any]
-"""{"id", "prompt_end", "prediction", "references", "score", ...} of one example; score None: the right answer is secret"""
+"""{"id", "prompt_end", "prediction", "references", "score", ...} of one example.
+
+score: None where the right answer is secret.
+"""
 
 
 class Results:
-    """Files of one evaluation, under the folder `out`; kind: passkey | scrolls."""
+    """The files of one evaluation, under the folder `out`; kind: data.kind.
+
+    Raises:
+        UserError: the folder cannot be made; before anything is evaluated.
+    """
 
     def __init__(self, out: Path, kind: str):
         self.out, self.kind = out, kind
-        try:  # now, not after an hour of reading
+        self.predictions = out / "predictions"
+        self.scores = out / "eval" / f"{kind}.json"
+        with os_errors(f"out: {out} cannot be written to"):
             out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"out: {out} cannot be written to: {error.strerror or error}") from None
 
     def write(self, values: dict[str, Any], predictions: dict[str, list[Answer]]) -> None:
-        """Replaces <kind>.json and the answers by task."""
+        """Replaces the scores, and the answers of each task."""
         for task, answers in predictions.items():
-            self._replace(
-                f"predictions/{task}.json",
-                as_json({answer["id"]: answer["prediction"] for answer in answers}, indent=2),
-            )
-            self._replace(
-                f"predictions/{task}.jsonl", b"".join(as_json(answer) for answer in answers)
-            )
-        self._replace(f"eval/{self.kind}.json", as_json(values, indent=2))
+            texts = as_json({answer["id"]: answer["prediction"] for answer in answers}, indent=2)
+            replace_file(self.predictions / f"{task}.json", texts, "out")
+            lines = b"".join(as_json(answer) for answer in answers)
+            replace_file(self.predictions / f"{task}.jsonl", lines, "out")
+        replace_file(self.scores, as_json(values, indent=2), "out")
 
     def read(self) -> dict[str, Any]:
-        """What <kind>.json holds; {} if there is none, or not a whole one."""
+        """The scores in the file; {} if it is missing or damaged."""
         try:
-            return dict(json.loads((self.out / f"eval/{self.kind}.json").read_text("utf-8")))
+            return dict(json.loads(self.scores.read_text("utf-8")))
         except (OSError, ValueError):
             return {}
 
     def answers(self, task: str) -> list[Answer]:
-        """What <task>.jsonl holds; [] if there is none, or not a whole one."""
+        """The answers of <task>.jsonl; [] if it is missing or damaged."""
         try:
-            return [
-                json.loads(line)
-                for line in (self.out / f"predictions/{task}.jsonl").read_text("utf-8").splitlines()
-            ]
+            return _lines(self.predictions / f"{task}.jsonl")
         except (OSError, ValueError):
             return []
 
     def draw(self, figure: Figure) -> None:
-        """Replaces <kind>.png."""
-        self._replace(f"eval/{self.kind}.png", as_png(figure))
+        """Replaces the picture."""
+        replace_file(self.scores.with_suffix(".png"), as_png(figure), "out")
 
     def show(self, title: str, table: Table) -> None:
         """Prints the table under its title, and where the files are."""
         console = Console()
         console.print(f"\n{title}", **PLAIN)
         console.print(table)
-        console.print(
-            f"written: {self.out / 'eval' / self.kind}.json, {self.out / 'predictions'}", **PLAIN
-        )
-
-    def _replace(self, name: str, content: bytes) -> None:
-        replace_file(self.out / name, content, "out")
+        console.print(f"written: {self.scores}, {self.predictions}", **PLAIN)
 
 
 def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] | np.ndarray) -> str:
-    """The text of a prompt's last TAIL tokens, (n,) ids."""
+    """The text of a prompt's last TAIL tokens; prompt: (n,) ids."""
     return str(tokenizer.decode([int(i) for i in prompt[-TAIL:]]))
 
 
 def worst_first(file: Path) -> list[Answer]:
-    """The answers of a predictions .jsonl, the lowest score first; equal ones in the file's order, those without a score last.
+    """The answers of a predictions .jsonl, the lowest score first.
+
+    Equal scores keep the file's order; answers without a score come last.
 
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    try:
-        answers = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]
-        return sorted(
-            answers, key=lambda answer: (answer.get("score") is None, answer.get("score") or 0)
-        )
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, AttributeError, TypeError):
-        raise UserError(
-            f"{file}: not a file of predictions, a JSON object {{id, prediction, references, score}} a line"
-        ) from None
+    with os_errors(f"{file}: cannot be read"):
+        try:
+            scored = [(line.get("score"), line) for line in _lines(file)]
+            return [line for _, line in sorted(scored, key=lambda pair: (pair[0] is None, pair[0]))]
+        except (ValueError, AttributeError, TypeError):
+            content = "a JSON object {id, prediction, references, score} a line"
+            raise UserError(f"{file}: not a file of predictions, {content}") from None
+
+
+def _lines(file: Path) -> list[Answer]:
+    return [json.loads(line) for line in file.read_text("utf-8").split("\n") if line]

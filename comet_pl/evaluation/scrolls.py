@@ -1,4 +1,4 @@
-"""SCROLLS' official scores, and which option the model finds likeliest."""
+"""SCROLLS' official scores, and the option that the model finds likeliest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.chat.conversation import encode
+from comet_pl import CometCache, CometForCausalLM
 from comet_pl.config.schema import Config, ScrollsData
 from comet_pl.errors import UserError
-from comet_pl.evaluation.generation import Count, answer_prompts, generate
+from comet_pl.evaluation.generation import Count, answer_prompts, generate, plain_text, prefill
 from comet_pl.evaluation.results import Answer, Results, prompt_end
 from comet_pl.metrics.scrolls import (
     METRICS,
@@ -23,75 +23,67 @@ from comet_pl.metrics.scrolls import (
     scores,
     submission_csv,
 )
-from comet_pl.model.cache import CometCache
-from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.progress import Bar
 from data.batches import IGNORED, pad_rows, pad_token, stop_token
+from data.chat_template import encode
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
 
 
 def evaluate_scrolls(
     model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
 ) -> dict[str, Any]:
-    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent, on the questions of config.eval.split that config.eval.examples
-    allows. Tasks whose test answers are secret are answered and left out of it; predictions/submission.csv is for the benchmark's site."""
+    """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent.
+
+    Asked are the questions of config.eval.split, config.eval.examples of each task. Tasks whose
+    test answers are secret are answered but not scored; predictions/submission.csv is for the
+    benchmark's site.
+    """
     data = config.data
     assert isinstance(data, ScrollsData)
     split = config.eval.split
     corpus = Corpus(data, tokenizer, split)
-    asked = {
-        task: questions
-        for task in tasks(data)
-        if (questions := corpus.questions(task, config.eval.examples))
-    }
+    asked = {task: corpus.questions(task, config.eval.examples) for task in tasks(data)}
+    asked = {task: questions for task, questions in asked.items() if questions}
     if not asked:
-        raise UserError(
-            f"data.root: {data.root} has no {split} rows for {', '.join(tasks(data))}, so there is nothing to evaluate"
-        )
+        missing = f"{split} rows for {', '.join(tasks(data))}, so there is nothing to evaluate"
+        raise UserError(f"data.root: {data.root} has no {missing}")
     scored, predictions, values = dict[str, Any](), dict[str, list[Answer]](), dict[str, Any]()
-    with Bar(
-        sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)
-    ) as bar:
+    total = sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)
+    with Bar(total) as bar:
         for task, questions in asked.items():
             bar.name(task)
+            prompts = [corpus.prompt(question) for question in questions]
             longest = config.eval.max_new_tokens or MAX_NEW_TOKENS[task]
-            prompts = [corpus.prompt(one) for one in questions]
-            chosen: list[str] = []
-            if all(one.options for one in questions):
+            options: list[str] = []
+            if all(question.options for question in questions):
                 pairs = [
                     choose(model, tokenizer, *pair, longest, bar.add)
                     for pair in zip(prompts, questions, strict=True)
                 ]
-                texts, chosen = ([pair[side] for pair in pairs] for side in (0, 1))
+                texts, options = ([pair[side] for pair in pairs] for side in (0, 1))
             else:
                 texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
-            known = all(one.references for one in questions)
+            known = all(question.references for question in questions)
             if known:
-                scored[task] = _scored(task, questions, texts, chosen)
+                scored[task] = _scored(task, questions, texts, options)
             values = {**scored, "average": average(scored)} if scored else {}
-            predictions[task] = []
-            for one, prompt, text in zip(questions, prompts, texts, strict=True):
-                score = scores(task, text, one.references)["scrolls_score"] if known else None
-                asked_with = {
-                    "question": str(tokenizer.decode(one.question)).strip(),
+            predictions[task] = [
+                {
+                    "id": question.id,
+                    "question": str(tokenizer.decode(question.question)).strip(),
                     "prompt_end": prompt_end(tokenizer, prompt),
+                    "prediction": text,
+                    "references": question.references,
+                    "score": scores(task, text, question.references)["scrolls_score"]
+                    if known
+                    else None,
                 }
-                predictions[task].append(
-                    {
-                        "id": one.id,
-                        **asked_with,
-                        "prediction": text,
-                        "references": one.references,
-                        "score": score,
-                    }
-                )
+                for question, prompt, text in zip(questions, prompts, texts, strict=True)
+            ]
             results.write(values, predictions)
-            found = (
-                f"{scored[task]['scrolls_score']:.2f} on {len(questions)} questions"
-                if known
-                else f"{len(questions)} questions answered"
-            )
-            bar.note(f"{task}: {found}")
+            count = f"{len(questions)} questions"
+            score = f"{scored[task]['scrolls_score']:.2f} on {count}" if known else ""
+            bar.note(f"{task}: {score or f'{count} answered'}")
     if split == "test":
         _submit(predictions, results)
     if scored:
@@ -100,85 +92,76 @@ def evaluate_scrolls(
 
 
 def _scored(
-    task: str, questions: list[Example], texts: list[str], chosen: list[str]
+    task: str, questions: list[Example], texts: list[str], options: list[str]
 ) -> dict[str, Any]:
     metric = ScrollsScore(task, sync_on_compute=False)
-    metric.update(texts, [one.references for one in questions])
-    found: dict[str, Any] = metric.compute()
-    if chosen:
+    metric.update(texts, [question.references for question in questions])
+    values: dict[str, Any] = metric.compute()
+    if options:
         right = [
-            any(exact_match(option, one) for one in asked.references)
-            for option, asked in zip(chosen, questions, strict=True)
+            any(exact_match(option, reference) for reference in question.references)
+            for option, question in zip(options, questions, strict=True)
         ]
-        found["likeliest_option"] = 100 * sum(right) / len(right)
-    return found
+        values["likeliest_option"] = 100 * sum(right) / len(right)
+    return values
 
 
 def _submit(predictions: dict[str, list[Answer]], results: Results) -> None:
-    """Writes the submission, if it would be whole; says what it holds or lacks."""
-    path = results.out / "predictions" / "submission.csv"
-    if lacking := [task for task in SCROLLS if task not in predictions]:
-        print(
-            f"no submission written: it needs all seven tasks, and there are no predictions for {', '.join(lacking)}"
-        )
+    """Writes the submission if no task is missing, and says what it holds or lacks."""
+    if lacking := ", ".join(task for task in SCROLLS if task not in predictions):
+        reason = f"it needs all seven tasks, and there are no predictions for {lacking}"
+        print(f"no submission written: {reason}")
         return
-    submission_csv(
-        {task: {one["id"]: one["prediction"] for one in predictions[task]} for task in SCROLLS},
-        path,
-    )
-    print(
-        f"submission: {path}, {sum(len(predictions[task]) for task in SCROLLS)} answers (all questions: eval.examples=null)"
-    )
+    path = results.predictions / "submission.csv"
+    texts = {
+        task: {answer["id"]: answer["prediction"] for answer in predictions[task]}
+        for task in SCROLLS
+    }
+    submission_csv(texts, path)
+    total = sum(map(len, texts.values()))
+    print(f"submission: {path}, {total} answers (all questions: eval.examples=null)")
 
 
 def choose(
     model: CometForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompt: np.ndarray,
-    asked: Example,
+    question: Example,
     longest: int,
     count: Count,
 ) -> tuple[str, str]:
-    """(greedy answer, likeliest option) with one reading of the prompt: the memory is forked for each. An option's probability is that of
-    all its tokens and of the stop token."""
+    """(greedy answer, likeliest option) of a prompt that is read once.
+
+    The memory is copied for each. An option's probability is that of all its tokens and of the
+    stop token.
+    """
     ids = torch.from_numpy(prompt.astype(np.int64))[None].to(model.device)
-    cache = CometCache()
-    model(ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    text = generate(
-        model, tokenizer, ids, torch.ones_like(ids), longest, past_key_values=cache.clone()
-    )
-    endings = [
-        np.array([*encode(tokenizer, option), stop_token(tokenizer)]) for option in asked.options
-    ]
-    batch = pad_rows(
-        [(np.concatenate([prompt[-1:], one]), np.concatenate([[IGNORED], one])) for one in endings],
-        pad_token(tokenizer),
-    )
+    cache = prefill(model, ids[:, :-1], CometCache())
+    text = generate(model, tokenizer, ids, longest, cache=cache.clone())
+    endings = [[*encode(tokenizer, option), stop_token(tokenizer)] for option in question.options]
+    rows = [(np.array([prompt[-1], *ids]), np.array([IGNORED, *ids])) for ids in endings]
+    batch = pad_rows(rows, pad_token(tokenizer))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
     cache.batch_repeat_interleave(len(endings))
-    logits = (
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache)
-        .logits[:, :-1]
-        .float()
+    output = model(
+        batch["input_ids"], attention_mask=batch["attention_mask"], past_key_values=cache
     )
     losses = torch.nn.functional.cross_entropy(
-        logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=IGNORED
+        output.logits[:, :-1].float().transpose(1, 2),
+        batch["labels"][:, 1:],
+        reduction="none",
+        ignore_index=IGNORED,
     )
     count(len(prompt))
-    return str(tokenizer.decode(text[0], skip_special_tokens=True)).strip(), asked.options[
-        int(losses.sum(1).argmin())
-    ]
+    return plain_text(tokenizer, text[0]), question.options[int(losses.sum(1).argmin())]
 
 
 def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:
     table = Table("task", "score", "of", "questions")
-    for task, found in scored.items():
-        parts = ", ".join(
-            f"{name} {found[name]:.2f}"
-            for name in (*METRICS[task], "likeliest_option")
-            if name in found
-        )
-        table.add_row(task, f"{found['scrolls_score']:.2f}", parts, str(found["n"]))
+    for task, values in scored.items():
+        names = [name for name in (*METRICS[task], "likeliest_option") if name in values]
+        parts = ", ".join(f"{name} {values[name]:.2f}" for name in names)
+        table.add_row(task, f"{values['scrolls_score']:.2f}", parts, str(values["n"]))
     table.add_section()
     table.add_row("average", f"{mean:.2f}")
     return table

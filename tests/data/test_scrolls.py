@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import zstandard
 
-from comet_pl.chat.conversation import encode
 from comet_pl.config.load import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data import jsonl
 from data.batches import train_tokenizer
+from data.chat_template import encode
 from data.jsonl import Complaints
 from data.scrolls import (
     MAX_NEW_TOKENS,

@@ -8,73 +8,51 @@ import re
 import pytest
 import torch
 
+import train
 from callbacks.behavior_scores import BehaviorScores
 from tests.support.tiny_data import write_events
-
-SMALL = [
-    "hidden_size=32",
-    "head_dim=16",
-    "num_attention_heads=2",
-    "num_key_value_heads=2",
-    "intermediate_size=48",
-    "vocab_size=300",
-]
+from tests.support.tiny_runs import TINY
 
 
 def test_a_run_trains_validates_and_compares_with_truncation_and_retrieval(tmp_path, capsys):
-    import train
-
     keys = [
+        *TINY,
         f"data.root={write_events(tmp_path / 'log')}",
         f"run.root={tmp_path}",
-        *(f"backbone.{key}" for key in SMALL),
-    ]
-    keys += [
-        "model.chunk_size=16",
-        "model.global_size=2",
-        "model.temporary_capacity=8",
+        "backbone.num_key_value_heads=2",
+        "model.chunk_size=64",
         "data.train_length=1600",
         "data.kinds=null",
-    ]
-    keys += [
         "data.length_schedule=[[0,200],[1,400]]",
         "data.batch_size=2",
         "data.questions=3",
         "data.val_examples=4",
-    ]
-    keys += [
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",
         "eval.examples=12",
         "eval.budget=1024",
-        "eval.batch_size=4",
+        "eval.batch_size=12",
     ]
     train.main(["conf=user_behavior", "run.name=x", *keys])
     out = capsys.readouterr().out
     assert "with evidence older than 1k" in out and "evidence 0-1k tokens back" in out
     folder = tmp_path / "user_behavior" / "x"
-    found = json.loads((folder / "eval" / "user_behavior.json").read_text())
-    assert set(found) == {"CoMeT", "last 1k", "BM25 1k", "ceilings"}
-    assert all(found[name]["n"] == 12 for name in ("CoMeT", "last 1k", "BM25 1k"))
-    assert found["ceilings"]["CoMeT"]["accuracy"] >= found["ceilings"]["last 1k"]["accuracy"]
-    aged = found["ceilings"]["CoMeT"]["ages"]
-    assert aged and all(
-        cell["accuracy"] == 1 for cell in aged
-    )  # the whole window holds the evidence
-    lines = [
-        json.loads(line)
-        for line in (folder / "predictions" / "last_1k.jsonl").read_text().splitlines()
+    scores = json.loads((folder / "eval" / "user_behavior.json").read_text())
+    assert set(scores) == {"CoMeT", "last 1k", "BM25 1k", "ceilings"}
+    assert all(scores[name]["n"] == 12 for name in ("CoMeT", "last 1k", "BM25 1k"))
+    whole, last = scores["ceilings"]["CoMeT"], scores["ceilings"]["last 1k"]
+    assert whole["accuracy"] >= last["accuracy"]
+    # the whole window holds the evidence
+    assert whole["ages"] and all(cell["accuracy"] == 1 for cell in whole["ages"])
+    texts = [
+        (folder / "predictions" / f"{name}.jsonl").read_text() for name in ("last_1k", "CoMeT")
     ]
-    assert len(lines) == 12 and {"kind", "age", "prediction", "references"} <= set(lines[0])
-    whole = [
-        json.loads(line)
-        for line in (folder / "predictions" / "CoMeT.jsonl").read_text().splitlines()
-    ]
-    assert all("?" in line["prompt_end"] for line in lines)
-    assert [line["prompt_end"][-40:] for line in lines] == [
-        line["prompt_end"][-40:] for line in whole
-    ]  # the same question's end
-    assert all(re.search(r"\d x at \d", line["prompt_end"]) for line in whole)  # data.layout=items
+    last, whole = ([json.loads(line) for line in text.splitlines()] for text in texts)
+    assert len(last) == 12 and {"kind", "age", "prediction", "references"} <= set(last[0])
+    for one, other in zip(last, whole, strict=True):
+        # the same question's end, after events in data.layout=items
+        assert "?" in one["prompt_end"] and one["prompt_end"][-40:] == other["prompt_end"][-40:]
+        assert re.search(r"\d x at \d", other["prompt_end"])
     assert (folder / "eval" / "user_behavior.png").stat().st_size > 1000
 
 
@@ -100,13 +78,9 @@ def test_an_answer_is_right_if_all_its_tokens_are(wrong):
         logits[1, wrong, 8] = 2.0
     scores = BehaviorScores()
     scores.on_validation_epoch_start(None, Module)
-    batch = {
-        "labels": labels,
-        "logits_to_keep": 4,
-        "kinds": ["count", "last_time"],
-        "ages": [5, 2000],
-    }
+    batch = {"labels": labels, "logits_to_keep": 4}
+    batch |= {"kinds": ["count", "last_time"], "ages": [5, 2000]}
     scores.on_validation_batch_end(None, Module, {"logits": logits}, batch, 0)
-    found = scores.metric.compute()
-    assert found["kinds"]["count"]["accuracy"] == 1
-    assert found["kinds"]["last_time"]["accuracy"] == (wrong is None)
+    kinds = scores.metric.compute()["kinds"]
+    assert kinds["count"]["accuracy"] == 1
+    assert kinds["last_time"]["accuracy"] == (wrong is None)

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
+import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+import eval as eval_script
 from comet_pl import CometConfig, CometForCausalLM, build
-from comet_pl.chat.conversation import encode
 from comet_pl.config.load import Config, load
 from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation import scrolls as scrolls_evaluation
 from comet_pl.evaluation.generation import answer_prompts, generate
-from comet_pl.experiment.checkpoint import checkpoint_content
+from comet_pl.experiment.checkpoint import checkpoint_content, find_checkpoint
 from comet_pl.metrics.scrolls import SCROLLS, scores
 from data.batches import pad_rows, train_tokenizer
+from data.chat_template import encode
 from data.passkey import DIGITS
 from data.scrolls import Example, options
 from tests.support.models import VOCABULARY, backbone, text, tiny
-from tests.support.tiny_runs import ROOT, TINY
+from tests.support.tiny_runs import TINY
 
 PASSKEY = [
     *TINY,
@@ -35,8 +36,10 @@ PASSKEY = [
     "backbone.vocab_size=400",
     "data.train_length=64",
     "data.length_schedule=null",
+    "eval.lengths=[200,64]",
+    "eval.depths=3",
+    "eval.examples=2",
 ]
-PASSKEY += ["eval.lengths=[200,64]", "eval.depths=3", "eval.examples=2"]
 
 
 class Ids:
@@ -45,37 +48,47 @@ class Ids:
     eos_token_id, pad_token_id = 0, 1
 
 
-def made(argv: list[str]) -> tuple[Any, Any, Config]:
-    config = load(argv)
+@cache
+def built(*argv: str) -> tuple[Any, Any]:
+    """(model, tokenizer), shared by tests: none may change them."""
+    config = load(list(argv))
     tokenizer = build.build_tokenizer(config)
     torch.manual_seed(0)
-    return build.build_model(config, tokenizer), tokenizer, config
+    return build.build_model(config, tokenizer), tokenizer
 
 
-def greedy(model, prompt: torch.Tensor, count: int, ends: int) -> list[int]:
-    """One row, by a whole forward pass for each token."""
-    found: list[int] = []
-    ids = prompt[None]
-    while len(found) < count and ends not in found:
-        logits = model(ids).logits[0, -1].clone()
-        logits[model.config.new_token_ids] = -torch.inf
-        found.append(int(logits.argmax()))
-        ids = torch.cat([ids, torch.tensor([[found[-1]]])], 1)
-    return found
+def passkeys(*keys: str) -> tuple[Any, Any, Config]:
+    return *built(*PASSKEY), load([*PASSKEY, *keys])
 
 
-@pytest.mark.parametrize("columns", [1, 4, 5, 6, 31, 79, 80, 81, 163])
-def test_digits_equal_whole_forward_passes(columns: int):
-    """Shorter than a chunk, at its end, over it, and over one call of 16 chunks."""
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def greedy(model, prompts: torch.Tensor, count: int, end: int) -> list[list[int]]:
+    """Continuations of prompts (B, N) by whole forward passes, each up to its end token."""
+    ids = prompts
+    for _ in range(count):
+        logits = model(ids).logits[:, -1].clone()
+        logits[:, model.config.new_token_ids] = -torch.inf
+        ids = torch.cat([ids, logits.argmax(1)[:, None]], 1)
+    rows = ids[:, prompts.shape[1] :].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in rows]
+
+
+@pytest.mark.parametrize("columns", [1, 4, 5, 6, 14, 15, 16, 33])
+def test_digits_equal_whole_forward_passes(columns: int, monkeypatch: pytest.MonkeyPatch):
+    """Shorter than a chunk, at its end, over it, and over one call of 3 chunks."""
+    monkeypatch.setattr(passkey, "PREFILL", 3)
     model = tiny()
     prompts = text(3, columns, seed=columns)
-    read = []
+    counts: list[int] = []
     with torch.no_grad():
-        given = passkey.answer_digits(model, Ids(), prompts, read.append)
-        for row, prompt in zip(given.tolist(), prompts, strict=True):
-            wanted = greedy(model, prompt, DIGITS, Ids.eos_token_id)
-            assert row == wanted + [Ids.pad_token_id] * (DIGITS - len(wanted))
-    assert sum(read) == 3 * (columns + 6)
+        digits = passkey.answer_digits(model, Ids(), prompts, counts.append)
+        expected = greedy(model, prompts, DIGITS, Ids.eos_token_id)
+    padded = [row + [Ids.pad_token_id] * (DIGITS - len(row)) for row in expected]
+    assert digits.tolist() == padded
+    assert sum(counts) == 3 * (columns + 6)
 
 
 def test_digits_without_rollover():
@@ -84,19 +97,15 @@ def test_digits_without_rollover():
     prompts = text(2, 41, seed=1)
     with torch.no_grad():
         cache = closed(prompts[:, :40], chunk_sizes=[5] * 8, use_cache=True).past_key_values
-        wanted = (
-            closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY].argmax(-1)
-        )
-        assert torch.equal(passkey.answer_digits(grown, Ids(), prompts)[:, 0], wanted)
+        logits = closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY]
+        assert torch.equal(passkey.answer_digits(grown, Ids(), prompts)[:, 0], logits.argmax(-1))
 
 
 def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
-    model = tiny()
-    monkeypatch.setattr(
-        passkey, "generate", lambda *args, **more: torch.full((2, 2), Ids.eos_token_id)
-    )
+    ends = torch.full((2, 2), Ids.eos_token_id)
+    monkeypatch.setattr(passkey, "generate", lambda *args, **options: ends)
     with torch.no_grad():
-        assert passkey.answer_digits(model, Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
+        assert passkey.answer_digits(tiny(), Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
 
 
 def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
@@ -113,89 +122,68 @@ def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
     return answer_digits
 
 
-def test_passkey_results(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    model, tokenizer, config = made(PASSKEY)
-    monkeypatch.setattr(
-        passkey, "answer_digits", knows(lambda shown: not shown.startswith(" The pass key"))
-    )
+def test_passkey_results(tmp_path, monkeypatch, capsys):
+    model, tokenizer, config = passkeys()
+    right = knows(lambda shown: not shown.startswith(" The pass key"))
+    monkeypatch.setattr(passkey, "answer_digits", right)
     model.train()
     results = evaluate(model, tokenizer, config, tmp_path)
     assert model.training, "as it was"
     assert results == json.loads((tmp_path / "eval" / "passkey.json").read_text())
-    cell = {"accuracy": 1.0, "n": 2}
-    expected = [
-        {"length": length, "depth": depth, **cell, "accuracy": float(depth > 0)}
+    cells = [
+        {"length": length, "depth": depth, "accuracy": float(depth > 0), "n": 2}
         for length in (64, 200)
         for depth in (0.0, 0.5, 1.0)
     ]
     mean = {"64": pytest.approx(2 / 3), "200": pytest.approx(2 / 3)}
-    assert results == {
-        "train_length": 64,
-        "cells": expected,
-        "mean": mean,
-        "weights": passkey._made_with(model, config),
-    }
+    facts = {"train_length": 64, "weights": passkey._made_with(model, config)}
+    assert results == {"cells": cells, "mean": mean, **facts}
     assert (tmp_path / "eval" / "passkey.png").read_bytes().startswith(b"\x89PNG")
     predictions = json.loads((tmp_path / "predictions" / "passkey.json").read_text())
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "predictions" / "passkey.jsonl").read_text().splitlines()
-    ]
+    lines = lines_of(tmp_path / "predictions" / "passkey.jsonl")
     assert len(lines) == 12 and predictions == {line["id"]: line["prediction"] for line in lines}
-    assert all(
-        line["score"]
-        == float(line["prediction"] == line["references"][0])
-        == float(line["depth"] > 0)
-        for line in lines
-    )
-    assert all(
-        line["references"][0].isdigit() and len(line["references"][0]) == DIGITS for line in lines
-    )
-    assert all(line["prompt_end"].endswith("The pass key is ") for line in lines)
+    for line in lines:
+        (key,) = line["references"]
+        assert line["score"] == float(line["prediction"] == key) == float(line["depth"] > 0)
+        assert key.isdigit() and len(key) == DIGITS
+        assert line["prompt_end"].endswith("The pass key is ")
     shown = capsys.readouterr().out
     assert "200" in shown and "66.7%" in shown and str(tmp_path) in shown.replace("\n", "")
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_passkey_in_several_batches_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model, tokenizer, config = made(PASSKEY)
+def test_passkey_in_several_batches_is_the_same(tmp_path, monkeypatch):
+    model, tokenizer, config = passkeys()
     whole = evaluate(model, tokenizer, config, tmp_path / "one")
     monkeypatch.setattr(passkey, "WIDEST", 4 * config.model.chunk_size)
     monkeypatch.setattr(passkey, "MOST_TOKENS", 400)
     assert evaluate(model, tokenizer, config, tmp_path / "two") == whole
     for name in ("passkey.json", "passkey.jsonl"):
-        assert (tmp_path / "one" / "predictions" / name).read_text() == (
-            tmp_path / "two" / "predictions" / name
-        ).read_text()
+        one, two = (tmp_path / folder / "predictions" / name for folder in ("one", "two"))
+        assert one.read_text() == two.read_text()
 
 
-def test_default_lengths_and_a_haystack_that_starts_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_default_lengths_and_a_haystack_that_starts_over(tmp_path, monkeypatch, capsys):
     book = tmp_path / "book.txt"
     book.write_text("It was a long day on the sea.\n" * 60)
-    model, tokenizer, config = made(
-        [*PASSKEY, f"data.haystack={book}", "eval.lengths=null", "eval.depths=1", "eval.examples=1"]
-    )
+    keys = ["eval.lengths=null", "eval.depths=1", "eval.examples=1", f"data.haystack={book}"]
     monkeypatch.setattr(passkey, "answer_digits", knows(lambda shown: True))
-    results = evaluate(model, tokenizer, config, tmp_path)
+    results = evaluate(*built(*PASSKEY, keys[-1]), load([*PASSKEY, *keys]), tmp_path)
     assert results["mean"] == {"64": 1.0, "256": 1.0, "1024": 1.0, "2048": 1.0}
     assert " has 600 tokens: at 1k, 2k it is read more than once" in capsys.readouterr().out
 
 
-def test_too_short_a_length_is_refused(tmp_path: Path):
-    model, tokenizer, config = made([*PASSKEY, "eval.lengths=[64,10]"])
+def test_too_short_a_length_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^eval.lengths: 10 given, allowed: >= \d+ tokens"):
-        evaluate(model, tokenizer, config, tmp_path)
+        evaluate(*passkeys("eval.lengths=[64,10]"), tmp_path)
     assert not (tmp_path / "eval").exists()
 
 
-# -- SCROLLS ----------------------------------------------------------------------------------------------------------------------------
+# -- SCROLLS
 
 
-def scrolls_root(folder: Path) -> Path:
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
     story = "The dog ran home and slept all day . " * 6
     answers = {
         "narrative_qa": ["the dog", "a cat", "home"],
@@ -203,131 +191,89 @@ def scrolls_root(folder: Path) -> Path:
     }
     for task, outputs in answers.items():
         rows = [
-            {
-                "id": str(n),
-                "pid": f"{n}_0",
-                "input": f"Who ran {'far ' * n}?\n\n{story * n}",
-                "output": one,
-            }
-            for n, one in enumerate(outputs)
+            {"id": str(n), "pid": f"{n}_0", "output": output}
+            | {"input": f"Who ran {'far ' * n}?\n\n{story * n}"}
+            for n, output in enumerate(outputs)
         ]
         rows.append({**rows[0], "pid": "0_1", "output": "dog"})
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
         for split in ("train", "validation"):
-            path = folder / task / f"{split}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text(lines)
+    return tmp_path / "data"
 
 
-def scrolls(root: Path, *more: str) -> list[str]:
-    return [
-        *TINY,
-        "conf=scrolls",
-        f"data.root={root}",
-        "eval.max_new_tokens=6",
-        "eval.examples=null",
-        *more,
-    ]
+def scrolls(root: Path, *keys: str) -> tuple[Any, Any, Config]:
+    keys = (f"data.root={root}", "eval.max_new_tokens=6", "eval.examples=null", *keys)
+    config = load([*TINY, "conf=scrolls", *keys])
+    return *built(*PASSKEY), config
 
 
-def test_scrolls_results_agree_with_the_predictions(tmp_path: Path):
-    model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.batch_size=2"))
-    results = evaluate(model, tokenizer, config, tmp_path)
+def test_scrolls_results_agree_with_the_predictions(root, tmp_path):
+    results = evaluate(*scrolls(root, "eval.batch_size=2"), tmp_path)
     assert results == json.loads((tmp_path / "eval" / "scrolls.json").read_text())
     for task in ("narrative_qa", "contract_nli"):
         texts = json.loads((tmp_path / "predictions" / f"{task}.json").read_text())
-        lines = [
-            json.loads(line)
-            for line in (tmp_path / "predictions" / f"{task}.jsonl").read_text().splitlines()
-        ]
+        lines = lines_of(tmp_path / "predictions" / f"{task}.jsonl")
         assert texts == {line["id"]: line["prediction"] for line in lines}
         assert {line["id"]: len(line["references"]) for line in lines} == {"0": 2, "1": 1, "2": 1}
-        assert [line["question"] for line in lines] == [
-            "Who ran ?",
-            "Who ran far ?",
-            "Who ran far far ?",
-        ]  # it stands before the document
-        assert all(line["prompt_end"].endswith("<|assistant|>") for line in lines)
-        assert all(
-            line["score"] == scores(task, line["prediction"], line["references"])["scrolls_score"]
-            for line in lines
-        )
-        assert results[task]["scrolls_score"] == pytest.approx(
-            sum(line["score"] for line in lines) / 3
-        )
+        # the question precedes the document
+        questions = ["Who ran ?", "Who ran far ?", "Who ran far far ?"]
+        assert [line["question"] for line in lines] == questions
+        for line in lines:
+            assert line["prompt_end"].endswith("<|assistant|>")
+            score = scores(task, line["prediction"], line["references"])["scrolls_score"]
+            assert line["score"] == score
+        mean = sum(line["score"] for line in lines) / 3
+        assert results[task]["scrolls_score"] == pytest.approx(mean)
         assert results[task]["n"] == 3
-    assert results["average"] == pytest.approx(
-        (results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]) / 2
-    )
+    both = results["narrative_qa"]["scrolls_score"] + results["contract_nli"]["scrolls_score"]
+    assert results["average"] == pytest.approx(both / 2)
 
 
-def test_secret_answers_are_predicted_for_the_submission(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    """Test rows without outputs: one task scores as its answers are known; all seven are submitted."""
-    root = scrolls_root(tmp_path / "data")
+def test_secret_answers_are_predicted_for_the_submission(root, tmp_path, capsys):
+    """Test rows without outputs: one task is scored as its answers are known; all are submitted."""
     for task in SCROLLS:
+        output = "the dog" if task == "qasper" else None
         rows = [
-            {
-                "id": f"{task}-{n}",
-                "pid": f"{n}",
-                "input": f"Who ran?\n\nThe dog ran {n} times.",
-                "output": None,
-            }
+            {"id": f"{task}-{n}", "pid": f"{n}", "output": output}
+            | {"input": f"Who ran?\n\nThe dog ran {n} times."}
             for n in range(2)
         ]
-        if task == "qasper":
-            rows = [row | {"output": "the dog"} for row in rows]
         (root / task).mkdir(exist_ok=True)
         (root / task / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model, tokenizer, config = made(
-        scrolls(root, "eval.split=test", "data.tasks=[qasper,narrative_qa]")
-    )
-    results = evaluate(model, tokenizer, config, tmp_path)
-    assert set(results) == {"qasper", "average"}
-    assert (
-        "no submission written: it needs all seven tasks, and there are no predictions for gov_report"
-        in capsys.readouterr().out
-    )
-    assert not (tmp_path / "predictions" / "submission.csv").exists()
-    model, tokenizer, config = made(scrolls(root, "eval.split=test"))
-    assert evaluate(model, tokenizer, config, tmp_path)["qasper"]["n"] == 2
-    lines = list(
-        csv.DictReader(
-            (tmp_path / "predictions" / "submission.csv").open(newline="", encoding="utf-8")
-        )
-    )
-    assert [(line["Task"], line["ID"]) for line in lines] == [
-        (task, f"{task}-{n}") for task in SCROLLS for n in range(2)
-    ]
-    given = json.loads((tmp_path / "predictions" / "quality.json").read_text())
-    assert [line["Prediction"] for line in lines if line["Task"] == "quality"] == list(
-        given.values()
-    )
+    submission = tmp_path / "predictions" / "submission.csv"
+    keys = ["eval.split=test", "data.tasks=[qasper,narrative_qa]"]
+    assert set(evaluate(*scrolls(root, *keys), tmp_path)) == {"qasper", "average"}
+    missing = "it needs all seven tasks, and there are no predictions for gov_report"
+    assert f"no submission written: {missing}" in capsys.readouterr().out
+    assert not submission.exists()
+    assert evaluate(*scrolls(root, "eval.split=test"), tmp_path)["qasper"]["n"] == 2
+    lines = list(csv.DictReader(submission.open(newline="", encoding="utf-8")))
+    expected = [(task, f"{task}-{n}") for task in SCROLLS for n in range(2)]
+    assert [(line["Task"], line["ID"]) for line in lines] == expected
+    texts = json.loads((tmp_path / "predictions" / "quality.json").read_text())
+    shown = [line["Prediction"] for line in lines if line["Task"] == "quality"]
+    assert shown == list(texts.values())
 
 
-def test_right_answers_score_100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model, tokenizer, config = made(scrolls(scrolls_root(tmp_path / "data"), "eval.examples=2"))
+def test_right_answers_score_100(root, tmp_path, monkeypatch):
+    model, tokenizer, config = scrolls(root, "eval.examples=2")
     corpus = scrolls_evaluation.Corpus(config.data, tokenizer, "validation")
     right = iter(
-        [
-            [one.references[-1] for one in corpus.questions(task, 2)]
-            for task in scrolls_evaluation.tasks(config.data)
-        ]
+        [question.references[-1] for question in corpus.questions(task, 2)]
+        for task in scrolls_evaluation.tasks(config.data)
     )
+
+    def choose(model, tokenizer, prompt, question, *rest):
+        return question.references[-1], "Entailment"
+
     monkeypatch.setattr(scrolls_evaluation, "answer_prompts", lambda *args: next(right))
-    monkeypatch.setattr(
-        scrolls_evaluation,
-        "choose",
-        lambda model, tokenizer, prompt, asked, *_: (asked.references[-1], "Entailment"),
-    )
+    monkeypatch.setattr(scrolls_evaluation, "choose", choose)
     results = evaluate(model, tokenizer, config, tmp_path)
-    assert (
-        results["average"]
-        == results["narrative_qa"]["f1"]
-        == results["contract_nli"]["exact_match"]
-        == 100
-    )
+    found = results["narrative_qa"]["f1"], results["contract_nli"]["exact_match"]
+    assert (*found, results["average"]) == (100, 100, 100)
     assert results["narrative_qa"]["n"] == 2
 
 
@@ -339,65 +285,49 @@ def test_primed_prompts_leave_their_last_chunk_open(priming):
     class Numbers(Ids):
         @staticmethod
         def decode(ids, skip_special_tokens=True):
-            return str([int(i) for i in ids if i != Ids.eos_token_id and i != Ids.pad_token_id])
+            return str([int(i) for i in ids if i not in (Ids.eos_token_id, Ids.pad_token_id)])
 
     settings = EvalConfig(batch_size=3, priming=priming)
     with torch.no_grad():
-        given = answer_prompts(model, Numbers(), rows, settings, 8)
-        for row, found in zip(rows, given, strict=True):
-            ids, cache, first = (
-                torch.from_numpy(row)[None],
-                None,
-                max(0, len(row) - (priming or len(row))),
-            )
-            if first:
-                sizes = [5] * (first // 5) + [first % 5] * (first % 5 > 0)
-                cache = model(ids[:, :first], chunk_sizes=sizes, use_cache=True).past_key_values
-            more = {"past_key_values": cache} if cache else {}
-            alone = generate(model, Numbers(), ids, torch.ones_like(ids), 8, **more)
-            assert found == Numbers.decode(alone[0])
+        answers = answer_prompts(model, Numbers(), rows, settings, 8)
+        for row, answer in zip(rows, answers, strict=True):
+            ids, cache = torch.from_numpy(row)[None], None
+            if closed := max(0, len(row) - (priming or len(row))):
+                sizes = [5] * (closed // 5) + [closed % 5] * (closed % 5 > 0)
+                cache = model(ids[:, :closed], chunk_sizes=sizes, use_cache=True).past_key_values
+            alone = generate(model, Numbers(), ids, 8, cache=cache)
+            assert answer == Numbers.decode(alone[0])
 
 
 def test_the_likeliest_option_is_that_of_whole_readings():
-    """One reading and forks, against a forward pass over each whole text; and the greedy answer is generate's."""
-    tokenizer = train_tokenizer(
-        ["Entailment Contradiction Not mentioned yes or no in the text " * 9], 300
-    )
+    """One reading and copies, against a forward pass over each whole text and generate."""
+    words = "Entailment Contradiction Not mentioned yes or no in the text "
+    tokenizer = train_tokenizer([words * 9], 300)
+    memory = {"global_size": 2, "compression_stride": 3, "temporary_capacity": 4}
     decoder = backbone()
     decoder.vocab_size = len(tokenizer)
     torch.manual_seed(0)
-    model = (
-        CometForCausalLM(
-            CometConfig(
-                decoder, chunk_size=5, global_size=2, compression_stride=3, temporary_capacity=4
-            )
-        )
-        .double()
-        .eval()
-    )
-    for seed in range(4):
-        prompt = torch.randint(
-            4, len(tokenizer), (17 + seed,), generator=torch.Generator().manual_seed(seed)
-        ).numpy()
+    model = CometForCausalLM(CometConfig(decoder, chunk_size=5, **memory)).double().eval()
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        ids = torch.randint(4, len(tokenizer), (1, 17 + seed), generator=draw)
+        prompt = ids[0].numpy()
         asked = Example("contract_nli", "x", 0, prompt, prompt, [], options("contract_nli", ""))
         with torch.no_grad():
-            text, option = scrolls_evaluation.choose(
+            answer, option = scrolls_evaluation.choose(
                 model, tokenizer, prompt, asked, 9, lambda tokens: None
             )
             losses = []
-            for one in asked.options:
-                ending = [*encode(tokenizer, one), tokenizer.eos_token_id]
-                ids = torch.tensor([[*prompt, *ending]])
-                logits = model(ids, use_cache=False).logits[0].log_softmax(-1)
+            for choice in asked.options:
+                ending = [*encode(tokenizer, choice), tokenizer.eos_token_id]
+                whole = torch.tensor([[*prompt, *ending]])
+                logits = model(whole, use_cache=False).logits[0, ids.shape[1] - 1 : -1]
                 losses.append(
-                    -sum(
-                        float(logits[len(prompt) - 1 + k, token]) for k, token in enumerate(ending)
-                    )
+                    torch.nn.functional.cross_entropy(logits, torch.tensor(ending), reduction="sum")
                 )
-            ids = torch.from_numpy(prompt)[None]
-            said = generate(model, tokenizer, ids, torch.ones_like(ids), 9)
+            said = generate(model, tokenizer, ids, 9)
         assert option == asked.options[losses.index(min(losses))]
-        assert text == tokenizer.decode(said[0], skip_special_tokens=True).strip()
+        assert answer == tokenizer.decode(said[0], skip_special_tokens=True).strip()
     question = "Why?\n\n (A) Because (it) is.\n (B) No reason\n (C) He said so\n (D) None"
     assert options("quality", question) == ["Because (it) is.", "No reason", "He said so", "None"]
     assert options("qmsum", question) == []
@@ -408,137 +338,112 @@ def test_batches_of_unequal_prompts_answer_as_alone():
     rows = [text(1, columns, seed=columns)[0].numpy() for columns in (3, 17, 9)]
     batch = pad_rows([(row, row) for row in rows], Ids.pad_token_id, left=True)
     with torch.no_grad():
-        given = generate(model, Ids(), batch["input_ids"], batch["attention_mask"], 8)
-        for row, prompt in zip(given.tolist(), rows, strict=True):
-            wanted = greedy(model, torch.from_numpy(prompt), 8, Ids.eos_token_id)
-            assert row[: len(wanted)] == wanted
+        answers = generate(model, Ids(), batch["input_ids"], 8, batch["attention_mask"])
+        for answer, prompt in zip(answers.tolist(), rows, strict=True):
+            (alone,) = greedy(model, torch.from_numpy(prompt)[None], 8, Ids.eos_token_id)
+            assert answer[: len(alone)] == alone
 
 
-def test_nothing_to_evaluate(tmp_path: Path):
-    root = scrolls_root(tmp_path / "data")
-    model, tokenizer, config = made(scrolls(root))
+def test_nothing_to_evaluate(root, tmp_path):
+    parts = scrolls(root)
     for path in root.rglob("validation.jsonl"):
         path.unlink()
-    with pytest.raises(
-        UserError,
-        match=r"^data.root: .* has no validation rows for narrative_qa, contract_nli, so there is nothing",
-    ):
-        evaluate(model, tokenizer, config, tmp_path)
+    reason = "no validation rows for narrative_qa, contract_nli, so there is nothing"
+    with pytest.raises(UserError, match=rf"^data.root: .* has {reason}"):
+        evaluate(*parts, tmp_path)
 
 
-# -- eval.py ----------------------------------------------------------------------------------------------------------------------------
+# -- eval.py
 
 
-@pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("eval_script", ROOT / "eval.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run's folder with both checkpoints; the weights in them differ."""
-    model, tokenizer, config = made(PASSKEY)
-    folder = tmp_path / "runs" / "x"
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A run's folder with both checkpoints."""
+    model, tokenizer, config = passkeys()
+    folder = tmp_path_factory.mktemp("runs") / "x"
     (folder / "checkpoints").mkdir(parents=True)
+    weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    content = {"comet": checkpoint_content(config, tokenizer, model), "state_dict": weights}
     for name in ("best", "last"):
-        weights = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
-        torch.save(
-            {"comet": checkpoint_content(config, tokenizer, model), "state_dict": weights},
-            folder / "checkpoints" / f"{name}.ckpt",
-        )
+        torch.save(content, folder / "checkpoints" / f"{name}.ckpt")
     return folder
 
 
-def test_which_checkpoint(script: ModuleType, run: Path):
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(saved, tmp_path / "runs" / "x")
+
+
+def test_which_checkpoint(run: Path):
     best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
-    assert script.find_checkpoint(run) == (last, run)
-    assert script.find_checkpoint(run / "checkpoints") == (last, run)
-    assert script.find_checkpoint(best) == (best, run)
+    assert find_checkpoint(run) == (last, run)
+    assert find_checkpoint(run / "checkpoints") == (last, run)
+    assert find_checkpoint(best) == (best, run)
     last.unlink()
-    assert script.find_checkpoint(run) == (best, run)
+    assert find_checkpoint(run) == (best, run)
     best.unlink()
-    with pytest.raises(
-        UserError,
-        match=r"^ckpt: .*/x holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor",
-    ):
-        script.find_checkpoint(run)
+    none = "holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor"
+    with pytest.raises(UserError, match=rf"^ckpt: .*/x {none}"):
+        find_checkpoint(run)
     (run / "config.json").write_text("{}")
-    assert script.find_checkpoint(run) == (run, run)
+    assert find_checkpoint(run) == (run, run)
     with pytest.raises(UserError, match=r"^ckpt: .*/none does not exist$"):
-        script.find_checkpoint(run / "none")
+        find_checkpoint(run / "none")
 
 
-def test_eval_writes_into_the_run_or_out(script: ModuleType, run: Path, tmp_path: Path):
-    script.main([f"ckpt={run}", "eval.lengths=[64]", "eval.examples=1"])
-    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
-    script.main(
-        [
-            f"ckpt={run / 'checkpoints' / 'last.ckpt'}",
-            f"out={tmp_path / 'else'}",
-            "eval.lengths=[80]",
-        ]
-    )
-    assert json.loads((tmp_path / "else" / "eval" / "passkey.json").read_text())["mean"].keys() == {
-        "80"
-    }
-    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"64"}
+def test_eval_writes_into_the_run_or_out(run: Path, tmp_path: Path):
+    """Another length joins what the same weights have shown; other weights start afresh."""
+    last, scores = run / "checkpoints" / "last.ckpt", run / "eval" / "passkey.json"
 
+    def lengths(file: Path) -> set[str]:
+        return set(json.loads(file.read_text())["mean"])
 
-def test_another_length_joins_what_the_same_weights_have_shown(script: ModuleType, run: Path):
-    for length in (64, 80, 64):
-        script.main([f"ckpt={run}", f"eval.lengths=[{length}]", "eval.examples=1"])
-    results = json.loads((run / "eval" / "passkey.json").read_text())
-    lines = [
-        json.loads(line)
-        for line in (run / "predictions" / "passkey.jsonl").read_text().splitlines()
-    ]
-    assert results["mean"].keys() == {"64", "80"} and len(results["cells"]) == len(lines) == 6
-    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    def evaluate_at(length: int, ckpt: Path = run, *keys: str) -> None:
+        small = ["eval.examples=1", "eval.depths=2"]
+        eval_script.main([f"ckpt={ckpt}", f"eval.lengths=[{length}]", *small, *keys])
+
+    evaluate_at(64)
+    assert lengths(scores) == {"64"}
+    evaluate_at(80, last, f"out={tmp_path / 'else'}")
+    assert lengths(tmp_path / "else" / "eval" / "passkey.json") == {"80"}
+    assert lengths(scores) == {"64"}
+    for length in (80, 64):
+        evaluate_at(length)
+        assert lengths(scores) == {"64", "80"}
+        assert len(json.loads(scores.read_text())["cells"]) == 4
+        assert len(lines_of(run / "predictions" / "passkey.jsonl")) == 4
+    checkpoint = torch.load(last, weights_only=True)
     checkpoint["state_dict"]["model.model.norm.weight"] += 1
-    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
-    script.main([f"ckpt={run}", "eval.lengths=[80]", "eval.examples=1"])
-    assert json.loads((run / "eval" / "passkey.json").read_text())["mean"].keys() == {"80"}, (
-        "other weights start afresh"
+    torch.save(checkpoint, last)
+    evaluate_at(80)
+    assert lengths(scores) == {"80"}
+
+
+def test_a_conf_of_another_model_is_named(run: Path, root: Path):
+    message = (
+        r"^conf=scrolls: is for another model than this checkpoint's, which was trained with conf="
+        r"passkey \(.*global_size.*\); leave conf out and give data\.kind=scrolls and its keys$"
     )
+    keys = [f"ckpt={run}", f"data.root={root}"]
+    with pytest.raises(UserError, match=message):
+        eval_script.main([*keys, "conf=scrolls"])
+    keys += ["data.kind=scrolls", "eval.examples=1", "eval.max_new_tokens=2"]
+    eval_script.main(keys)
+    assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1
 
 
-def test_a_conf_of_another_model_is_named(script: ModuleType, run: Path, tmp_path: Path):
-    root = scrolls_root(tmp_path / "data")
-    message = r"^conf=scrolls: is for another model than this checkpoint's, which was trained with conf=passkey \(.*global_size.*\); "
-    with pytest.raises(
-        UserError, match=message + r"leave conf out and give data\.kind=scrolls and its keys$"
-    ):
-        script.main([f"ckpt={run}", "conf=scrolls", f"data.root={root}"])
-    script.main(
-        [
-            f"ckpt={run}",
-            "data.kind=scrolls",
-            f"data.root={root}",
-            "eval.examples=1",
-            "eval.max_new_tokens=2",
-        ]
-    )
-    assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1, (
-        "as it says"
-    )
-
-
-def test_eval_refuses_what_it_cannot_use(script: ModuleType, run: Path, tmp_path: Path):
+def test_eval_refuses_what_it_cannot_use(run: Path):
     checkpoint = run / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match=r"^ckpt: missing"):
-        script.main([])
-    with pytest.raises(UserError, match=r"^eval.length: no such key.*did you mean eval.lengths"):
-        script.main([f"ckpt={run}", "eval.length=[64]"])
+
+    def refuses(message: str, *argv: str) -> None:
+        with pytest.raises(UserError, match=message):
+            eval_script.main(list(argv))
+
+    refuses(r"^ckpt: missing")
+    typo = r"^eval.length: no such key.*did you mean eval.lengths"
+    refuses(typo, f"ckpt={run}", "eval.length=[64]")
     checkpoint.write_bytes(checkpoint.read_bytes()[:2000])
-    with pytest.raises(UserError, match=r"last.ckpt: not a readable checkpoint"):
-        script.main([f"ckpt={run}"])
+    refuses(r"last.ckpt: not a readable checkpoint", f"ckpt={run}")
     torch.save({"state_dict": {}}, checkpoint)
-    with pytest.raises(
-        UserError, match=r"last.ckpt: a checkpoint, but not one that train.py wrote"
-    ):
-        script.main([f"ckpt={run}"])
+    refuses(r"last.ckpt: a checkpoint, but not one that train.py wrote", f"ckpt={run}")
     assert not (run / "eval").exists()

@@ -1,5 +1,5 @@
-"""Which rank reads which chunks of a batch, and what it receives and sends. All ranks know the whole
-plan beforehand.
+"""Which rank reads which chunks of a batch, and what it receives and sends. All ranks know the
+whole plan beforehand.
 
 A run is consecutive chunks of a window. Run k of a text is on rank k mod P, counted through all
 windows, so that memory only ever goes to the next rank of a ring.

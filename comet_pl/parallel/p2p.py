@@ -1,5 +1,5 @@
-"""Differentiable, asynchronous hand-over of a layer's memory between neighbouring ranks: tensors of shapes that both sides know from the
-plan, received one message ahead, never pickled. gloo and NCCL.
+"""Differentiable, asynchronous messages between neighbouring ranks, over gloo or NCCL: a layer's
+memory, of a shape that both sides know from the plan, received one message ahead.
 
 Legend: B rows, n memory slots (m global slots, then temporary ones), d width.
 """
@@ -21,7 +21,8 @@ from torch import Tensor
 class Channel:
     """One direction between this rank and a neighbour.
 
-    It has a process group of its own: NCCL serves the messages of a group in order, and two directions in one would wait for each other.
+    It has a process group of its own: NCCL serves a group's messages in order, so that two
+    directions in one group would wait for each other.
     """
 
     group: dist.ProcessGroup
@@ -30,7 +31,7 @@ class Channel:
     seconds: float = 0.0  # spent waiting for messages
 
     def send(self, message: Tensor) -> None:
-        """Starts to send; the tensor must not be written to afterwards."""
+        """Starts to send; nothing may write to the tensor afterwards."""
         while self.sent and self.sent[0][0].is_completed():
             self.sent.popleft()
         work = dist.isend(message, self.peer, self.group)
@@ -38,7 +39,7 @@ class Channel:
         self.sent.append((work, message))
 
     def post(self, like: Tensor, shape: Sequence[int]) -> tuple[dist.Work, Tensor]:
-        """Makes a place for the next message: (what to wait for, the tensor that it will fill)."""
+        """Starts to receive: (what to wait for, the tensor that the message will fill)."""
         message = like.new_empty(shape)
         work = dist.irecv(message, self.peer, self.group)
         assert work is not None
@@ -52,7 +53,7 @@ class Channel:
 
 @dataclass
 class Ring:
-    """A rank's four channels; rank p's memory goes to rank p + 1 (mod P), the gradient of it comes back."""
+    """A rank's four channels: rank p sends memory to rank p + 1 (mod P) and gets its gradient."""
 
     to_next: Channel
     from_previous: Channel
@@ -61,24 +62,19 @@ class Ring:
 
     @classmethod
     def build(cls, pipelines: Sequence[Sequence[int]]) -> Ring:
-        """Makes the groups of all rings: every rank of the world calls this with the same pipelines, each a list of two or more ranks."""
+        """Makes the groups of all rings. Every rank of the world calls this with the same
+        pipelines, each a list of two or more ranks."""
         me, ends = dist.get_rank(), dict[str, Channel]()
         for ranks in pipelines:
             for source, target in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
-                memory, gradient = (
-                    dist.new_group([source, target]),
-                    dist.new_group([source, target]),
-                )
+                memory: Any = dist.new_group([source, target])
+                gradient: Any = dist.new_group([source, target])
                 if me == source:
-                    ends |= {
-                        "to_next": Channel(memory, target),
-                        "gradient_from_next": Channel(gradient, target),
-                    }  # type: ignore[arg-type]
+                    ends["to_next"] = Channel(memory, target)
+                    ends["gradient_from_next"] = Channel(gradient, target)
                 if me == target:
-                    ends |= {
-                        "from_previous": Channel(memory, source),
-                        "gradient_to_previous": Channel(gradient, source),
-                    }  # type: ignore[arg-type]
+                    ends["from_previous"] = Channel(memory, source)
+                    ends["gradient_to_previous"] = Channel(gradient, source)
         return cls(**ends)
 
     @property
@@ -93,11 +89,12 @@ class Ring:
 
 
 class Inbox:
-    """The messages that are known to come through a channel, in order.
+    """The messages that will come through a channel, in order.
 
     Args:
-        like: a tensor of the messages' dtype and device. shapes: of the messages. together: messages that are handed over as one: the first
-            of so many waits for them all.
+        like: a tensor of the messages' dtype and device.
+        shapes: of the messages.
+        together: so many messages are waited for at once.
     """
 
     def __init__(
@@ -108,7 +105,7 @@ class Inbox:
         self.arrived: deque[Tensor] = deque()
 
     def open(self) -> None:
-        """Begins to receive: the first message may come while something else is worked on."""
+        """Starts to receive, so that the first message may come during other work."""
         if not self.posted:
             self._post()
 
@@ -117,7 +114,7 @@ class Inbox:
         if not self.arrived:
             self.open()
             now = [self.posted.popleft() for _ in range(min(self.together, len(self.posted)))]
-            self._post()  # the next ones travel while these are worked on
+            self._post()  # the next ones travel while these are used
             start = time.perf_counter()
             for work, message in now:
                 work.wait()
@@ -131,19 +128,20 @@ class Inbox:
 
 
 def receive(inbox: Inbox, back: Channel) -> Tensor:
-    """The next memory (B, n, d) of an inbox; its gradient, zeros if there is none, will be sent `back`."""
-    return _Receive.apply(_anchor(inbox.like), inbox, back)  # type: ignore[no-any-return]
+    """The next memory (B, n, d) of an inbox; its gradient, or zeros, will be sent `back`."""
+    return _Receive.apply(_anchor(inbox.like), inbox, back)
 
 
 def send(memory: Tensor, channel: Channel, gradients: Inbox) -> Tensor:
-    """Sends a memory (B, n, d). Its gradient will be taken from `gradients` in the backward pass of what this returns (see `tie`)."""
-    return _Send.apply(_anchor(memory), memory, channel, gradients)  # type: ignore[no-any-return]
+    """Sends a memory (B, n, d) and returns what to `tie` to the loss: in its backward pass the
+    memory takes its gradient from `gradients`."""
+    return _Send.apply(_anchor(memory), memory, channel, gradients)
 
 
 def tie(loss: Tensor, others: Sequence[Tensor], gradients: Inbox | None) -> Tensor:
-    """The loss; its backward pass opens the inbox of gradients, and reaches the others too without giving them a gradient: what was sent
-    has to fetch one, and what was received has to send one back, whether or not it touches this rank's loss."""
-    return _Tie.apply(loss, gradients, *others)  # type: ignore[no-any-return]
+    """Adds sent and received memories to the graph of `loss` with zero gradient, so that their
+    backward runs even if this rank's loss does not depend on them. It first opens the inbox."""
+    return _Tie.apply(loss, gradients, *others)
 
 
 def _anchor(like: Tensor) -> Tensor:
@@ -160,7 +158,7 @@ class _Receive(torch.autograd.Function):
         return message
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[None, None, None]:
         ctx.back.send(ctx.like.new_zeros(ctx.shape) if gradient is None else gradient.contiguous())
         return None, None, None
 
@@ -176,7 +174,7 @@ class _Send(torch.autograd.Function):
         return anchor.clone()
 
     @staticmethod
-    def backward(ctx: Any, nothing: Tensor | None) -> tuple[None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, nothing: Tensor | None) -> tuple[None, Tensor | None, None, None]:
         gradient = ctx.gradients.take()
         return None, gradient if ctx.needs_input_grad[1] else None, None, None
 
@@ -188,9 +186,8 @@ class _Tie(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if (
-            ctx.gradients is not None
-        ):  # not before: on NCCL, what waits for something that we have yet to cause could block us
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # Not before: on NCCL, a receive whose message depends on our own later work could block us.
+        if ctx.gradients is not None:
             ctx.gradients.open()
         return gradient, None, *[None] * ctx.others

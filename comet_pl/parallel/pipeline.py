@@ -1,5 +1,5 @@
-"""A batch that several ranks read: each reads its own runs of chunks and sends a layer's memory on as
-soon as it is written.
+"""A batch that several ranks read: each reads its own runs of chunks and sends a layer's memory on
+as soon as it is written.
 
 Every rank has the whole batch, and reads only its own part of it.
 """

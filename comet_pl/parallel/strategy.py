@@ -1,13 +1,13 @@
 """LayerPipelineStrategy: one text over several devices, as a Lightning strategy.
 
-Ranks form a mesh of data x pipeline: rank d * P + p is place p of pipeline d. The ranks of a pipeline read the same rows, each its own
-chunks of them; pipelines read different rows.
+Ranks form a mesh of data x pipeline: rank d * P + p has index p in pipeline d. The ranks of a
+pipeline read the same rows, each its own chunks of them; pipelines read different rows.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -33,25 +33,29 @@ from comet_pl.training.text_reader import TextReader
 from comet_pl.training.windows import Window
 
 NAME = "layer_pipeline"
-SLOWEST = timedelta(
-    hours=1
-)  # for a rank that is alive but busy, as when it writes a large checkpoint
+# For a rank that is alive but busy, as when it writes a large checkpoint.
+SLOWEST = timedelta(hours=1)
 
 
 class LayerPipelineStrategy(DDPStrategy, TextReader):
-    """Layer-level pipeline parallelism over the chunks of a text, times data parallelism over texts.
+    """Layer-level pipeline parallelism over the chunks of a text, times data parallelism over
+    texts.
 
-    Gradients are summed over all ranks once a step; the module divides its loss by the labelled tokens of all data-parallel ranks.
-    Checkpoints hold whole tensors: they do not depend on the number of ranks.
+    Gradients are summed over all ranks once a step; the module divides its loss by the labelled
+    tokens of all data-parallel ranks. Checkpoints hold whole tensors: they do not depend on the
+    number of ranks.
 
     Args:
-        pipeline_size: P, ranks that share a text; None: all. sharding: none, zero2 or zero3 (see comet_pl/parallel/sharding.py).
-        schedule: one of comet_pl.parallel.schedule.SCHEDULES; None: interleaved, but layer_level with zero3, where each run of chunks has
-            to gather all layers. timeout: seconds within which a dead rank ends all others.
-        process_group_backend: gloo or nccl; None: by device. others: Lightning's, see DDPStrategy.
+        pipeline_size: P, ranks that share a text; None: all.
+        sharding: none, zero2 or zero3 (see comet_pl/parallel/sharding.py).
+        schedule: one of comet_pl.parallel.schedule.SCHEDULES; None: interleaved, but layer_level
+            with zero3, where each run of chunks gathers all layers.
+        timeout: seconds within which a dead rank ends all others.
+        process_group_backend: gloo or nccl; None: by device.
+        lightning: DDPStrategy's own arguments.
 
     Raises:
-        UserError: before any process group exists, whatever of these does not fit the devices.
+        UserError: before any process group exists, for arguments that do not fit the devices.
     """
 
     strategy_name = NAME
@@ -98,10 +102,12 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
 
     def check(self) -> None:
         """Raises UserError for what cannot be run."""
-        if self.world % self.pipeline_size:
+        size, world = self.pipeline_size, self.world
+        if world % size:
+            divisors = [str(n) for n in range(1, world + 1) if world % n == 0]
             raise UserError(
-                f"strategy.pipeline_size: {self.pipeline_size} given, but trainer.devices x trainer.num_nodes is {self.world}; allowed: "
-                f"{', '.join(str(n) for n in range(1, self.world + 1) if self.world % n == 0)}"
+                f"strategy.pipeline_size: {size} given, but trainer.devices x trainer.num_nodes is "
+                f"{world}; allowed: {', '.join(divisors)}"
             )
         for key, value, allowed in (
             ("sharding", self.sharding, SHARDING),
@@ -109,24 +115,28 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         ):
             if value not in allowed:
                 raise UserError(f"strategy.{key}: {value!r} given, allowed: {', '.join(allowed)}")
-        if self.sharding == "zero3" and self.data_size == 1 and self.world > 1:
+        if self.sharding == "zero3" and self.data_size == 1 and world > 1:
             raise UserError(
-                f"strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size {self.pipeline_size} of {self.world} devices "
-                "leaves one; allowed: zero2 (shards over all ranks), none, or a smaller strategy.pipeline_size"
+                "strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size "
+                f"{size} of {world} devices leaves one; allowed: zero2 (shards over all "
+                "ranks), none, or a smaller strategy.pipeline_size"
             )
         if self.sharding == "zero3" and self.schedule == "chunk_level":
             raise UserError(
-                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: layer_level, interleaved"
+                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: "
+                "layer_level, interleaved"
             )
         if self.sharding != "none" and self._start_method != "popen":
             raise UserError(
-                f"start_method: {self._start_method} given, but shards of weights cannot come back from it; allowed: popen"
+                f"start_method: {self._start_method} given, but shards of weights cannot come back "
+                "from it; allowed: popen"
             )
         backend, device = self._get_process_group_backend(), self.root_device.type
         if (backend, device) in (("nccl", "cpu"), ("gloo", "cuda")):
             only = {"cpu": "gloo", "cuda": "nccl"}[device]
             raise UserError(
-                f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: {only}"
+                f"strategy.backend: {backend} cannot send tensors of a {device} device; "
+                f"allowed: {only}"
             )
 
     def setup_environment(self) -> None:
@@ -146,9 +156,8 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         )
         self.watch.start()
         for thread in threading.enumerate():
-            if (
-                thread.name == "child-process-observer"
-            ):  # Lightning's: it would kill this process before the watch has said why
+            # Lightning's: it would kill this process before the watchdog has said why.
+            if thread.name == "child-process-observer":
                 thread._child_processes = []  # type: ignore[attr-defined]
         size = self.pipeline_size
         rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
@@ -156,7 +165,8 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         self.pipeline = Pipeline(ring, self.global_rank % size, size, self.schedule)
 
     def configure_ddp(self) -> None:
-        """No wrapper: the same weights everywhere, cut into shards where that is asked for."""
+        """Gives every rank rank 0's weights, and shards them if that is asked for; no DDP
+        wrapper."""
         assert self.model is not None
         with torch.no_grad():
             for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -174,28 +184,26 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
     def read(
         self, model: CometForCausalLM, windows: Sequence[Window], num_items: int
     ) -> Iterator[Tensor | None]:
-        """This rank's part of each window's loss; see Pipeline.read."""
         assert self.pipeline is not None
         return self.pipeline.read(model, windows, num_items)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """A step's forward and backward passes: no gradient is summed before `sum_gradients`, weights that a step keeps whole are so."""
+        """Makes the weights whole that a step keeps whole."""
         if self.shards is not None:
             self.shards.gather(all_layers=not self.shards.layerwise)
         yield
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sums the gradients over all ranks; one that some ranks miss counts as zero there."""
+    def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         if self.shards is not None:
             self.shards.reduce()
-            return
-        sum_gradients(list(parameters), _sum)
+        else:
+            sum_gradients(parameters, _sum)
 
     # ---- validation, checkpoints
 
     def on_validation_start(self) -> None:
-        """Every rank reads its own rows with the whole model."""
+        """Makes the model whole: every rank reads rows of its own."""
         super().on_validation_start()
         if self.shards is not None:
             self.shards.gather(all_layers=True)
@@ -227,13 +235,13 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
     # ---- the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """A rank that fails tells the others; one that lost a neighbour finds out whom."""
+        """Tells the other ranks that this one fails; first finds out whether it lost a
+        neighbour."""
         if self.watch is None or isinstance(exception, (MisconfigurationException, OnAllRanks)):
             return
         self.failed = True
-        if isinstance(exception, (dist.DistError, RuntimeError)) and not isinstance(
-            exception, torch.OutOfMemoryError
-        ):
+        lost = isinstance(exception, (dist.DistError, RuntimeError))
+        if lost and not isinstance(exception, torch.OutOfMemoryError):
             self.watch.explain()  # ends the process if a rank is gone
         self.watch.fail(" ".join(f"{type(exception).__name__}: {exception}".split())[:200])
 
@@ -247,7 +255,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
 
 
 def _sum(tensor: Tensor) -> Tensor:
-    """Over all ranks, in place. Lightning's reduce would put a barrier before."""
+    """Over all ranks, in place. Lightning's reduce would add a barrier."""
     dist.all_reduce(tensor)
     return tensor
 

@@ -183,7 +183,7 @@ def _read_ahead(model: CometForCausalLM, chunk: Window, cache: CometCache | None
     """The memory after a chunk; its loss is left to the second reading."""
     inputs = chunk.inputs() | {"shift_labels": torch.full_like(chunk.shift_labels, IGNORED)}
     with torch.no_grad():
-        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values  # type: ignore[return-value]
+        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _join(loss: Tensor, cache: CometCache | None, gradients: Sequence[Tensor | N
         for m, g in zip(_tensors(cache), gradients, strict=True)
         if m is not None and g is not None and m.requires_grad
     ]
-    return _Join.apply(loss, [g for _, g in pairs], *(m for m, _ in pairs))  # type: ignore[no-any-return]
+    return _Join.apply(loss, [g for _, g in pairs], *(m for m, _ in pairs))
 
 
 class _Join(torch.autograd.Function):
@@ -226,5 +226,5 @@ class _Join(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None, *ctx.gradients

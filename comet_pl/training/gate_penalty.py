@@ -53,7 +53,7 @@ class GatePenalty:
 
     def __call__(self, g: Tensor) -> Tensor:
         """g itself; its backward pass adds the penalty's gradient."""
-        return _Penalised.apply(g, self) if g.requires_grad else g  # type: ignore[no-any-return]
+        return _Penalised.apply(g, self) if g.requires_grad else g
 
 
 class _Penalised(torch.autograd.Function):
@@ -64,7 +64,7 @@ class _Penalised(torch.autograd.Function):
         return g.view_as(g)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (g,) = ctx.saved_tensors
         slope = ctx.penalty.slope(g.to(torch.promote_types(g.dtype, torch.float32)))
         # The gradient of rows that rest, start afresh, or have no further target is exactly zero.

@@ -117,7 +117,7 @@ class CometModule(lightning.LightningModule):
         learning_rate = optimizer.param_groups[0]["lr"]
         optimizer.step()  # clips or clears the gradients, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
-        self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
+        self.lr_schedulers().step()  # type: ignore[union-attr]
         self._log_step(self.sum_over_ranks(float(loss)), learning_rate)
         if self.skipped_in_a_row >= train.max_skipped:
             raise UserErrorOnAllRanks(
@@ -182,7 +182,7 @@ class CometModule(lightning.LightningModule):
         return float(self.trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     def _over_texts(self, count: int) -> int:
-        """A count summed over the data-parallel ranks; the ranks of a pipeline have the same one."""
+        """A count summed over data-parallel ranks; the ranks of a pipeline have the same one."""
         copies = self.trainer.world_size // self.reader.shard[1]
         return int(self.sum_over_ranks(count)) // copies
 

@@ -1,7 +1,8 @@
-"""What is trained: all weights, the memory alone, LoRA on the decoder, or both; by peft, in place, and back to plain weights.
+"""What is trained: all weights, the memory alone, LoRA on the decoder, or both; by peft, in place.
 
-The model stays a CometForCausalLM with its cells: single modules in it are wrapped, so that only parts of names change
-(`q_proj.weight` -> `q_proj.base_layer.weight`). `merge_adapters` gives the plain names back.
+The model stays a CometForCausalLM with its cells. Single modules in it are wrapped, which changes
+parts of names (`q_proj.weight` -> `q_proj.base_layer.weight`); `merge_adapters` restores plain
+weights under plain names.
 """
 
 from __future__ import annotations
@@ -28,18 +29,19 @@ LORA = ("lora_A", "lora_B")
 def add_adapters(
     model: CometForCausalLM, train: TrainConfig, rows: Sequence[int] | None = None
 ) -> None:
-    """Leaves to learn what train.parameters names, and freezes the rest.
+    """Makes trainable what train.parameters names, and freezes the rest.
 
-    - all: everything learns; the model is left as it is.
-    - memory: the memory modules and the new tokens' rows of the embedding, which a tied head shares. An untied head is frozen: no new
-      token is ever a target.
-    - lora: low-rank matrices beside the decoder's attention and MLP projections.
+    - all: everything; the model is left as it is.
+    - memory: the memory modules and the new tokens' rows of the embedding, which a tied head
+      shares. An untied head is frozen: no new token is ever a target.
+    - lora: low-rank matrices at the decoder's attention and MLP projections.
     - memory+lora: both.
 
-    A checkpoint's weights are loaded after this, a plain model's before.
+    Load a checkpoint's weights after this call, a plain model's before it.
 
     Args:
-        rows: ids of the new tokens; None: those of the model's configuration (a checkpoint may have been trained with more).
+        rows: ids of the new tokens; None: those of the model's configuration (a checkpoint may have
+            been trained with other ones).
     """
     parts = train.parameters.split("+")
     if "all" in parts:
@@ -48,101 +50,90 @@ def add_adapters(
 
     rows = new_rows(model.config) if rows is None else rows
     if "memory" in parts and rows:
-        _inject(
-            model, TrainableTokensConfig(token_indices=list(rows), target_modules=["embed_tokens"])
-        )
+        target = ["embed_tokens"]
+        _inject(model, TrainableTokensConfig(token_indices=list(rows), target_modules=target))
     if "lora" in parts:
         alpha: Any = train.lora_alpha  # peft takes any number
-        _inject(
-            model,
-            LoraConfig(
-                target_modules=DECODER_LINEARS,
-                r=train.lora_rank,
-                lora_alpha=alpha,
-                lora_dropout=train.lora_dropout,
-            ),
+        lora = LoraConfig(
+            target_modules=DECODER_LINEARS,
+            r=train.lora_rank,
+            lora_alpha=alpha,
+            lora_dropout=train.lora_dropout,
         )
+        _inject(model, lora)
     model.requires_grad_(False)
-    learning = [p for name, p in model.named_parameters() if _is_adapter(name)]
+    trained = [p for name, p in model.named_parameters() if _is_adapter(name)]
     if "memory" in parts:
-        learning += [p for _, p in model.memory_parameters()]
-    for parameter in learning:
+        trained += [p for _, p in model.memory_parameters()]
+    for parameter in trained:
         parameter.requires_grad_(True)
 
 
 def _inject(model: CometForCausalLM, settings: PeftConfig) -> None:
     from peft import inject_adapter_in_model
 
-    with (
-        warnings.catch_warnings()
-    ):  # that nothing ties the head's rows to the embedding's: TrainableTokensConfig does
+    with warnings.catch_warnings():
+        # It says that the head's rows are not tied to the embedding's; TrainableTokensConfig ties.
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True.*")
         inject_adapter_in_model(settings, model)
-    del model.peft_config  # or peft takes the next kind of adapter for a mistake
+    del model.peft_config  # peft would refuse the next kind of adapter
 
 
 def merge_adapters(model: CometForCausalLM) -> None:
-    """Writes LoRA and new rows into the weights that they belong to; no module of peft is left, and all weights may learn again.
-
-    A model without adapters is left as it is.
-    """
+    """Writes LoRA and new rows into the weights that they belong to and removes peft's modules;
+    then all weights are trainable. A model without adapters is left as it is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
-    ]
-    for name, layer in found:
+    wrapped = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    for name, layer in wrapped:
         layer.merge()
         plain = layer.get_base_layer()
         assert isinstance(plain, nn.Module)
         model.set_submodule(name, plain)
-    if found:
+    if wrapped:
         model.requires_grad_(True)
 
 
 def count_parameters(model: CometForCausalLM) -> dict[str, int]:
     """Numbers of weights, with adapters or without; tied ones count once.
 
-    For Qwen3-4B's shape the memory modules have 3,317,760 and, with the 513 new rows of the embedding, 4,631,040; the paper's 3.95 M lies
-    between the two.
+    For Qwen3-4B's shape the memory modules have 3,317,760 and, with the 513 new rows of the
+    embedding, 4,631,040; the paper's 3.95 M lies between the two.
 
     Returns:
-        decoder (without the new rows), memory (its modules), rows (of new tokens, in the embedding), lora; and learning, those of all of
-        them that are not frozen.
+        decoder (without the new rows), memory (its modules), rows (of new tokens, in the
+        embedding), lora; and learning, those of all of them that are not frozen.
     """
     memory = sum(p.numel() for _, p in model.memory_parameters())
     rows = len(new_rows(model.config)) * model.config.backbone_config.hidden_size
-    lora = sum(
-        p.numel() for name, p in model.named_parameters() if _is_adapter(name) and ROWS not in name
-    )
-    plain = sum(p.numel() for name, p in model.named_parameters() if not _is_adapter(name))
+    lora = plain = 0
+    for name, parameter in model.named_parameters():
+        if not _is_adapter(name):
+            plain += parameter.numel()
+        elif ROWS not in name:
+            lora += parameter.numel()
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {
-        "decoder": plain - memory - rows,
-        "memory": memory,
-        "rows": rows,
-        "lora": lora,
-        "learning": learning,
-    }
+    decoder = plain - memory - rows
+    return {"decoder": decoder, "memory": memory, "rows": rows, "lora": lora, "learning": learning}
 
 
 def describe(counts: dict[str, int]) -> str:
     """One line for people."""
     total = sum(counts.values()) - counts["learning"]
+    frozen = " (frozen)" if counts["learning"] < total else ""
     parts = [
-        f"{counts['decoder']:,} weights of the decoder{' (frozen)' if counts['learning'] < total else ''}",
+        f"{counts['decoder']:,} weights of the decoder{frozen}",
         f"{counts['memory']:,} in memory modules",
         f"{counts['rows']:,} in rows of new tokens",
     ]
     if counts["lora"]:
         parts.append(f"{counts['lora']:,} in LoRA")
-    return f"{', '.join(parts)}: {counts['learning']:,} learn ({100 * counts['learning'] / total:.3g} %)"
+    share = 100 * counts["learning"] / total
+    return f"{', '.join(parts)}: {counts['learning']:,} learn ({share:.3g} %)"
 
 
 def new_rows(config: CometConfig) -> list[int]:
-    """The new tokens that the model puts between the text's."""
+    """Ids of the compression and readout tokens."""
     compression = [config.compression_token_id] if config.compression_stride is not None else []
     return [row for row in (*compression, *config.readout_token_ids) if row is not None]
 

@@ -37,10 +37,10 @@ import yaml
 from rich.console import Console
 
 from comet_pl.config.load import load, to_dict
-from comet_pl.config.rules import as_type, convert, nearest
+from comet_pl.config.rules import as_type, convert
 from comet_pl.config.schema import key
 from comet_pl.config.sources import hints_of, read_arguments, read_yaml
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import UserError, nearest, run_cli
 from comet_pl.experiment import sweep_table
 from comet_pl.files import as_json, replace_file
 from comet_pl.progress import PLAIN

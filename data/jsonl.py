@@ -2,13 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
+
+import zstandard
 
 from comet_pl.errors import UserError
-from data.lines import OPEN, Row, rows
 
-HUB = "hf://datasets/tau/scrolls/{task}.zip"
+
+class _Zstd(io.RawIOBase):
+    """Unpacks a .zst file of one or more frames; unlike zstandard.open it notices a file that was cut off."""
+
+    def __init__(self, path: Path):
+        self.file, self.ready = path.open("rb"), memoryview(b"")
+        self.frame: Any = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            ended = self.frame is None or self.frame.eof
+            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(
+                1 << 14
+            )
+            if not data:
+                if ended:
+                    return 0
+                raise EOFError("Compressed file ended within a frame")
+            self.frame = zstandard.ZstdDecompressor().decompressobj() if ended else self.frame
+            self.ready = memoryview(self.frame.decompress(data))
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+Open = Callable[[Path], IO[bytes]]
+OPEN: dict[str, Open] = {
+    "": lambda path: path.open("rb"),
+    ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),
+    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),  # type: ignore[arg-type]
+    ".zst": lambda path: io.BufferedReader(_Zstd(path)),
+}
+Row = dict[str, Any]
+
+
+def rows(path: Path) -> Iterator[tuple[str, Row | str]]:
+    """('path:line', row) of every line that is not blank; instead of a row, what is wrong with the line.
+
+    Args:
+        path: its ending says how it is compressed, one of OPEN; any other: not at all.
+
+    Raises:
+        UserError: the file cannot be read or unpacked.
+    """
+    number = 0
+    try:
+        with OPEN.get(path.suffix, OPEN[""])(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}:{number}", _parse(line)
+    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read after line {number}: {reason}") from None
+
+
+def _parse(line: bytes) -> Row | str:
+    """The object, or what is wrong."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except ValueError as error:
+        return f"not JSON: {error}"
+    except RecursionError:
+        return "not JSON: nested too deep"
+    return (
+        row
+        if isinstance(row, dict)
+        else f"a JSON object is needed, but this is a {type(row).__name__}"
+    )
 
 
 class UnusableRow(UserError):
@@ -73,29 +155,3 @@ def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
             yield place, row
         else:
             complaints.add(place, row)
-
-
-def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, Row]]:
-    """('place:number', row) of a task of tau/scrolls, streamed out of its zip.
-
-    Args:
-        archive: address of the zip, {task} to be filled in.
-
-    Raises:
-        UserError: the hub, or the split, cannot be read.
-    """
-    import datasets
-
-    place = archive.format(task=task)
-    try:
-        files = {split: f"zip://**/{split}.jsonl::{place}"}
-        stream = datasets.load_dataset("json", data_files=files, split=split, streaming=True)
-        for number, row in enumerate(stream, 1):
-            yield f"{place}/{split}.jsonl:{number}", dict(row)
-    except UserError:
-        raise
-    except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data.root: null given, but {split} rows of {place} cannot be read: {reason}"
-        ) from None

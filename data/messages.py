@@ -21,8 +21,7 @@ import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.rules import nearest
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 from comet_pl.metrics.agent import Arguments, action_text, as_arguments
 from data.jsonl import Row, UnusableRow
 

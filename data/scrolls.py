@@ -24,12 +24,11 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.load import ScrollsData
-from comet_pl.config.rules import nearest
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
 from data.batches import IGNORED, say, stop_token
 from data.chat_template import encode, frame
-from data.jsonl import Complaints, Row, UnusableRow, find, hub_rows, is_unicode, read
+from data.jsonl import Complaints, Row, UnusableRow, find, is_unicode, read
 from data.text.datamodule import TextDataModule
 from data.text.tokenized import Sample, file_facts
 
@@ -44,6 +43,7 @@ MAX_NEW_TOKENS = {
     "squality": 512,
 }
 TASKS = list(METRICS)
+HUB = "hf://datasets/tau/scrolls/{task}.zip"
 WITHOUT_QUESTION = ("gov_report", "summ_screen_fd")
 TOKENIZER_CHARACTERS = (
     20_000_000  # a from-scratch tokenizer learns no more from more text, but takes longer
@@ -120,6 +120,32 @@ def rows(
             complaints.add(place, f"{halves[0]}: not Unicode text (half of a surrogate pair)")
         else:
             yield place, row
+
+
+def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, Row]]:
+    """('place:number', row) of a task of tau/scrolls, streamed out of its zip.
+
+    Args:
+        archive: address of the zip, {task} to be filled in.
+
+    Raises:
+        UserError: the hub, or the split, cannot be read.
+    """
+    import datasets
+
+    place = archive.format(task=task)
+    try:
+        files = {split: f"zip://**/{split}.jsonl::{place}"}
+        stream = datasets.load_dataset("json", data_files=files, split=split, streaming=True)
+        for number, row in enumerate(stream, 1):
+            yield f"{place}/{split}.jsonl:{number}", dict(row)
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"data.root: null given, but {split} rows of {place} cannot be read: {reason}"
+        ) from None
 
 
 def split_input(task: str, row: Row) -> tuple[str, str]:

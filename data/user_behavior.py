@@ -32,9 +32,8 @@ import numpy as np
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.rules import nearest
 from comet_pl.config.schema import UserBehaviorData
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 from comet_pl.metrics.behavior import KINDS
 from data.batches import (
     IGNORED,

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.chat.conversation import Conversation
-from comet_pl.config.rules import convert, nearest
+from comet_pl.config.rules import convert
 from comet_pl.config.schema import ModelConfig
-from comet_pl.errors import UserError, first_line
+from comet_pl.errors import UserError, first_line, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
 from comet_pl.model.pretrained import check_built, kind
 

@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.config.rules import convert, nearest
+from comet_pl.config.rules import convert
 from comet_pl.config.schema import (
     DATA_KINDS,
     BackboneConfig,
@@ -38,7 +38,7 @@ from comet_pl.config.sources import (
     read_arguments,
     read_file,
 )
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 
 __all__ = [
     "DATA_KINDS",

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 
 Rules = Mapping[str, Any]
 """What a field's metadata may say beside its meaning: min, above (exclusive), max, below (exclusive) and choices, for the value or, in a
@@ -22,12 +21,6 @@ BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "below": ("<", lambda value, bound: value < bound),
 }
 WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", type(None): "null"}
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known name closest to `name`, or ''."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" (did you mean {match[0]}?)" if match else ""
 
 
 def arms(hint: Any) -> tuple[Any, ...]:

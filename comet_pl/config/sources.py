@@ -12,9 +12,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.config.rules import arms, nearest
+from comet_pl.config.rules import arms
 from comet_pl.config.schema import DATA_KINDS, Config
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.config.rules import nearest
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 from comet_pl.files import as_png, replace_file
 from comet_pl.progress import PLAIN
 

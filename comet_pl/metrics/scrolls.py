@@ -33,9 +33,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
 
-from comet_pl.config.rules import nearest
-from comet_pl.errors import Parser, UserError, run_cli
-from data import lines as jsonl
+from comet_pl.errors import Parser, UserError, nearest, run_cli
+from data import jsonl
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {

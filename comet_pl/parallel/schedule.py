@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
 
-from comet_pl.config.rules import nearest
+from comet_pl.errors import nearest
 
 SCHEDULES: tuple[str, ...] = ("layer_level", "interleaved", "chunk_level")
 SIMULATED: tuple[str, ...] = (*SCHEDULES, "layer_stages")

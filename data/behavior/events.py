@@ -25,8 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from comet_pl.config.rules import nearest
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, nearest
 from data.batches import say
 from data.behavior.tables import ENDINGS, kind_of, rows
 from data.jsonl import Complaints, Row, UnusableRow, is_unicode

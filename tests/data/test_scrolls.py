@@ -15,7 +15,6 @@ import zstandard
 from comet_pl.config.load import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS, SCROLLS
-from data import jsonl
 from data.batches import train_tokenizer
 from data.chat_template import encode
 from data.jsonl import Complaints
@@ -24,6 +23,7 @@ from data.scrolls import (
     Corpus,
     ScrollsDataModule,
     ScrollsSource,
+    hub_rows,
     split_input,
     tasks,
     texts,
@@ -369,14 +369,14 @@ def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     with zipfile.ZipFile(tmp_path / "qmsum.zip", "w") as archive:
         archive.writestr("qmsum/train.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
-    found = list(jsonl.hub_rows("qmsum", "train", str(tmp_path / "{task}.zip")))
+    found = list(hub_rows("qmsum", "train", str(tmp_path / "{task}.zip")))
     assert [row for _, row in found] == ROWS
     assert found[2][0] == f"{tmp_path}/qmsum.zip/train.jsonl:3"
     with pytest.raises(
         UserError,
         match=r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$",
     ):
-        list(jsonl.hub_rows("qmsum", "validation", str(tmp_path / "{task}.zip")))
+        list(hub_rows("qmsum", "validation", str(tmp_path / "{task}.zip")))
 
 
 def test_a_tokenizer_without_chat_template(tmp_path: Path):

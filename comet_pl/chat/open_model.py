@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -78,13 +78,13 @@ def open_conversation(
                 raise UserError(f"{option}: given, but {reason}")
         cache, opening, asked = _load_memory(memory, device)
         name = f"{memory} (made with {asked['model']})"
-    loaded = load(options.model, asked["comet"], asked["dtype"])
-    model = loaded.model.to(device)  # type: ignore[arg-type]
+    model, tokenizer, comet = load(options.model, asked["comet"], asked["dtype"])
+    model.to(device)  # type: ignore[arg-type]
     # without rollover an open chunk would grow without end
     model.config.rollover = True
     dtype = str(model.dtype).removeprefix("torch.")
-    notes = {"comet": loaded.comet, "dtype": dtype, "model": options.model}
-    return Conversation(model, loaded.tokenizer, cache, opening, name), notes
+    notes = {"comet": comet, "dtype": dtype, "model": options.model}
+    return Conversation(model, tokenizer, cache, opening, name), notes
 
 
 def memory_keys(texts: list[str]) -> dict[str, Any]:
@@ -113,17 +113,11 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
     return keys
 
 
-@dataclass
-class Loaded:
-    """comet: the memory keys that load the same model again."""
-
-    model: CometForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    comet: dict[str, Any]
+Loaded = tuple[CometForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]
 
 
 def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
-    """A model in eval mode on the CPU.
+    """(model in eval mode on the CPU, its tokenizer, memory keys that load the same model again).
 
     Args:
         name: what MODEL may be.
@@ -154,7 +148,7 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
             return _from_hugging_face(name, comet, dtype)
         keys = [f"model.{key}={json.dumps(value)}" for key, value in comet.items()]
         model, tokenizer, _ = load_trained(path, keys)
-        return Loaded(model.to(getattr(torch, dtype)) if dtype else model, tokenizer, comet)
+        return model.to(getattr(torch, dtype)) if dtype else model, tokenizer, comet
     except UserError as error:
         raise UserError(str(error).replace("ckpt: ", "MODEL: ", 1)) from None
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -177,7 +171,7 @@ def _from_hugging_face(name: str, comet: dict[str, Any], dtype: str | None) -> L
             f"python train.py conf=scrolls data.root=PATH backbone.path={name}"
         )
         print(line, file=sys.stderr, flush=True)
-    return Loaded(model, tokenizer, comet)
+    return model, tokenizer, comet
 
 
 def check_target(path: str, force: bool | None = None) -> None:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM, ask, read
@@ -230,30 +229,6 @@ def test_every_end_that_the_model_knows_ends_an_answer(model, tokenizer):
         other.generation_config.eos_token_id = ends
         talk = Conversation(other, tokenizer, CometCache())
         assert set(talk.stops) == {tokenizer.eos_token_id} | stops
-
-
-def test_without_a_template_a_text_begins_as_the_tokenizer_begins_it(tokenizer):
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    assert frame(plain)[0] == []
-    plain.add_special_tokens({"bos_token": "<|user|>"})
-    # as Llama's
-    start = TemplateProcessing("<|user|> $A", special_tokens=[("<|user|>", plain.bos_token_id)])
-    plain.backend_tokenizer.post_processor = start
-    assert frame(plain)[0] == [plain.bos_token_id]
-    plain.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(UserError, match="chat template cannot be used: no"):
-        frame(plain)
-
-
-def test_the_frame_is_the_template(tokenizer):
-    before, after = frame(tokenizer)
-    said = [("user", "It fell."), ("assistant", "Who?"), ("user", "the rain")]
-    first, answer, last = (text for _, text in said)
-    chat = [{"role": role, "content": text} for role, text in said]
-    rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ours = joined(tokenizer, before, first, after, answer, separator(tokenizer), last, after)
-    assert ours == tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
 class StopAfter:
@@ -536,9 +511,8 @@ def test_a_real_model_reads_a_book(shared_data, tmp_path):
     assert done.returncode == 0, done.stderr
     done = run("ask", real, memory, question, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
-    loaded = load(str(real), {})
-    before, after = frame(loaded.tokenizer)
+    model, tokenizer, _ = load(str(real), {})
+    before, after = frame(tokenizer)
     text = (tmp_path / "book.txt").read_text().removeprefix("\ufeff")
-    ids = joined(loaded.tokenizer, before, text, "\n\n", question, after)
-    answer = greedy(loaded.model, loaded.tokenizer, ids, 12)
-    assert done.stdout == loaded.tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+    answer = greedy(model, tokenizer, joined(tokenizer, before, text, "\n\n", question, after), 12)
+    assert done.stdout == tokenizer.decode(answer, skip_special_tokens=True) + "\n"

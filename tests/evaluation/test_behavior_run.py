@@ -1,15 +1,11 @@
-"""conf=user_behavior from train.py to its table, and the accuracy that validation shows."""
+"""conf=user_behavior from train.py to its table."""
 
 from __future__ import annotations
 
 import json
 import re
 
-import pytest
-import torch
-
 import train
-from callbacks.behavior_scores import BehaviorScores
 from tests.support.tiny_data import write_events
 from tests.support.tiny_runs import TINY
 
@@ -54,33 +50,3 @@ def test_a_run_trains_validates_and_compares_with_truncation_and_retrieval(tmp_p
         assert "?" in one["prompt_end"] and one["prompt_end"][-40:] == other["prompt_end"][-40:]
         assert re.search(r"\d x at \d", other["prompt_end"])
     assert (folder / "eval" / "user_behavior.png").stat().st_size > 1000
-
-
-class Module:
-    device = torch.device("cpu")
-
-    class model:
-        class config:
-            first_new_id = 9
-
-
-@pytest.mark.parametrize("wrong", [None, 0, 1, 2])
-def test_an_answer_is_right_if_all_its_tokens_are(wrong):
-    """Left-padded answers of two and of three tokens; new tokens never count, however likely."""
-    labels = torch.tensor([[-100, -100, -100, 5, 6], [-100, -100, 3, 4, 7]])
-    logits = torch.zeros(2, 4, 11)
-    for row in range(2):
-        for column in range(2, 5):
-            if labels[row, column] != -100:
-                logits[row, column - 2, labels[row, column]] = 1.0
-    logits[:, :, 10] = 5.0
-    if wrong is not None:
-        logits[1, wrong, 8] = 2.0
-    scores = BehaviorScores()
-    scores.on_validation_epoch_start(None, Module)
-    batch = {"labels": labels, "logits_to_keep": 4}
-    batch |= {"kinds": ["count", "last_time"], "ages": [5, 2000]}
-    scores.on_validation_batch_end(None, Module, {"logits": logits}, batch, 0)
-    kinds = scores.metric.compute()["kinds"]
-    assert kinds["count"]["accuracy"] == 1
-    assert kinds["last_time"]["accuracy"] == (wrong is None)

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
 from torch import Tensor
 
-from comet_pl.evaluation.results import Answer, prompt_end
+from comet_pl.evaluation.results import Answer, answer_of
 from comet_pl.files import as_json, replace_file
 from data.batches import IGNORED
 
@@ -32,7 +33,7 @@ class Predictions(lightning.Callback):
         self,
         trainer: lightning.Trainer,
         name: str,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | np.ndarray,
         prediction: str,
         references: list[str],
         score: float,
@@ -40,17 +41,8 @@ class Predictions(lightning.Callback):
     ) -> None:
         """One answer; prompt: its tokens, facts: what else the file says of it."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        end = {"prompt_end": prompt_end(tokenizer, prompt)}
-        self.answers.append(
-            {
-                "id": name,
-                **end,
-                "prediction": prediction,
-                "references": references,
-                "score": score,
-                **facts,
-            }
-        )
+        answer = answer_of(tokenizer, name, prompt, prediction, references, score, **facts)
+        self.answers.append(answer)
 
     def add_likeliest(
         self,

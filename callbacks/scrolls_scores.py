@@ -8,7 +8,7 @@ import lightning
 
 from callbacks.predictions import Predictions
 from comet_pl.config.schema import EvalConfig
-from comet_pl.evaluation.generation import answer_prompts
+from comet_pl.evaluation.generation import Engine
 from comet_pl.metrics.scrolls import ScrollsScore, scores
 from comet_pl.training.lit_module import CometModule
 from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
@@ -35,9 +35,8 @@ class ScrollsScores(lightning.Callback):
             longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
             metric = ScrollsScore(task).to(pl_module.device)
             prompts = [module.validation.prompt(one) for one in mine]
-            texts = answer_prompts(
-                pl_module.model, module.tokenizer, prompts, self.settings, longest
-            )
+            engine = Engine(pl_module.model, module.tokenizer)
+            texts = engine.answers(prompts, self.settings, longest)
             metric.update(texts, [one.references for one in mine])
             if self.predictions:
                 for one, prompt, text in zip(mine, prompts, texts, strict=True):

@@ -13,18 +13,19 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometForCausalLM
-from comet_pl.config.schema import AgentData, Config, PasskeyData, ScrollsData, UserBehaviorData
+from comet_pl.config.schema import Config
 from comet_pl.evaluation.agent import evaluate_agent
 from comet_pl.evaluation.behavior import evaluate_behavior
+from comet_pl.evaluation.generation import Engine
 from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import evaluate_scrolls
 
 EVALUATE = {
-    PasskeyData: evaluate_passkey,
-    ScrollsData: evaluate_scrolls,
-    AgentData: evaluate_agent,
-    UserBehaviorData: evaluate_behavior,
+    "passkey": evaluate_passkey,
+    "scrolls": evaluate_scrolls,
+    "agent": evaluate_agent,
+    "user_behavior": evaluate_behavior,
 }
 
 
@@ -42,9 +43,10 @@ def evaluate(
     training = model.training
     if config.train.compile:
         model.compile_cells()
-    results = Results(out, config.data.kind)
+    kind = config.data.kind
+    engine, results = Engine(model.eval(), tokenizer), Results(out, kind)
     try:
         with torch.no_grad():
-            return EVALUATE[type(config.data)](model.eval(), tokenizer, config, results)
+            return EVALUATE[kind](engine, config, results)
     finally:
         model.train(training)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from comet_pl import CometCache, CometForCausalLM
+from comet_pl import CometCache
 from comet_pl.config.schema import AgentData, Config
-from comet_pl.evaluation.generation import generate, plain_text, prefill
-from comet_pl.evaluation.results import Answer, Results, prompt_end
+from comet_pl.evaluation.generation import Engine
+from comet_pl.evaluation.results import Answer, Results, answer_of
 from comet_pl.metrics.agent import AgentScore, by_distance, judge
 from comet_pl.progress import Bar
 from data.agent_traces import source_of, validation_samples
@@ -22,18 +20,18 @@ from data.text.tokenized import Sample
 LONGEST = 256  # default of eval.max_new_tokens
 
 
-def evaluate_agent(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
-) -> dict[str, Any]:
+def evaluate_agent(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """AgentScore's values on validation traces."""
     data = config.data
     assert isinstance(data, AgentData)
-    traces = validation_samples(source_of(data, tokenizer, "validation", 0), config.eval.examples)
+    traces = validation_samples(
+        source_of(data, engine.tokenizer, "validation", 0), config.eval.examples
+    )
     metric, values, answers = AgentScore(sync_on_compute=False), dict[str, Any](), list[Answer]()
     with Bar(sum(map(len, traces))) as bar:
         for trace in traces:
             bar.name(trace.notes["id"])
-            for answer in act(model, tokenizer, trace, config.eval.max_new_tokens or LONGEST):
+            for answer in act(engine, trace, config.eval.max_new_tokens or LONGEST):
                 metric.update(
                     answer["distance"],
                     answer["turn"],
@@ -51,41 +49,40 @@ def evaluate_agent(
     return values
 
 
-def act(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, trace: Sample, max_new_tokens: int
-) -> Iterator[Answer]:
+def act(engine: Engine, trace: Sample, max_new_tokens: int) -> Iterator[Answer]:
     """For each assistant turn of a trace: what the model would say, and its loss on what was said.
 
     A turn costs its own tokens: the memory is carried on, and a copy of it generates the answer.
     score: where a tool was called, whether the same call with the same arguments was made; else the
     F1 of the words.
     """
-    ids = torch.from_numpy(trace.ids.astype(np.int64))[None].to(model.device)
+    ids = engine.tensor(trace.ids)
     cache, fed = CometCache(), 0
     turns = [turn for turn in trace.notes["turns"] if turn[0] == "assistant"]
     for number, (_, _, content, end, distance) in enumerate(turns, 1):
         # the last token before the turn is not fed yet: generation starts from it
         if content - 1 > fed:
-            prefill(model, ids[:, fed : content - 1], cache)
+            engine.prefill(ids[:, fed : content - 1], cache)
             fed = content - 1
-        said = generate(model, tokenizer, ids[:, :content], max_new_tokens, cache=cache.clone())
-        logits = model(ids[:, fed:end], past_key_values=cache, use_cache=True).logits
+        said = engine.generate(ids[:, :content], max_new_tokens, cache=cache.clone())
+        logits = engine.model(ids[:, fed:end], past_key_values=cache, use_cache=True).logits
         logits = logits[0, content - fed - 1 : -1].float()
         loss = torch.nn.functional.cross_entropy(logits, ids[0, content:end], reduction="sum")
         fed = end
-        texts = [plain_text(tokenizer, part) for part in (said[0], ids[0, content:end])]
+        texts = [engine.text(part) for part in (said[0], ids[0, content:end])]
         f1, calls, _, action = judge(*texts)
-        yield {
-            "id": f"{trace.notes['id']}-{number}",
-            "prompt_end": prompt_end(tokenizer, trace.ids[:content]),
-            "prediction": texts[0],
-            "references": [texts[1]],
-            "score": float(action) if calls else f1,
-            "turn": number,
-            "distance": distance,
-            "loss": float(loss),
-            "tokens": end - content,
-        }
+        yield answer_of(
+            engine.tokenizer,
+            f"{trace.notes['id']}-{number}",
+            trace.ids[:content],
+            texts[0],
+            [texts[1]],
+            float(action) if calls else f1,
+            turn=number,
+            distance=distance,
+            loss=float(loss),
+            tokens=end - content,
+        )
 
 
 def agent_table(values: dict[str, Any]) -> Table:

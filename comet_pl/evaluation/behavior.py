@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from comet_pl import CometForCausalLM
 from comet_pl.config.schema import Config, UserBehaviorData
-from comet_pl.evaluation.generation import answer_prompts
-from comet_pl.evaluation.results import Answer, Results, prompt_end
+from comet_pl.evaluation.generation import Engine
+from comet_pl.evaluation.results import Answer, Results, answer_of
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
 from comet_pl.metrics.passkey import short
 from comet_pl.progress import Bar
@@ -17,9 +14,7 @@ from data.chat_template import encode
 from data.user_behavior import Behavior, log_of
 
 
-def evaluate_behavior(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
-) -> dict[str, Any]:
+def evaluate_behavior(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """{method: BehaviorAccuracy's values, "ceilings": the same of a reader without mistakes}.
 
     CoMeT reads the whole window; the same model reads its last config.eval.budget tokens, or as
@@ -29,7 +24,7 @@ def evaluate_behavior(
     assert isinstance(data, UserBehaviorData)
     questions = Behavior(
         log_of(data),
-        tokenizer,
+        engine.tokenizer,
         config.seed,
         "test",
         data.train_length,
@@ -48,7 +43,7 @@ def evaluate_behavior(
     values, ceilings, predictions = dict[str, Any](), dict[str, Any](), dict[str, list[Answer]]()
     references = [question.answer for question in asked]
     facts = [question.query.kind for question in asked], [question.age for question in asked]
-    longest = max(len(encode(tokenizer, reference)) for reference in references) + 1
+    longest = max(len(encode(engine.tokenizer, reference)) for reference in references) + 1
 
     def accuracy(texts: list[str]) -> dict[str, Any]:
         metric = BehaviorAccuracy(sync_on_compute=False)
@@ -60,19 +55,20 @@ def evaluate_behavior(
             bar.name(name)
             shown = [(question, choose(question)) for question in asked]
             prompts = [questions.prompt(*pair) for pair in shown]
-            texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
+            texts = engine.answers(prompts, config.eval, longest, bar.add)
             values[name] = accuracy(texts)
             ceilings[name] = accuracy([questions.oracle(*pair) for pair in shown])
             predictions[name.replace(" ", "_")] = [
-                {
-                    "id": str(number),
-                    "prompt_end": prompt_end(tokenizer, prompt),
-                    "prediction": text,
-                    "references": [question.answer],
-                    "score": float(exact_match(text, question.answer)),
-                    "kind": question.query.kind,
-                    "age": question.age,
-                }
+                answer_of(
+                    engine.tokenizer,
+                    str(number),
+                    prompt,
+                    text,
+                    [question.answer],
+                    float(exact_match(text, question.answer)),
+                    kind=question.query.kind,
+                    age=question.age,
+                )
                 for number, (question, prompt, text) in enumerate(
                     zip(asked, prompts, texts, strict=True)
                 )

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from rich.table import Table
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometForCausalLM
 from comet_pl.config.schema import Config, PasskeyData
-from comet_pl.evaluation.generation import Count, generate, prefill
-from comet_pl.evaluation.results import TAIL, Answer, Results, prompt_end
+from comet_pl.evaluation.generation import Count, Engine
+from comet_pl.evaluation.results import TAIL, Answer, Results, answer_of
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.progress import Bar
 from data.batches import pad_token
@@ -26,15 +25,13 @@ WIDEST = 2**15  # rows * chunk_size of one batch: bounds the activations of a ch
 MOST_TOKENS = 2**26  # rows * length of one batch: bounds its ids (8 bytes each)
 
 
-def evaluate_passkey(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
-) -> dict[str, Any]:
+def evaluate_passkey(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """{"train_length", "cells": [{"length", "depth", "accuracy", "n"}], "mean", "weights"}.
 
     accuracy: exact match of all five digits; mean: accuracy by length. Results of the same weights
     at other lengths stay in the files.
     """
-    data = config.data
+    model, tokenizer, data = engine.model, engine.tokenizer, config.data
     assert isinstance(data, PasskeyData)
     lengths = sorted(set(config.eval.lengths or [times * data.train_length for times in TIMES]))
     examples = PasskeyExamples(data, tokenizer, config.seed, "evaluation")
@@ -56,19 +53,20 @@ def evaluate_passkey(
                 indices = range(start, start + len(batch_depths))
                 ids = examples.batch(indices, length, batch_depths)["input_ids"].to(model.device)
                 prompts, keys = ids[:, :-ANSWER], ids[:, -ANSWER:-1]
-                digits = answer_digits(model, tokenizer, prompts, bar.add)
+                digits = answer_digits(engine, prompts, bar.add)
                 correct = (digits == keys).all(1)
                 metric.update(length, batch_depths, correct)
                 answers += [
-                    {
-                        "id": f"{length}-{index}",
-                        "prompt_end": prompt_end(tokenizer, prompts[row, -TAIL:].tolist()),
-                        "prediction": tokenizer.decode(digits[row]),
-                        "references": [tokenizer.decode(keys[row])],
-                        "score": float(correct[row]),
-                        "length": length,
-                        "depth": batch_depths[row],
-                    }
+                    answer_of(
+                        tokenizer,
+                        f"{length}-{index}",
+                        prompts[row, -TAIL:].tolist(),
+                        str(tokenizer.decode(digits[row])),
+                        [str(tokenizer.decode(keys[row]))],
+                        float(correct[row]),
+                        length=length,
+                        depth=batch_depths[row],
+                    )
                     for row, index in enumerate(indices)
                 ]
             cells = kept + metric.compute()
@@ -118,12 +116,7 @@ def _passkey_table(values: dict[str, Any]) -> Table:
     return table
 
 
-def answer_digits(
-    model: CometForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Tensor,
-    count: Count = lambda n: None,
-) -> Tensor:
+def answer_digits(engine: Engine, prompt: Tensor, count: Count = lambda n: None) -> Tensor:
     """Greedy continuation of prompts, at constant memory: whole chunks make no logits.
 
     Args:
@@ -133,16 +126,17 @@ def answer_digits(
         (B, DIGITS); a row that stops early ends in padding.
     """
     batch, total = prompt.shape
-    size = model.config.chunk_size
+    size = engine.model.config.chunk_size
     cache = None
     # generate() needs at least one token that is not in the cache
     whole = (total - 1) // size * size
     for start in range(0, whole, PREFILL * size):
         piece = prompt[:, start : min(start + PREFILL * size, whole)]
         # chunks that are listed close even in a model that does not roll over
-        cache = prefill(model, piece, cache, [size] * (piece.shape[1] // size))
+        sizes = [size] * (piece.shape[1] // size)
+        cache = engine.prefill(piece, cache, chunk_sizes=sizes)
         count(piece.numel())
-    digits = generate(model, tokenizer, prompt, DIGITS, cache=cache)
+    digits = engine.generate(prompt, DIGITS, cache=cache)
     count(batch * (total - whole + ANSWER))
     padding = (0, DIGITS - digits.shape[1])
-    return torch.nn.functional.pad(digits, padding, value=pad_token(tokenizer))
+    return torch.nn.functional.pad(digits, padding, value=pad_token(engine.tokenizer))

@@ -82,9 +82,19 @@ class Results:
         console.print(f"written: {self.scores}, {self.predictions}", **PLAIN)
 
 
-def prompt_end(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int] | np.ndarray) -> str:
-    """The text of a prompt's last TAIL tokens; prompt: (n,) ids."""
-    return str(tokenizer.decode([int(i) for i in prompt[-TAIL:]]))
+def answer_of(
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    prompt: Sequence[int] | np.ndarray,
+    prediction: str,
+    references: list[str],
+    score: float | None,
+    **facts: Any,
+) -> Answer:
+    """An Answer to a prompt, (n,) ids; facts: further keys."""
+    end = str(tokenizer.decode([int(i) for i in prompt[-TAIL:]]))
+    answer = {"id": name, "prompt_end": end, "prediction": prediction, "references": references}
+    return {**answer, "score": score, **facts}
 
 
 def worst_first(file: Path) -> list[Answer]:

@@ -7,13 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
 
-from comet_pl import CometCache, CometForCausalLM
 from comet_pl.config.schema import Config, ScrollsData
 from comet_pl.errors import UserError
-from comet_pl.evaluation.generation import Count, answer_prompts, generate, plain_text, prefill
-from comet_pl.evaluation.results import Answer, Results, prompt_end
+from comet_pl.evaluation.generation import Count, Engine
+from comet_pl.evaluation.results import Answer, Results, answer_of
 from comet_pl.metrics.scrolls import (
     METRICS,
     SCROLLS,
@@ -29,16 +27,14 @@ from data.chat_template import encode
 from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
 
 
-def evaluate_scrolls(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, results: Results
-) -> dict[str, Any]:
+def evaluate_scrolls(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent.
 
     Asked are the questions of config.eval.split, config.eval.examples of each task. Tasks whose
     test answers are secret are answered but not scored; predictions/submission.csv is for the
     benchmark's site.
     """
-    data = config.data
+    tokenizer, data = engine.tokenizer, config.data
     assert isinstance(data, ScrollsData)
     split = config.eval.split
     corpus = Corpus(data, tokenizer, split)
@@ -57,33 +53,28 @@ def evaluate_scrolls(
             options: list[str] = []
             if all(question.options for question in questions):
                 pairs = [
-                    choose(model, tokenizer, *pair, longest, bar.add)
+                    choose(engine, *pair, longest, bar.add)
                     for pair in zip(prompts, questions, strict=True)
                 ]
                 texts, options = ([pair[side] for pair in pairs] for side in (0, 1))
             else:
-                texts = answer_prompts(model, tokenizer, prompts, config.eval, longest, bar.add)
+                texts = engine.answers(prompts, config.eval, longest, bar.add)
             known = all(question.references for question in questions)
             if known:
                 scored[task] = _scored(task, questions, texts, options)
             values = {**scored, "average": average(scored)} if scored else {}
-            predictions[task] = [
-                {
-                    "id": question.id,
-                    "question": str(tokenizer.decode(question.question)).strip(),
-                    "prompt_end": prompt_end(tokenizer, prompt),
-                    "prediction": text,
-                    "references": question.references,
-                    "score": scores(task, text, question.references)["scrolls_score"]
-                    if known
-                    else None,
-                }
-                for question, prompt, text in zip(questions, prompts, texts, strict=True)
-            ]
+            predictions[task] = []
+            for question, prompt, text in zip(questions, prompts, texts, strict=True):
+                references = question.references
+                score = scores(task, text, references)["scrolls_score"] if known else None
+                words = str(tokenizer.decode(question.question)).strip()
+                answer = answer_of(tokenizer, question.id, prompt, text, references, score)
+                predictions[task].append({"id": question.id, "question": words} | answer)
             results.write(values, predictions)
-            count = f"{len(questions)} questions"
-            score = f"{scored[task]['scrolls_score']:.2f} on {count}" if known else ""
-            bar.note(f"{task}: {score or f'{count} answered'}")
+            line = f"{len(questions)} questions answered"
+            if known:
+                line = f"{scored[task]['scrolls_score']:.2f} on {len(questions)} questions"
+            bar.note(f"{task}: {line}")
     if split == "test":
         _submit(predictions, results)
     if scored:
@@ -123,21 +114,16 @@ def _submit(predictions: dict[str, list[Answer]], results: Results) -> None:
 
 
 def choose(
-    model: CometForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: np.ndarray,
-    question: Example,
-    longest: int,
-    count: Count,
+    engine: Engine, prompt: np.ndarray, question: Example, longest: int, count: Count
 ) -> tuple[str, str]:
     """(greedy answer, likeliest option) of a prompt that is read once.
 
     The memory is copied for each. An option's probability is that of all its tokens and of the
     stop token.
     """
-    ids = torch.from_numpy(prompt.astype(np.int64))[None].to(model.device)
-    cache = prefill(model, ids[:, :-1], CometCache())
-    text = generate(model, tokenizer, ids, longest, cache=cache.clone())
+    model, tokenizer, ids = engine.model, engine.tokenizer, engine.tensor(prompt)
+    cache = engine.prefill(ids[:, :-1])
+    text = engine.generate(ids, longest, cache=cache.clone())
     endings = [[*encode(tokenizer, option), stop_token(tokenizer)] for option in question.options]
     rows = [(np.array([prompt[-1], *ids]), np.array([IGNORED, *ids])) for ids in endings]
     batch = pad_rows(rows, pad_token(tokenizer))
@@ -153,7 +139,7 @@ def choose(
         ignore_index=IGNORED,
     )
     count(len(prompt))
-    return plain_text(tokenizer, text[0]), question.options[int(losses.sum(1).argmin())]
+    return engine.text(text[0]), question.options[int(losses.sum(1).argmin())]
 
 
 def _scrolls_table(scored: dict[str, Any], mean: float) -> Table:

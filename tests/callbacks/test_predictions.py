@@ -148,11 +148,12 @@ def test_scrolls_answers_are_generated_once(tmp_path, monkeypatch):
         ]
         (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     generated = []
-    monkeypatch.setattr(
-        scrolls_scores,
-        "answer_prompts",
-        lambda *args: generated.append(len(args[2])) or ["a lamp", "what a lamp"],
-    )
+
+    def answers(engine, prompts, *rest):
+        generated.append(len(prompts))
+        return ["a lamp", "what a lamp"]
+
+    monkeypatch.setattr(scrolls_scores.Engine, "answers", answers)
     keys = [
         "conf=scrolls",
         f"data.root={tmp_path / 'data'}",

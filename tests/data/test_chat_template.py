@@ -39,4 +39,5 @@ def test_the_frame_is_the_template(tokenizer):
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     texts = [encode(tokenizer, text) for text in (first, answer, last)]
     parts = [before, texts[0], after, texts[1], separator(tokenizer), texts[2], after]
-    assert sum(parts, []) == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    ours = [i for part in parts for i in part]
+    assert ours == tokenizer(rendered, add_special_tokens=False)["input_ids"]

@@ -13,6 +13,7 @@ import train
 from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.evaluation.agent import act
+from comet_pl.evaluation.generation import Engine
 from comet_pl.metrics.scrolls import f1
 from data.agent_traces import source_of, split_of, validation_samples
 from data.batches import AGENT_TOKENS, train_tokenizer
@@ -45,7 +46,7 @@ def turns_of(model, ids, max_new_tokens):
         ids[0].numpy().astype(np.int32), np.zeros(60, dtype=bool), {"id": "x", "turns": TURNS}
     )
     with torch.no_grad():
-        return list(act(model, Words(), sample, max_new_tokens))
+        return list(act(Engine(model, Words()), sample, max_new_tokens))
 
 
 @pytest.mark.parametrize("comet", [{}, {"chunk_size": 4}, {"global_size": 0}])

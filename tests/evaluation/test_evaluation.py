@@ -19,8 +19,8 @@ from comet_pl.config.load import Config, load
 from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
-from comet_pl.evaluation import scrolls as scrolls_evaluation
-from comet_pl.evaluation.generation import answer_prompts, generate
+from comet_pl.evaluation.generation import Engine
+from comet_pl.evaluation.scrolls import choose
 from comet_pl.experiment.checkpoint import checkpoint_content, find_checkpoint
 from comet_pl.metrics.scrolls import SCROLLS, scores
 from data.batches import pad_rows, train_tokenizer
@@ -84,7 +84,7 @@ def test_digits_equal_whole_forward_passes(columns: int, monkeypatch: pytest.Mon
     prompts = text(3, columns, seed=columns)
     counts: list[int] = []
     with torch.no_grad():
-        digits = passkey.answer_digits(model, Ids(), prompts, counts.append)
+        digits = passkey.answer_digits(Engine(model, Ids()), prompts, counts.append)
         expected = greedy(model, prompts, DIGITS, Ids.eos_token_id)
     padded = [row + [Ids.pad_token_id] * (DIGITS - len(row)) for row in expected]
     assert digits.tolist() == padded
@@ -93,30 +93,31 @@ def test_digits_equal_whole_forward_passes(columns: int, monkeypatch: pytest.Mon
 
 def test_digits_without_rollover():
     """The document's chunks close all the same; only the chunk of the question grows."""
-    closed, grown = tiny(), tiny(rollover=False)
+    closed, grown = tiny(), Engine(tiny(rollover=False), Ids())
     prompts = text(2, 41, seed=1)
     with torch.no_grad():
         cache = closed(prompts[:, :40], chunk_sizes=[5] * 8, use_cache=True).past_key_values
         logits = closed(prompts[:, 40:], past_key_values=cache).logits[:, -1, :VOCABULARY]
-        assert torch.equal(passkey.answer_digits(grown, Ids(), prompts)[:, 0], logits.argmax(-1))
+        assert torch.equal(passkey.answer_digits(grown, prompts)[:, 0], logits.argmax(-1))
 
 
 def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     ends = torch.full((2, 2), Ids.eos_token_id)
-    monkeypatch.setattr(passkey, "generate", lambda *args, **options: ends)
+    monkeypatch.setattr(Engine, "generate", lambda *args, **options: ends)
     with torch.no_grad():
-        assert passkey.answer_digits(tiny(), Ids(), text(2, 7)).tolist() == [[0, 0, 1, 1, 1]] * 2
+        digits = passkey.answer_digits(Engine(tiny(), Ids()), text(2, 7))
+    assert digits.tolist() == [[0, 0, 1, 1, 1]] * 2
 
 
 def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
-    """A model's stand-in that finds the key in those prompts of which `answers` is true."""
+    """A stand-in that finds the key in those prompts of which `answers` is true."""
 
-    def answer_digits(model, tokenizer, prompt: torch.Tensor, count=None) -> torch.Tensor:
+    def answer_digits(engine: Engine, prompt: torch.Tensor, count=None) -> torch.Tensor:
         rows = []
         for ids in prompt:
-            shown = tokenizer.decode(ids)
+            shown = engine.tokenizer.decode(ids)
             key = shown.split("The pass key is ")[1][:DIGITS] if answers(shown) else "00000"
-            rows.append(tokenizer.convert_tokens_to_ids(list(key)))
+            rows.append(engine.tokenizer.convert_tokens_to_ids(list(key)))
         return torch.tensor(rows)
 
     return answer_digits
@@ -268,15 +269,15 @@ def test_primed_prompts_leave_their_last_chunk_open(priming):
         def decode(ids, skip_special_tokens=True):
             return str([int(i) for i in ids if i not in (Ids.eos_token_id, Ids.pad_token_id)])
 
-    settings = EvalConfig(batch_size=3, priming=priming)
+    engine, settings = Engine(model, Numbers()), EvalConfig(batch_size=3, priming=priming)
     with torch.no_grad():
-        answers = answer_prompts(model, Numbers(), rows, settings, 8)
+        answers = engine.answers(rows, settings, 8)
         for row, answer in zip(rows, answers, strict=True):
             ids, cache = torch.from_numpy(row)[None], None
             if closed := max(0, len(row) - (priming or len(row))):
                 sizes = [5] * (closed // 5) + [closed % 5] * (closed % 5 > 0)
                 cache = model(ids[:, :closed], chunk_sizes=sizes, use_cache=True).past_key_values
-            alone = generate(model, Numbers(), ids, 8, cache=cache)
+            alone = engine.generate(ids, 8, cache=cache)
             assert answer == Numbers.decode(alone[0])
 
 
@@ -289,15 +290,14 @@ def test_the_likeliest_option_is_that_of_whole_readings():
     decoder.vocab_size = len(tokenizer)
     torch.manual_seed(0)
     model = CometForCausalLM(CometConfig(decoder, chunk_size=5, **memory)).double().eval()
+    engine = Engine(model, tokenizer)
     for seed in range(3):
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(4, len(tokenizer), (1, 17 + seed), generator=draw)
         prompt = ids[0].numpy()
         asked = Example("contract_nli", "x", 0, prompt, prompt, [], options("contract_nli", ""))
         with torch.no_grad():
-            answer, option = scrolls_evaluation.choose(
-                model, tokenizer, prompt, asked, 9, lambda tokens: None
-            )
+            answer, option = choose(engine, prompt, asked, 9, lambda tokens: None)
             losses = []
             for choice in asked.options:
                 ending = [*encode(tokenizer, choice), tokenizer.eos_token_id]
@@ -306,7 +306,7 @@ def test_the_likeliest_option_is_that_of_whole_readings():
                 losses.append(
                     torch.nn.functional.cross_entropy(logits, torch.tensor(ending), reduction="sum")
                 )
-            said = generate(model, tokenizer, ids, 9)
+            said = engine.generate(ids, 9)
         assert option == asked.options[losses.index(min(losses))]
         assert answer == tokenizer.decode(said[0], skip_special_tokens=True).strip()
     question = "Why?\n\n (A) Because (it) is.\n (B) No reason\n (C) He said so\n (D) None"
@@ -319,7 +319,7 @@ def test_batches_of_unequal_prompts_answer_as_alone():
     rows = [text(1, columns, seed=columns)[0].numpy() for columns in (3, 17, 9)]
     batch = pad_rows([(row, row) for row in rows], Ids.pad_token_id, left=True)
     with torch.no_grad():
-        answers = generate(model, Ids(), batch["input_ids"], 8, batch["attention_mask"])
+        answers = Engine(model, Ids()).generate(batch["input_ids"], 8, batch["attention_mask"])
         for answer, prompt in zip(answers.tolist(), rows, strict=True):
             (alone,) = greedy(model, torch.from_numpy(prompt)[None], 8, Ids.eos_token_id)
             assert answer[: len(alone)] == alone

@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.metrics.behavior import KINDS, older_than
+from comet_pl.metrics.behavior import older_than
+from data.behavior.questions import KINDS
 
 HERE = Path(__file__).resolve().parent
 FILE = "eval/user_behavior.json"

@@ -42,10 +42,10 @@ from perplexity import load_tokenizer
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.progress import Bar
-from data.batches import train_tokenizer
 from data.haystack import sentences
 from data.jsonl import Complaints, read
 from data.scrolls import texts
+from data.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parent
 LIMIT = 1024  # MiB above the baseline that streaming may take

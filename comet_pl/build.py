@@ -90,7 +90,7 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
             raise UserError(
                 f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}"
             ) from None
-    from data.batches import AGENT_TOKENS, train_tokenizer
+    from data.tokenizer import AGENT_TOKENS, train_tokenizer
 
     more = AGENT_TOKENS if isinstance(data, AgentData) else ()
     whole_words = isinstance(data, UserBehaviorData) and data.whole_words

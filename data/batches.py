@@ -1,4 +1,4 @@
-"""What every kind of data shares: the tokenizer trained from scratch, right-padded batches, and a loader that resumes exactly."""
+"""What every kind of data shares: right-padded batches, and a loader that resumes exactly."""
 
 from __future__ import annotations
 
@@ -9,81 +9,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from comet_pl.errors import UserError
-
-PAD, END, USER, ASSISTANT = SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
-AGENT_TOKENS = ["<|system|>", "<|tool|>"]  # more roles of CHAT_TEMPLATE, for data that has them
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
 IGNORED = -100  # label of a token without loss
-# 14:05, 0.42, 85123A and 2011-05-31 are words; a space is never part of one.
-WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
-
-
-def train_tokenizer(
-    texts: Iterable[str],
-    vocab_size: int,
-    more_special: Sequence[str] = (),
-    whole_words: bool = False,
-) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`; the same texts give the same tokenizer.
-
-    Every digit is a token of its own; with whole_words numbers, times and dates are merged like words, and a word is the same token with
-    and without a space before it. Special tokens:
-    <|pad|>, <|end|> (end of sequence, the stop token), <|user|> and <|assistant|>; the chat template writes
-    '<|user|>QUESTION<|assistant|>ANSWER<|end|>'.
-
-    Args:
-        texts: an iterator is read once, piece by piece. vocab_size: rows at most, >= 260 (256 bytes and the special tokens); few texts
-            give fewer. more_special: further special tokens, such as AGENT_TOKENS; they follow the others.
-    """
-    split = (
-        pre_tokenizers.Split(Regex(WORDS), "isolated")
-        if whole_words
-        else pre_tokenizers.Digits(individual_digits=True)
-    )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not whole_words)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[*SPECIAL_TOKENS, *more_special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE
-    )
-
-
-def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends an answer.
-
-    Raises:
-        UserError: the tokenizer has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError(
-            "backbone.path: its tokenizer has no end-of-sequence token, which has to end an answer"
-        )
-    return tokenizer.eos_token_id
-
-
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that fills up rows; masked, so that any will do where the tokenizer has none."""
-    return stop_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def length_at(data: Any, step: int) -> int:
@@ -95,10 +25,10 @@ def length_at(data: Any, step: int) -> int:
     ][-1]
 
 
-@rank_zero_only
 def say(line: str) -> None:
-    """Something that the user should know about the data, on the first rank only."""
-    print(line, flush=True)
+    """Prints a line about the data, on the first rank only; Lightning knows the ranks, if loaded."""
+    if not getattr(rank_zero_only, "rank", 0):
+        print(line, flush=True)
 
 
 def pad_rows(

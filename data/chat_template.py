@@ -12,6 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError, first_line
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+"""The template of a tokenizer trained from scratch."""
 BLANK = "\n\n"
 MARKS = [f"\u2063{name}\u2063" for name in ("FIRST", "ANSWER", "NEXT")]
 

@@ -7,7 +7,7 @@ the marks is the frame. The tokens are those of the template's own rendering, wi
 and an assistant's text never merges with its header, as when a model, given the header, generates the text. A template that cannot be taken
 apart so is refused.
 
-A tool call is text, whoever makes it, as in Hermes and Qwen: see comet_pl/metrics/agent.py. Messages may have more keys than are read here.
+A tool call is text, whoever makes it, as in Hermes and Qwen: see data/tool_calls.py. Messages may have more keys than are read here.
 """
 
 from __future__ import annotations
@@ -22,21 +22,14 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError, nearest
-from comet_pl.metrics.agent import Arguments, action_text, as_arguments
 from data.jsonl import Row, UnusableRow
+from data.tool_calls import Call, action_text, as_arguments
 
 ROLES = ("system", "user", "assistant", "tool")
 PLAIN_TEMPLATE = (  # for a tokenizer without a template
     "{% for message in messages %}{{ '\n\n' * (not loop.first) + message['role'].capitalize() + ':\n' + message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-
-
-class Call(NamedTuple):
-    """A tool call; arguments that are no JSON object stay text."""
-
-    name: str
-    arguments: Arguments
 
 
 @dataclass(frozen=True)

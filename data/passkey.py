@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.load import PasskeyData
+from comet_pl.config.schema import PasskeyData
 from comet_pl.errors import UserError
-from data.batches import IGNORED, ResumableLoader, length_at, nothing, stop_token, validation_loader
+from data.batches import IGNORED, ResumableLoader, length_at, nothing, validation_loader
 from data.chat_template import encode
 from data.datamodule import ShardedDataModule
 from data.haystack import sentences
+from data.tokenizer import stop_token
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
 QUESTION = " What is the pass key ? The pass key is "

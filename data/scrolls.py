@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.config.load import ScrollsData
+from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError, nearest
-from comet_pl.metrics.scrolls import METRICS, SCROLLS
-from data.batches import IGNORED, say, stop_token
+from data.batches import IGNORED, say
 from data.chat_template import encode, frame
 from data.jsonl import Complaints, Row, UnusableRow, find, is_unicode, read
 from data.text.datamodule import TextDataModule
 from data.text.tokenized import Sample, file_facts
+from data.tokenizer import stop_token
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
@@ -42,7 +42,9 @@ MAX_NEW_TOKENS = {
     "contract_nli": 16,
     "squality": 512,
 }
-TASKS = list(METRICS)
+TASKS = list(MAX_NEW_TOKENS)
+SCROLLS = [task for task in TASKS if task != "squality"]
+"""The tasks of the benchmark and of its submission; squality is ZeroSCROLLS'."""
 HUB = "hf://datasets/tau/scrolls/{task}.zip"
 WITHOUT_QUESTION = ("gov_report", "summ_screen_fd")
 TOKENIZER_CHARACTERS = (

@@ -34,22 +34,14 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError, nearest
-from comet_pl.metrics.behavior import KINDS
-from data.batches import (
-    IGNORED,
-    ResumableLoader,
-    length_at,
-    pad_rows,
-    pad_token,
-    stop_token,
-    validation_loader,
-)
+from data.batches import IGNORED, ResumableLoader, length_at, pad_rows, validation_loader
 from data.behavior.event_text import DAY, Encoded, encode_history, lines, part, texts
 from data.behavior.events import Columns, History, Log, event_files, read_log, split_users
-from data.behavior.questions import Query, Question, ask, oracle, wording
+from data.behavior.questions import KINDS, Query, Question, ask, oracle, wording
 from data.chat_template import encode, frame, separator
 from data.datamodule import ShardedDataModule
 from data.text.tokenized import file_facts
+from data.tokenizer import pad_token, stop_token
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 CACHED_USERS = 256  # histories that are kept in tokens

@@ -278,7 +278,7 @@ class UserBehaviorData:
     )
     action: str = key("purchase", "the action that questions are about")
     kinds: list[str] | None = key(
-        None, "kinds of questions (comet_pl/metrics/behavior.py); null: all that the columns allow"
+        None, "kinds of questions (data/behavior/questions.py); null: all that the columns allow"
     )
     questions: int = key(
         1, "questions that a training row asks about its window, one after the other", min=1

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.config.schema import EvalConfig
 from comet_pl.model.chunk_layout import fixed_chunks
-from data.batches import pad_rows, pad_token, stop_token
+from data.batches import pad_rows
+from data.tokenizer import pad_token, stop_token
 
 Count = Callable[[int], None]
 """Called with the number of tokens that have just been read."""

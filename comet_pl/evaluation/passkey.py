@@ -16,8 +16,8 @@ from comet_pl.evaluation.generation import Count, Engine
 from comet_pl.evaluation.results import TAIL, Answer, Results, answer_of
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.progress import Bar
-from data.batches import pad_token
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
+from data.tokenizer import pad_token
 
 TIMES = (1, 4, 16, 32)  # default lengths, in train_lengths
 PREFILL = 16  # chunks a forward call

@@ -14,7 +14,6 @@ from comet_pl.evaluation.generation import Count, Engine
 from comet_pl.evaluation.results import Answer, Results, answer_of
 from comet_pl.metrics.scrolls import (
     METRICS,
-    SCROLLS,
     ScrollsScore,
     average,
     exact_match,
@@ -22,9 +21,10 @@ from comet_pl.metrics.scrolls import (
     submission_csv,
 )
 from comet_pl.progress import Bar
-from data.batches import IGNORED, pad_rows, pad_token, stop_token
+from data.batches import IGNORED, pad_rows
 from data.chat_template import encode
-from data.scrolls import MAX_NEW_TOKENS, Corpus, Example, tasks
+from data.scrolls import MAX_NEW_TOKENS, SCROLLS, Corpus, Example, tasks
+from data.tokenizer import pad_token, stop_token
 
 
 def evaluate_scrolls(engine: Engine, config: Config, results: Results) -> dict[str, Any]:

@@ -1,18 +1,11 @@
 """How well a model takes an agent's next step, without an environment: the trace says what was said and called.
 
-A turn is scored by perplexity (teacher-forced), by F1 over its words, and, where the trace calls a tool, by the call: the tool's name, and
+A turn is scored by perplexity (teacher-forced), by F1 over its words, and, where the trace calls a tool, by the call (data/tool_calls.py): the tool's name, and
 name and arguments together. All of it by turn distance (data/agent_traces.py) and by the turn's number. Shares are between 0 and 1.
-
-A call stands in a turn's text as
-
-    <tool_call>
-    {"name": "get_order", "arguments": {"order_id": "W12"}}
-    </tool_call>
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,51 +16,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from comet_pl.metrics.scrolls import f1
+from data.tool_calls import parse_action
 
-CALL_BEGIN, CALL_END = "<tool_call>", "</tool_call>"
 BUCKETS = {"0-1": 0, "2-3": 2, "4-7": 4, "8-15": 8, "16+": 16}
 """Name -> least value; a bucket ends where the next begins."""
 NOWHERE = "none"  # the bucket of turns that need no argument from before
-Arguments = dict[str, Any] | str
-Action = tuple[str, Arguments]
-"""(tool, arguments); text where the arguments are no JSON object."""
-
-
-def as_arguments(given: Any) -> Arguments:
-    """A call's arguments out of an object, or out of JSON text; nothing at all means no arguments, and what is no object stays text."""
-    if isinstance(given, str) and not given.strip():
-        return {}
-    try:
-        value = json.loads(given) if isinstance(given, str) else given
-    except (ValueError, RecursionError):
-        return given
-    if value is None or isinstance(value, dict):
-        return value or {}
-    return given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-
-
-def action_text(name: str, arguments: Arguments) -> str:
-    """A call as a turn's text holds it; keys keep their order."""
-    return f"{CALL_BEGIN}\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n{CALL_END}"
-
-
-def parse_action(text: str) -> Action | None:
-    """The first call in a turn's text; None if there is none, or it is malformed.
-
-    A call that was cut off after its JSON counts, and so does text that is nothing but a call's JSON.
-    """
-    _, tag, rest = text.partition(CALL_BEGIN)
-    if not tag and not text.lstrip().startswith("{"):
-        return None
-    try:
-        call, end = json.JSONDecoder().raw_decode(body := (rest if tag else text).lstrip())
-    except (ValueError, RecursionError):
-        return None
-    if not tag and body[end:].strip():
-        return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
-        return None
-    return call["name"], as_arguments(call.get("arguments"))
 
 
 def same_json(one: Any, other: Any) -> bool:

@@ -17,31 +17,10 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from comet_pl.metrics.passkey import short
+from data.behavior.questions import KINDS, age_class, class_bounds
 
-KINDS = {
-    "last_time": "day of the last X",
-    "first_time": "day of the first X",
-    "count": "how many X from one day to another",
-    "most_frequent": "item most often from one day to another",
-    "bought_after": "any Y after the last X",
-    "followed": "item right after the last or first X",
-    "total": "money in a month",
-    "next_item": "item of the next event, which the history does not show",
-}
-"""Kinds of questions; X and Y are an action on an item."""
-UNIT = 1024  # tokens; the age classes are 0-1k, 1-2k, 2-4k, 4-8k, ...
 Values = dict[str, Any]
 """What BehaviorAccuracy.compute gives."""
-
-
-def age_class(ages: Any) -> Any:
-    """0 for ages under 1,024 tokens, 1 under 2,048, 2 under 4,096, ...; of an int, or of an array of them."""
-    return np.ceil(np.log2(np.asarray(ages) // UNIT + 1)).astype(int)
-
-
-def class_bounds(number: int) -> tuple[int, int]:
-    """The first age of a class, and the first of the next one."""
-    return (UNIT << number >> 1) if number else 0, UNIT << number
 
 
 def normalise(answer: str) -> str:

@@ -35,6 +35,7 @@ from torchmetrics import Metric
 
 from comet_pl.errors import Parser, UserError, nearest, run_cli
 from data import jsonl
+from data.scrolls import SCROLLS
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {
@@ -47,8 +48,6 @@ METRICS = {
     "contract_nli": ["exact_match"],
     "squality": ROUGES,
 }
-SCROLLS = [task for task in METRICS if task != "squality"]
-"""The tasks of the benchmark and of its submission; squality is ZeroSCROLLS'."""
 PAPER = {
     "gov_report": ("rouge1", 62.5, 61.0),
     "summ_screen_fd": ("rouge1", 33.4, 32.5),

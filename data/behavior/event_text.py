@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.metrics.behavior import KINDS
 from data.behavior.events import PRICE_UNITS, History, Log, split_users
-from data.behavior.questions import Query, wording
+from data.behavior.questions import KINDS, Query, wording
 
 DAY = np.timedelta64(1, "D")
 TEXT_EVENTS = 200_000  # a from-scratch tokenizer learns no more from more, but takes longer

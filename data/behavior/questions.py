@@ -14,7 +14,7 @@ shows of it. X and Y are items, and all questions are about one action, such as 
     next_item      the item of the next event; the window ends there   21495       none: it is a prediction
 
 A question without such evidence in the window is never asked. To have near and far evidence in balance, the age class of the oldest needed
-event (comet_pl/metrics/behavior.py) is drawn first, each class that has a candidate alike, and then one of its candidates. Before it only
+event is drawn first, each class that has a candidate alike, and then one of its candidates. Before it only
 the answer is drawn where that can be balanced: yes and no are equally likely, and so are all counts up to 9 that the window allows.
 """
 
@@ -23,15 +23,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
 
 import numpy as np
 
-from comet_pl.metrics.behavior import age_class
 from data.behavior.events import PRICE_UNITS, History, Log
 
+KINDS = {
+    "last_time": "day of the last X",
+    "first_time": "day of the first X",
+    "count": "how many X from one day to another",
+    "most_frequent": "item most often from one day to another",
+    "bought_after": "any Y after the last X",
+    "followed": "item right after the last or first X",
+    "total": "money in a month",
+    "next_item": "item of the next event, which the history does not show",
+}
+"""Kinds of questions; X and Y are an action on an item."""
+UNIT = 1024  # tokens; the age classes are 0-1k, 1-2k, 2-4k, 4-8k, ...
 MOST_COUNTED = 9
 MOST_DAYS = 30  # between a counted event and the window's first or last day, so that windows do not grow with the gaps
 TRIES = 16
+
+
+def age_class(ages: Any) -> Any:
+    """0 for ages under 1,024 tokens, 1 under 2,048, 2 under 4,096, ...; of an int, or of an array of them."""
+    return np.ceil(np.log2(np.asarray(ages) // UNIT + 1)).astype(int)
+
+
+def class_bounds(number: int) -> tuple[int, int]:
+    """The first age of a class, and the first of the next one."""
+    return (UNIT << number >> 1) if number else 0, UNIT << number
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.schema import TextData
 from comet_pl.errors import UserError
-from data.batches import Rows, pad_rows, pad_token, say, validation_loader
+from data.batches import Rows, pad_rows, say, validation_loader
 from data.datamodule import ShardedDataModule
 from data.text.chunk_plans import sentence_ends
 from data.text.loader import Cached, Feed, Layout, Streamed, Windows
 from data.text.packing import padding_share
 from data.text.tokenized import Source, cached
+from data.tokenizer import pad_token
 
 
 class TextDataModule(ShardedDataModule):

@@ -15,8 +15,8 @@ import feeding
 import measure_data
 
 from comet_pl.errors import UserError, run_cli
-from data.batches import train_tokenizer
 from data.jsonl import Complaints, read
+from data.tokenizer import train_tokenizer
 
 HERE = Path(__file__).resolve().parents[2] / "benchmarks"
 QUICK = ["--small", "--gigabytes", "0.0001", "--workers", "0"]

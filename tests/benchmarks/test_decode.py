@@ -26,7 +26,7 @@ from measure_decode import WARM_UP, open_lane
 from comet_pl import CometCache, CometConfig
 from comet_pl.analysis.bandwidth import decoding_floor
 from comet_pl.errors import UserError, run_cli
-from data.batches import train_tokenizer
+from data.tokenizer import train_tokenizer
 
 ROOM = 60
 

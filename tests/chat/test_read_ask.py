@@ -21,8 +21,8 @@ from comet_pl.chat import conversation
 from comet_pl.chat.conversation import Conversation
 from comet_pl.chat.open_model import load
 from comet_pl.errors import UserError, run_cli
-from data.batches import train_tokenizer
 from data.chat_template import encode, frame, separator
+from data.tokenizer import train_tokenizer
 from tests.support.models import backbone, same_cache
 from tests.support.tiny_runs import ROOT
 

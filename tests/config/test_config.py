@@ -557,7 +557,7 @@ FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_
 def test_every_family_can_be_built_from_scratch(family):
     from comet_pl.build import build_model
     from comet_pl.model.cell import SUPPORTED
-    from data.batches import train_tokenizer
+    from data.tokenizer import train_tokenizer
 
     assert set(SUPPORTED) == set(FAMILIES)
     sizes = [

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from comet_pl.errors import UserError
 from data.agent_traces import AgentSource, files, split_of, task_of, texts, turn_distance
-from data.batches import AGENT_TOKENS, train_tokenizer
 from data.jsonl import Complaints, UnusableRow
-from data.messages import Call, Message, check_messages
+from data.messages import Message, check_messages
+from data.tokenizer import AGENT_TOKENS, train_tokenizer
+from data.tool_calls import Call
 
 TOKENIZER = train_tokenizer(["find the order W123 of Ann Lee, please"] * 3, 300, AGENT_TOKENS)
 

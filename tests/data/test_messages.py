@@ -14,10 +14,10 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
-from comet_pl.metrics.agent import parse_action
-from data.batches import AGENT_TOKENS, train_tokenizer
 from data.jsonl import UnusableRow
-from data.messages import ROLES, Call, Message, check_messages, render
+from data.messages import ROLES, Message, check_messages, render
+from data.tokenizer import AGENT_TOKENS, train_tokenizer
+from data.tool_calls import Call, parse_action
 
 TEXTS = [
     "the order W12 was sent to Zürich on 2024-05-01\n\n",

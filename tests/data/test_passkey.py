@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from callbacks.passkey_heatmap import PasskeyHeatmap
 from comet_pl.config.load import PasskeyData
 from comet_pl.errors import UserError
-from data.batches import train_tokenizer
 from data.passkey import (
     ANSWER,
     PasskeyDataModule,
@@ -23,6 +22,7 @@ from data.passkey import (
     length_at,
     texts,
 )
+from data.tokenizer import train_tokenizer
 from tests.support.models import tiny
 
 KEY = r" The pass key is (\d{5}) \. Remember it \."

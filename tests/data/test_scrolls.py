@@ -14,12 +14,12 @@ import zstandard
 
 from comet_pl.config.load import ScrollsData
 from comet_pl.errors import UserError
-from comet_pl.metrics.scrolls import METRICS, SCROLLS
-from data.batches import train_tokenizer
+from comet_pl.metrics.scrolls import METRICS
 from data.chat_template import encode
 from data.jsonl import Complaints
 from data.scrolls import (
     MAX_NEW_TOKENS,
+    SCROLLS,
     Corpus,
     ScrollsDataModule,
     ScrollsSource,
@@ -29,6 +29,7 @@ from data.scrolls import (
     texts,
 )
 from data.text.tokenized import encoded
+from data.tokenizer import train_tokenizer
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 STORY = "The dog ran home . It rained all day , and nobody saw the dog . " * 20

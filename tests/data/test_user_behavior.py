@@ -24,11 +24,10 @@ from transformers import PreTrainedTokenizerFast
 
 from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError
-from comet_pl.metrics.behavior import KINDS, age_class
-from data.batches import train_tokenizer
 from data.behavior.event_text import encode_history, lines, texts
 from data.behavior.events import Columns, Log, read_log, split_users
-from data.behavior.questions import Query, solve, wording
+from data.behavior.questions import KINDS, Query, age_class, solve, wording
+from data.tokenizer import train_tokenizer
 from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}

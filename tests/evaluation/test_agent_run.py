@@ -16,8 +16,8 @@ from comet_pl.evaluation.agent import act
 from comet_pl.evaluation.generation import Engine
 from comet_pl.metrics.scrolls import f1
 from data.agent_traces import source_of, split_of, validation_samples
-from data.batches import AGENT_TOKENS, train_tokenizer
 from data.text.tokenized import Sample
+from data.tokenizer import AGENT_TOKENS, train_tokenizer
 from tests.support.models import text, tiny
 from tests.support.tiny_data import write_traces
 from tests.support.tiny_runs import TINY

@@ -22,11 +22,12 @@ from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation.generation import Engine
 from comet_pl.evaluation.scrolls import choose
 from comet_pl.experiment.checkpoint import checkpoint_content, find_checkpoint
-from comet_pl.metrics.scrolls import SCROLLS, scores
-from data.batches import pad_rows, train_tokenizer
+from comet_pl.metrics.scrolls import scores
+from data.batches import pad_rows
 from data.chat_template import encode
 from data.passkey import DIGITS
-from data.scrolls import Example, options
+from data.scrolls import SCROLLS, Example, options
+from data.tokenizer import train_tokenizer
 from tests.support.models import VOCABULARY, backbone, text, tiny
 from tests.support.tiny_runs import TINY
 

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from comet_pl import CometCache, CometForCausalLM
-from data.batches import train_tokenizer
+from data.tokenizer import train_tokenizer
 from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, text, tiny
 
 

@@ -16,15 +16,13 @@ from comet_pl.metrics.agent import (
     BUCKETS,
     NOWHERE,
     AgentScore,
-    action_text,
-    as_arguments,
     bucket,
     by_distance,
     judge,
-    parse_action,
     same_json,
 )
 from comet_pl.metrics.scrolls import f1
+from data.tool_calls import action_text, as_arguments, parse_action
 
 JSON = st.recursive(
     st.none()

@@ -9,16 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from comet_pl.metrics.behavior import (
-    KINDS,
-    BehaviorAccuracy,
-    age_class,
-    class_bounds,
-    curves,
-    exact_match,
-    older_than,
-    table,
-)
+from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
+from data.behavior.questions import KINDS, age_class, class_bounds
 
 ASKED = [  # prediction, reference, kind, age, right
     (" 21495. ", "21495", "followed", 10, True),

@@ -26,7 +26,6 @@ from comet_pl.metrics.scrolls import (
     METRICS,
     PAPER,
     PAPER_AVERAGES,
-    SCROLLS,
     ScrollsScore,
     average,
     beside_paper,
@@ -38,6 +37,7 @@ from comet_pl.metrics.scrolls import (
     scores,
     submission_csv,
 )
+from data.scrolls import SCROLLS
 
 PREDICTIONS = ["exact match example", "hello there", "general kenobi"]
 REFERENCES = [["exact match example"], ["hello", "hi there"], ["commander kenobi"]]

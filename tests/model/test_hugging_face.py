@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 from comet_pl import CometConfig, CometForCausalLM
-from data.batches import train_tokenizer
+from data.tokenizer import train_tokenizer
 from tests.support.models import backbone
 
 TEXT = "the cat sat on a mat and ran to the old red barn "

@@ -11,7 +11,7 @@ from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.build import build_model
 from comet_pl.config.load import load
 from comet_pl.training.induction_init import start_lookups
-from data.batches import train_tokenizer
+from data.tokenizer import train_tokenizer
 
 KEYS, VALUES, PAIRS = 200, 30, 6
 FILLER, ASK = 0, 1

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batches import train_tokenizer
 from data.text.chunk_plans import (
     KINDS,
     SENTENCE_ENDS,
@@ -19,6 +18,7 @@ from data.text.chunk_plans import (
     draw_stride,
     sentence_ends,
 )
+from data.tokenizer import train_tokenizer
 
 
 def generator(*seed: int) -> np.random.Generator:

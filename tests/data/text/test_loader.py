@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from comet_pl.errors import UserError
-from data.batches import train_tokenizer
 from data.jsonl import UnusableRow, read
 from data.text import tokenized as module
 from data.text.loader import Cached, Feed, Layout, Streamed
 from data.text.tokenized import Sample, cached, encoded, file_facts
+from data.tokenizer import train_tokenizer
 from tests.support.models import VOCABULARY, tiny
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import lines as jsonl
+from data import jsonl
 from data.text.packing import join, pack, padding_share, sample_plan
 from tests.support.models import text, tiny
 

@@ -16,9 +16,12 @@ def main(argv: list[str]) -> None:
     from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-    from callbacks.checkpoints import read_checkpoint
     from comet_pl import build
-    from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
+    from comet_pl.experiment.checkpoint import (
+        checkpoint_content,
+        read_checkpoint,
+        restore_tokenizer,
+    )
     from comet_pl.experiment.run_folder import plan_run
     from comet_pl.training.trainable import count_parameters, describe, merge_adapters
 

@@ -7,13 +7,11 @@ resumed run then leaves that validation out), and on Ctrl-C it may save half a s
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from zipfile import BadZipFile
 
 import lightning
 import torch
@@ -21,7 +19,9 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from comet_pl.config.schema import CheckpointConfig
-from comet_pl.errors import TrainingStopped, UserError, UserErrorOnAllRanks
+from comet_pl.errors import TrainingStopped, UserErrorOnAllRanks
+from comet_pl.experiment.checkpoint import read_checkpoint
+from comet_pl.files import replacing
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -175,43 +175,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.part")
-        try:
-            with open(beside, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        with replacing(Path(path)) as beside, open(beside, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         return read_checkpoint(Path(path))
-
-
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
-    """A checkpoint's content, tensors on the CPU.
-
-    Args:
-        mmap: read tensors from the file only when they are used.
-
-    Raises:
-        UserError: no file, or not a whole checkpoint of this project.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read, perhaps cut short: {error.strerror or error}"
-        ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
-        raise UserError(
-            f"{path}: not a readable checkpoint: truncated, or something else"
-        ) from None
-    if not isinstance(checkpoint, dict) or "comet" not in checkpoint:
-        raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
-    return checkpoint

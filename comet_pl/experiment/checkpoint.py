@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.config.schema import Config
@@ -49,6 +51,32 @@ def restore_tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(content["tokenizer"]), **content["special_tokens"]
     )
+
+
+def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """A checkpoint's content, tensors on the CPU.
+
+    Args:
+        mmap: tensors are read from the file at their first use.
+
+    Raises:
+        UserError: no file, or not a whole checkpoint of this project.
+    """
+    import torch
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read, perhaps cut short: {error.strerror or error}"
+        ) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
+        raise UserError(
+            f"{path}: not a readable checkpoint: truncated, or something else"
+        ) from None
+    if not isinstance(checkpoint, dict) or "comet" not in checkpoint:
+        raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
+    return checkpoint
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -102,7 +130,6 @@ def _from_checkpoint(
 
     from transformers import GenerationConfig
 
-    from callbacks.checkpoints import read_checkpoint
     from comet_pl import CometConfig, CometForCausalLM
     from comet_pl.training.trainable import add_adapters, merge_adapters, new_rows
 

@@ -98,7 +98,7 @@ def plan_run(config: Config, rank: int = 0) -> Run:
     if exists and config.resume:
         _check_same(path / "config.yaml", config)
         if checkpoint.exists():
-            from callbacks.checkpoints import read_checkpoint
+            from comet_pl.experiment.checkpoint import read_checkpoint
 
             step = read_checkpoint(checkpoint, mmap=True)["global_step"]
     return Run(

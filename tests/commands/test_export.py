@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from callbacks.checkpoints import read_checkpoint
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.build import load_checkpoint
 from comet_pl.config.load import from_dict
 from comet_pl.config.schema import PARAMETERS
 from comet_pl.errors import UserError
+from comet_pl.experiment.checkpoint import read_checkpoint
 from comet_pl.export import main
 from comet_pl.training.trainable import add_adapters
 from tests.support.models import backbone

@@ -111,21 +111,19 @@ def joined(tokenizer, *parts):
 # -- from one process to another
 
 
-def test_what_one_process_reads_another_answers(folder, model, tokenizer, book):
+def test_what_is_read_is_asked(folder, model, tokenizer, book, capsys):
     before, after = frame(tokenizer)
     document = joined(tokenizer, before, TEXT * 3)
-    cache = CometCache.load(book.memory)
-    same_cache(cache, one_go(model, document))
+    same_cache(CometCache.load(book.memory), one_go(model, document))
     content = book.memory.read_bytes()
-    done = run("ask", folder, book.memory, "Who fell?", "--max-new-tokens", "20")
-    assert (done.returncode, done.stderr) == (0, "")
+    call(ask, folder, book.memory, "Who fell?", "--max-new-tokens", "20")
     ids = greedy(model, tokenizer, joined(tokenizer, document, "\n\n", "Who fell?", after), 20)
-    assert done.stdout == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert capsys.readouterr() == (tokenizer.decode(ids, skip_special_tokens=True) + "\n", "")
     assert book.memory.read_bytes() == content
 
 
 @pytest.mark.slow
-def test_a_process_reads_and_says_how_much(folder, book, tmp_path):
+def test_what_one_process_reads_another_answers(folder, book, tmp_path, capsys):
     done = run("read", folder, book.text, "--save", tmp_path / "memory")
     assert done.returncode == 0, done.stderr
     cache = CometCache.load(tmp_path / "memory")
@@ -134,6 +132,9 @@ def test_a_process_reads_and_says_how_much(folder, book, tmp_path):
     assert f"read    {tokens:,} tokens" in done.stdout
     memory = f"memory  {cache.nbytes:,} bytes after {-(-tokens // 5)} chunks of 5"
     assert memory in done.stdout
+    done = run("ask", folder, tmp_path / "memory", "Who fell?", "--max-new-tokens", "20")
+    call(ask, folder, book.memory, "Who fell?", "--max-new-tokens", "20")
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", capsys.readouterr().out)
 
 
 def test_a_plain_decoder_is_the_same_model_in_both_programs(tokenizer, book, tmp_path, capsys):
@@ -254,7 +255,7 @@ def talk_about(book, model, tokenizer):
     return talk, joined(tokenizer, ids, book.text.read_text(), blank)
 
 
-@pytest.mark.parametrize("from_memory", [True, False])
+@pytest.mark.parametrize("from_memory", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ending", ["stop token", "length", "interrupt"])
 def test_a_conversation_holds_exactly_its_turns(ending, from_memory, model, tokenizer, book):
     """After each turn the cache has read all turns so far, except the opening of the next text."""

@@ -196,9 +196,11 @@ def test_the_notebook_evaluates_and_shows_a_scrolls_run(notebook, tmp_path, monk
 
 @pytest.mark.slow
 def test_the_notebook_shows_an_agent_run(notebook, tmp_path, monkeypatch):
+    """Its data have moved: a key says where they are now."""
     keys = [f"data.root={write_traces(tmp_path / 'traces')}", f"data.cache={tmp_path / 'cache'}"]
     run = run_of("agent", tmp_path, *keys)
-    text, pictures = outputs_of(notebook, run, monkeypatch)
+    moved = (tmp_path / "traces").rename(tmp_path / "moved")
+    text, pictures = outputs_of(notebook, run, monkeypatch, keys=[f"data.root={moved}"])
     # curves, scores by distance
     assert pictures == 2 + monitored(run) + LIVE
     scores = json.loads((run / "eval" / "agent.json").read_text())["all"]
@@ -225,5 +227,3 @@ def test_the_notebook_shows_a_user_behaviour_run(notebook, tmp_path, monkeypatch
     for method in ("CoMeT", "last_1k", "BM25_1k"):
         assert f"predictions/{method}.jsonl: 8 predictions" in text
     check_document(text, run)
-    _, pictures = outputs_of(notebook, run, monkeypatch, keys=[f"data.root={tmp_path / 'moved'}"])
-    assert pictures == 2 + monitored(run) + LIVE

@@ -20,6 +20,7 @@ from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation.generation import Engine
+from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import choose
 from comet_pl.experiment.checkpoint import checkpoint_content, find_checkpoint
 from comet_pl.metrics.scrolls import scores
@@ -29,12 +30,13 @@ from data.passkey import DIGITS
 from data.scrolls import SCROLLS, Example, options
 from data.tokenizer import train_tokenizer
 from tests.support.models import VOCABULARY, backbone, text, tiny
-from tests.support.tiny_runs import TINY
+from tests.support.tiny_runs import ROOT, TINY
 
 PASSKEY = [
     *TINY,
     "conf=passkey",
     "backbone.vocab_size=400",
+    f"data.haystack={ROOT / 'LICENSE'}",
     "data.train_length=64",
     "data.length_schedule=null",
     "eval.lengths=[200,64]",
@@ -56,6 +58,11 @@ def built(*argv: str) -> tuple[Any, Any]:
     tokenizer = build.build_tokenizer(config)
     torch.manual_seed(0)
     return build.build_model(config, tokenizer), tokenizer
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Results, "draw", lambda *_: None)
 
 
 def passkeys(*keys: str) -> tuple[Any, Any, Config]:
@@ -154,7 +161,7 @@ def test_passkey_results(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_passkey_in_several_batches_is_the_same(tmp_path, monkeypatch):
+def test_passkey_in_several_batches_is_the_same(undrawn, tmp_path, monkeypatch):
     model, tokenizer, config = passkeys()
     whole = evaluate(model, tokenizer, config, tmp_path / "one")
     monkeypatch.setattr(passkey, "WIDEST", 4 * config.model.chunk_size)
@@ -165,7 +172,7 @@ def test_passkey_in_several_batches_is_the_same(tmp_path, monkeypatch):
         assert one.read_text() == two.read_text()
 
 
-def test_default_lengths_and_a_haystack_that_starts_over(tmp_path, monkeypatch, capsys):
+def test_default_lengths_and_a_haystack_that_starts_over(undrawn, tmp_path, monkeypatch, capsys):
     book = tmp_path / "book.txt"
     book.write_text("It was a long day on the sea.\n" * 60)
     keys = ["eval.lengths=null", "eval.depths=1", "eval.examples=1", f"data.haystack={book}"]
@@ -373,7 +380,7 @@ def test_which_checkpoint(run: Path):
         find_checkpoint(run / "none")
 
 
-def test_eval_writes_into_the_run_or_out(run: Path, tmp_path: Path):
+def test_eval_writes_into_the_run_or_out(undrawn, run: Path, tmp_path: Path):
     """Another length joins what the same weights have shown; other weights start afresh."""
     last, scores = run / "checkpoints" / "last.ckpt", run / "eval" / "passkey.json"
 

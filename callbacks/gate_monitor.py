@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.hooks import RemovableHandle
 
 from comet_pl.files import as_png, replace_file
+from comet_pl.model.observer import Observer
 from comet_pl.training.lit_module import CometModule
 
 BINS = 64  # of [0, 1], in a histogram
@@ -58,7 +58,8 @@ class GateMonitor(lightning.Callback):
         self.runs: list[
             list[Any]
         ] = []  # of each layer: collapsed to "0", "1" or None; in how many logged steps in a row; is it reported
-        self.hook: RemovableHandle | None = None
+        self.shown: list[tuple[int, list[int], Tensor, Tensor | None]] = []  # of the current step
+        self.watches = False
 
     # ---- what is gathered
 
@@ -73,20 +74,22 @@ class GateMonitor(lightning.Callback):
                 torch.zeros(3, layers, 0, dtype=torch.float64),
                 torch.zeros(layers, BINS, dtype=torch.float64),
             )
-            pl_module.model.record_gates(True)
-            self.hook = pl_module.model.register_forward_hook(
-                self._add
-            )  # a step has a forward for each window
+            self.shown, self.watches = [], True
+            pl_module.model.observer = Observer(gate=self._keep)
 
-    def _add(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        for read, layers in model.gate_values():  # type: ignore[operator]
-            if not read:
-                continue
-            chunks = torch.tensor(read) // model.config.chunk_size  # type: ignore[operator, union-attr]
-            sums = torch.stack([moments(g) for g in layers], 1).cpu().double()
-            self.step = widen(self.step, int(chunks.max()) + 1).index_add(2, chunks, sums)
-            if self.draws:
-                self.bins += torch.stack([torch.histc(g.float(), BINS, 0, 1) for g in layers]).cpu()
+    def _keep(self, layer: int, read: list[int], gate: Tensor) -> None:
+        bins = torch.histc(gate.float(), BINS, 0, 1) if self.draws else None
+        self.shown.append((layer, read, moments(gate), bins))
+
+    def _add(self, chunk_size: int) -> None:
+        """Adds what the step's forward passes showed; here, as it waits for the device."""
+        for layer, read, sums, bins in self.shown:
+            chunks = torch.tensor(read) // chunk_size
+            self.step = widen(self.step, int(chunks.max()) + 1)
+            self.step[:, layer].index_add_(1, chunks, sums.cpu().double())
+            if bins is not None:
+                self.bins[layer] += bins.cpu()
+        self.shown = []
 
     def on_train_batch_end(
         self,
@@ -96,11 +99,10 @@ class GateMonitor(lightning.Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:  # type: ignore[override]
-        if self.hook is None:
+        if not self.watches:
             return
-        self.hook.remove()
-        self.hook = None
-        pl_module.model.record_gates(False)
+        self.watches, pl_module.model.observer = False, None
+        self._add(pl_module.model.config.chunk_size)
         self.step, self.bins = over_ranks(self.step, pl_module), over_ranks(self.bins, pl_module)
         if self.logs and self.step[0].any():
             self._log(pl_module)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from torch import Tensor
 
 from comet_pl.files import as_json, as_png, replace_file
 from comet_pl.metrics.loss_by_position import LossByPosition, chunk_of_columns, curve, name
+from comet_pl.model.observer import Observer
 from comet_pl.training.lit_module import CometModule
 
 
@@ -22,10 +25,14 @@ class LengthReport(lightning.Callback):
     def __init__(self, folder: Path):
         self.folder = folder
         self.metric = LossByPosition()
+        self.losses = torch.zeros(0), torch.zeros(0)  # places and losses of the last batch
+
+    def _keep(self, places: Tensor, losses: Tensor) -> None:
+        self.losses = places, losses
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         self.metric = LossByPosition().to(pl_module.device)
-        pl_module.model.record_losses()
+        pl_module.model.observer = Observer(losses=self._keep)
 
     def on_validation_batch_end(  # type: ignore[override]
         self,
@@ -40,11 +47,10 @@ class LengthReport(lightning.Callback):
         chunks = chunk_of_columns(
             batch["attention_mask"], size, batch.get("chunk_sizes"), batch.get("resets")
         )
-        assert pl_module.model.token_losses is not None
-        self.metric.update(*pl_module.model.token_losses, chunks)
+        self.metric.update(*self.losses, chunks)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
-        pl_module.model.record_losses(False)
+        pl_module.model.observer = None
         buckets = self.metric.compute()
         if not buckets or not trainer.is_global_zero:
             return

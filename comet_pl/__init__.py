@@ -6,7 +6,7 @@ Importing it registers CoMeT with Hugging Face's Auto classes.
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.model.cache import CometCache
-from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.configuration_comet import CometConfig, on_first_use
 
 if TYPE_CHECKING:
     from comet_pl.model.modeling_comet import CometForCausalLM
@@ -21,3 +21,6 @@ def __getattr__(name: str) -> Any:
 
         return CometForCausalLM
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+on_first_use(lambda: __getattr__("CometForCausalLM"))

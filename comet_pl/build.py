@@ -81,7 +81,7 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     if path is not None:
         from transformers import AutoTokenizer
 
-        from comet_pl.model.pretrained import check_built
+        from comet_pl.files import check_built
 
         check_built(path, "backbone.path")
         try:

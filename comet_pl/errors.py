@@ -31,10 +31,6 @@ class TrainingStopped(OnAllRanks):
         super().__init__(f"stopped by {signal.Signals(number).name} after step {step}")
 
 
-class TooLittleMemory(UserError, MemoryError):
-    """The device has too little memory; raised before anything is computed."""
-
-
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError, takes no abbreviated options and shows descriptions as is."""
 
@@ -68,11 +64,11 @@ def os_errors(line: str) -> Iterator[None]:
 
 
 def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(sys.argv[1:])`: UserError becomes a line on stderr and exit code 2, Ctrl-C 130."""
+    """Runs `main(sys.argv[1:])`: mistakes become a line on stderr and exit code 2, Ctrl-C 130."""
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(130) from None
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (UserError, MemoryError) as error:
+        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -81,3 +81,11 @@ def as_png(figure: Figure) -> bytes:
 
 def as_json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def check_built(path: str, key: str) -> None:
+    """Raises UserError for a folder that is not there, before anyone looks for it on the hub."""
+    if path.rstrip("/") == "models/smollm2_135m" and not Path(path).is_dir():
+        raise UserError(f"{key}: {path} is not there yet; `make smollm2` builds it")
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        raise UserError(f"{key}: no such folder: {path}")

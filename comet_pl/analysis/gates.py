@@ -7,27 +7,25 @@ import torch
 from torch import Tensor
 
 from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.observer import Observer, observing
 
 
 @torch.no_grad()
 def read_gates(model: CometForCausalLM, ids: Tensor) -> np.ndarray | None:
-    """Reads a text once: mean g over slots, (L, T), of each layer and chunk.
+    """Mean g over slots, (L, T), of each layer and chunk of a text.
 
-    NaN where no gate was asked: the first chunk, which has no old state, and a last one that stays open. None: nowhere, as the model has no
-    gates or the text is too short.
+    NaN where there is no gate: the first chunk has no old state, and a last one may stay open.
+    None: the model has no gates or the text is too short.
 
     Args:
         ids: (1, N) without padding.
     """
-    model.record_gates()
-    try:
-        model(ids, use_cache=False, logits_to_keep=1)
-        found = model.gate_values()
-    finally:
-        model.record_gates(False)
     size = model.config.chunk_size
     means = np.full((len(model.gates), -(-ids.shape[1] // size)), np.nan)
-    for read, layers in found:
-        if read:
-            means[:, read[0] // size] = [float(g.double().mean()) for g in layers]
+
+    def add(layer: int, read: list[int], gate: Tensor) -> None:
+        means[layer, read[0] // size] = float(gate.double().mean())
+
+    with observing(model, Observer(gate=add)):
+        model(ids, use_cache=False, logits_to_keep=1)
     return None if np.isnan(means).all() else means

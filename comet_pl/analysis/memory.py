@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comet_pl.model.cache import LayerMemory
 from comet_pl.model.cell import Cell
-from comet_pl.model.chunk_batch import Step
+from comet_pl.model.chunk_batch import UniformChunk
 from comet_pl.model.modeling_comet import CometForCausalLM
 
 CHUNKS = 64  # of the text are read at most
@@ -86,18 +86,18 @@ class _Look:
         self.slots: dict[str, Tensor] = {}
 
     def at(self, cell: Cell, inputs: Any) -> None:
-        hidden, memory, step = inputs
-        if not step.past:
+        hidden, memory, chunk = inputs
+        if not chunk.past or chunk.slots is None:
             return
         self.seen += 1
-        text = torch.nonzero(step.source[0] < self.columns)[:, 0]
+        text = torch.nonzero(chunk.tokens.source[0] < self.columns)[:, 0]
         chosen = np.linspace(0, len(text) - 1, min(QUERIES, len(text))).round().astype(int)
         self.shares.append(
             attention_shares(
-                cell, hidden, memory, step, text[torch.from_numpy(chosen).to(text.device)]
+                cell, hidden, memory, chunk, text[torch.from_numpy(chosen).to(text.device)]
             )
         )
-        state = memory.state if step.global_slots else None
+        state = memory.state if chunk.slots.global_slots else None
         if state is not None:
             followed = (
                 np.linspace(0, state.shape[1] - 1, min(SLOTS, state.shape[1])).round().astype(int)
@@ -109,8 +109,8 @@ class _Look:
                     "state": state[0],
                     "global": cell.adapt(cell.global_memory, state)[0],
                 }
-            if step.temporary_slots:
-                self.slots["temporary"] = memory.temporary[0, : step.temporary_slots]
+            if chunk.slots.temporary_slots:
+                self.slots["temporary"] = memory.temporary[0, : chunk.slots.temporary_slots]
 
     def values(self) -> dict[str, float]:
         found = {
@@ -133,31 +133,30 @@ class _Look:
 
 
 def attention_shares(
-    cell: Cell, hidden: Tensor, memory: LayerMemory, step: Step, places: Tensor
+    cell: Cell, hidden: Tensor, memory: LayerMemory, chunk: UniformChunk, places: Tensor
 ) -> Tensor:
     """(3,) attention mass of own tokens on [global slots, temporary slots, own chunk], mean over heads and tokens; by explicit softmax.
 
     Args:
-        hidden: (1, W, d), memory, step: what the cell is called with, at a chunk's begin. places: (Q,) of the own tokens to look at.
+        hidden: (1, W, d), memory, chunk: what the cell is called with, at a chunk's begin. places: (Q,) of the own tokens to look at.
     """
     normed = cell.input_layernorm(hidden)
-    slots = cell.slot_keys_values(memory, step)
-    keys = cell.rotate(cell.project("k", normed), step.rope)
+    assert chunk.slots is not None
+    slots = cell.slot_keys_values(memory, chunk)
+    keys = cell.rotate(cell.project("k", normed), chunk.tokens.rope)
     keys = keys if slots is None else torch.cat([slots[0].to(keys.dtype), keys], 2)  # (1, H', L, h)
-    cos, sin = (t[:, places] for t in step.rope)
+    cos, sin = (t[:, places] for t in chunk.tokens.rope)
     queries = cell.rotate(cell.project("q", normed[:, places]), (cos, sin))  # (1, H, Q, h)
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     wide = torch.promote_types(keys.dtype, torch.float32)
     scores = queries.to(wide) @ keys.to(wide).transpose(2, 3) * cell.scaling
-    seen = torch.arange(step.columns, device=places.device) <= step.positions[0, places][:, None]
+    seen = (
+        torch.arange(chunk.columns, device=places.device)
+        <= chunk.tokens.positions[0, places][:, None]
+    )
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)
     return torch.stack(
-        [
-            part.sum()
-            for part in mass.split(
-                [step.global_slots, step.temporary_slots, step.columns - step.past]
-            )
-        ]
+        [part.sum() for part in mass.split([*chunk.slots[:2], chunk.columns - chunk.past])]
     ).cpu()
 
 

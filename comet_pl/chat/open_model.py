@@ -23,7 +23,8 @@ from comet_pl.config.rules import convert
 from comet_pl.config.schema import ModelConfig
 from comet_pl.errors import UserError, first_line, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
-from comet_pl.model.pretrained import check_built, kind
+from comet_pl.files import check_built
+from comet_pl.model.pretrained import kind
 
 PLAIN_DECODER = {
     "chunk_size": 1024,

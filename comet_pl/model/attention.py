@@ -1,7 +1,9 @@
-"""Attention of own tokens over [memory | own tokens], lower-right causal: a token sees all of the past and its own tokens up to itself.
+"""Attention of own tokens over [memory | own tokens], lower-right causal.
 
-Legend: B rows, H query heads, H' key/value heads, h head width, W own tokens, L key columns (if rows are uniform, the last W are the own
-tokens).
+A token sees all of the past and its own tokens up to itself.
+
+Legend: B rows, H query heads, H' key/value heads, h head width, W own tokens, L key columns. In a
+uniform chunk the last W columns are the own tokens.
 """
 
 from __future__ import annotations
@@ -13,25 +15,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
-from comet_pl.model.chunk_batch import Step
+from comet_pl.model.chunk_batch import Chunk, UniformChunk
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-MANY_KEYS = (
-    2**18
-)  # numbers in a row's keys, from which on one query is cheaper by two plain products than by a kernel on a CPU
-FEW_SCORES = (
-    2**18
-)  # so few are computed by the plain formula on a CPU: less overhead than a kernel, and it rounds least
+# Numbers in a row's keys from which on, on a CPU, two plain products answer one query faster than a
+# kernel does.
+MANY_KEYS = 2**18
+# Up to so many scores, on a CPU, the plain formula is quicker than a kernel and rounds least.
+FEW_SCORES = 2**18
 
 
 class _SplitAttention(torch.autograd.Function):
-    """CPU: the past without a mask and the own tokens causally, merged by their log-sum-exps; no mask exists and nothing is masked away.
+    """CPU: the past without a mask and the own tokens causally, merged by their log-sum-exps.
 
-    The kernel's log-sum-exp carries no gradient of its own, but the kernel's backward is exact for each part if it is given the *merged*
-    output and log-sum-exp: dS = P * (dO V^T - rowsum(dO * O)) holds column by column.
+    No mask exists and nothing is masked away. The kernel's log-sum-exp carries no gradient, but its
+    backward is exact for each part if it gets the *merged* output and log-sum-exp:
+    dS = P * (dO V^T - rowsum(dO * O)) holds column by column.
     """
 
     @staticmethod
@@ -47,7 +49,7 @@ class _SplitAttention(torch.autograd.Function):
         return o
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, o, lse = ctx.saved_tensors
         past, scale = ctx.past, ctx.scale
         parts = ((k[:, :, :past], v[:, :, :past], False), (k[:, :, past:], v[:, :, past:], True))
@@ -59,48 +61,50 @@ class _SplitAttention(torch.autograd.Function):
 
 
 def attend(
-    implementation: str, q: Tensor, k: Tensor, v: Tensor, step: Step, scale: float
+    implementation: str, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float
 ) -> Tensor:
     """(B, H, W, h), (B, H', L, h) twice -> (B, H, W, h)."""
     if not q.shape[2]:
-        return q  # a full chunk closes and there is no memory: nothing of it is read
-    k, v = k.to(q.dtype), v.to(q.dtype)  # a cache in float32 under autocast
+        # A full chunk closes and there is no memory: nothing of it is used.
+        return q
+    # A cache may be in float32 under autocast.
+    k, v = k.to(q.dtype), v.to(q.dtype)
     wide = q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu"
     few = wide and q.shape[2] > 1 and q.shape[:3].numel() * k.shape[2] <= FEW_SCORES
     if implementation == "eager" or few:
-        return _eager(q, k, v, step.mask, scale)
+        return _eager(q, k, v, chunk.mask, scale)
     grouped = q.shape[1] != k.shape[1]
-    if not step.uniform:
+    if not isinstance(chunk, UniformChunk):
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=step.mask, scale=scale, enable_gqa=grouped
+            q, k, v, attn_mask=chunk.mask, scale=scale, enable_gqa=grouped
         )
     if q.shape[2] == 1 and wide and k.shape[1:].numel() >= MANY_KEYS:
         return _one_query(q, k, v, scale)
     if q.shape[2] == 1:
         return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if step.past == 0:
+    if chunk.past == 0:
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
     if q.device.type == "cpu":
-        if grouped and torch.is_grad_enabled():  # the kernel's backward knows no groups
+        # The kernel's backward knows no groups.
+        if grouped and torch.is_grad_enabled():
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return _SplitAttention.apply(q, k, v, step.past, scale)
+        return _SplitAttention.apply(q, k, v, chunk.past, scale)
     bias = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)  # type: ignore[arg-type]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """CPU: the plain formula as two products a key head, its columns first; the kernel reads keys and values at half their speed."""
+    """CPU: two products a key head, key columns first; a kernel reads keys at half the speed."""
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)
     scores = (k @ grouped.transpose(2, 3) * scale).transpose(2, 3)
     return (scores.softmax(-1) @ v).flatten(1, 2).unsqueeze(2)
 
 
 def _eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    grouped = q.unflatten(
-        1, (k.shape[1], -1)
-    )  # the queries of a key head as rows of one product: no key is copied
+    # The queries of a key head are the rows of one product: no key is copied.
+    grouped = q.unflatten(1, (k.shape[1], -1))
     scores = (grouped.flatten(2, 3) @ k.transpose(2, 3) * scale).unflatten(2, grouped.shape[2:4])
     scores = scores.masked_fill(~mask.unsqueeze(-3), torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)

@@ -1,8 +1,11 @@
 """CometCache: everything that survives between calls.
 
-Legend: B rows, m global slots, K temporary capacity, d width, H key/value heads, h head width, P key columns, n pending outputs.
-Bytes do not depend on how much was read: a call without gradients allocates every buffer at its full size and writes in place. A call with
-gradients never writes in place; it returns a new cache whose tensors are as long as needed.
+Legend: B rows, m global slots, K temporary capacity, d width, H key/value heads, h head width,
+P key columns, n pending outputs.
+
+Bytes do not depend on how much was read: a call without gradients allocates every buffer at its
+full size and writes in place. A call with gradients never writes in place; it returns a new cache
+whose tensors are as long as needed.
 """
 
 from __future__ import annotations
@@ -21,38 +24,38 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
-from comet_pl.errors import TooLittleMemory
-from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, open_tokens
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, pending_tokens
 from comet_pl.model.configuration_comet import CometConfig
 
 
+class TooLittleMemory(ValueError, MemoryError):
+    """The device has too little memory; raised before anything is computed."""
+
+
 class LayerMemory(NamedTuple):
-    """One layer's share of the cache. Which entries are valid is in the rows' clocks."""
+    """One layer's share of the cache. The rows' clocks tell which entries are valid."""
 
     state: Tensor | None = None  # S (B, m, d)
     temporary: Tensor | None = None  # T (B, <= K, d), oldest first, from entry 0
-    keys: Tensor | None = (
-        None  # open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position
-    )
+    # Of the open chunk: [G | T | own tokens] (B, H, P, h), after RoPE, column = position.
+    keys: Tensor | None = None
     values: Tensor | None = None
-    pending: Tensor | None = None  # open chunk: outputs X at its compression tokens (B, n, d)
+    pending: Tensor | None = None  # of the open chunk: outputs X at compression tokens (B, n, d)
 
 
 LENGTH_AXIS = {"state": 1, "temporary": 1, "keys": 2, "values": 2, "pending": 1}
 
 
 def wrong_rows(held: int, given: int) -> str:
-    """What is wrong with a cache for another number of rows."""
-    repeat = (
-        f"; CometCache.batch_repeat_interleave({given // held}) repeats each of them"
-        if held and given % held == 0
-        else ""
-    )
+    """The error message for a cache of another number of rows."""
+    repeat = ""
+    if held and given % held == 0:
+        repeat = f"; CometCache.batch_repeat_interleave({given // held}) repeats each of them"
     return f"past_key_values: the cache holds {held} rows, input_ids has {given}{repeat}"
 
 
 class CometCache(Cache):
-    """The memory of a batch of texts; made by the model, or empty by `CometCache()` and filled by the first call."""
+    """The memory of a batch of texts; `CometCache()` is empty, and its first call fills it."""
 
     is_compileable = False
 
@@ -63,30 +66,57 @@ class CometCache(Cache):
         self.columns = 0  # columns fed so far, padding included
         self.preallocated = False
         self.fingerprint: str | None = None  # of the configuration it was made with
-        self.weights: str | None = (
-            None  # digest of the weights it was made with; only on a loaded cache, checked at its first use
-        )
+        # Digest of the weights it was made with; only on a loaded cache, checked at its first use.
+        self.weights: str | None = None
         self.model: Any = None  # the model that filled it; knows the digest of its weights
-        self.notes: dict[str, Any] = {}  # what `save` was given to keep beside the memory
+        self.notes: dict[str, Any] = {}  # what `save` keeps beside the memory
 
     @classmethod
     def at(cls, rows: list[RowClock], layers: int, fingerprint: str) -> CometCache:
-        """A cache of texts that were read up to `rows`; their memory is somewhere else and comes in through the walk's seam."""
+        """A cache of texts read up to `rows`; their memory arrives by the model's transport."""
         cache = cls()
-        cache.rows, cache.memories, cache.fingerprint = (
-            list(rows),
-            [LayerMemory() for _ in range(layers)],
-            fingerprint,
-        )
+        cache.rows, cache.fingerprint = list(rows), fingerprint
+        cache.memories = [LayerMemory() for _ in range(layers)]
         return cache
 
     # ---- what the model calls
 
+    def for_call(
+        self, model: Any, clocks: list[RowClock], in_place: bool, device: torch.device
+    ) -> CometCache:
+        """The cache that a call of the model fills: this one, or a copy if not in_place.
+
+        Args:
+            clocks: the rows' as the call starts.
+
+        Raises:
+            ValueError: the cache belongs to another model, batch, device or precision.
+            TooLittleMemory: its buffers do not fit.
+        """
+        cache = self if in_place else self.functional_copy()
+        cache.begin(model.config, len(clocks), model.fingerprint, model.lm_head.weight)
+        made_with = cache.weights
+        if cache.model is not None and cache.model is not model:
+            made_with = cache.model.weight_digest()
+        if made_with is not None and made_with != model.weight_digest():
+            raise ValueError("past_key_values: this cache was made by a model with other weights")
+        if in_place:
+            cache.rows = clocks  # their strides decide the buffers' sizes
+            cache.reserve(model.config, model.dtype, device)
+        cache.weights, cache.model = None, model
+        return cache
+
     def begin(
         self, config: CometConfig, batch: int, fingerprint: str, like: Tensor | None = None
     ) -> CometCache:
-        """Checks that this cache fits a call on `batch` rows (and `like`, one of the model's weights); starts the rows' clocks of an empty
-        one. Raises ValueError."""
+        """This cache, after a check that it fits a call on `batch` rows; an empty one is started.
+
+        Args:
+            like: one of the model's weights, for their device and dtype.
+
+        Raises:
+            ValueError: it does not fit.
+        """
         if self.fingerprint is None:
             self.fingerprint = fingerprint
             self.memories = [LayerMemory() for _ in range(config.backbone_config.num_hidden_layers)]
@@ -97,35 +127,32 @@ class CometCache(Cache):
             )
         if len(self.rows) != batch:
             raise ValueError(wrong_rows(len(self.rows), batch))
-        if like is not None and self.preallocated:
-            held = next(iter(self._tensors()), like)
-            for what, given, wanted in (
+        if like is not None and self.preallocated and self.memories:
+            held = next((t for t in self.memories[0] if t is not None), like)
+            for what, own, model in (
                 ("on", held.device, like.device),
                 ("of", held.dtype, like.dtype),
             ):
-                if given != wanted:
+                if own != model:
                     raise ValueError(
-                        f"past_key_values: a cache {what} {given} given, the model is {what} {wanted}; CometCache.to changes it"
+                        f"past_key_values: a cache {what} {own} given, the model is {what} {model};"
+                        " CometCache.to changes it"
                     )
         if self.weights is not None and self.model is None:
             self._check_shapes(config)
         return self
 
     def _check_shapes(self, config: CometConfig) -> None:
-        """Of a cache that came from a file: every row's entries are there, and each tensor has this model's sizes."""
+        """Raises ValueError unless a loaded cache has every row's entries in this model's sizes."""
         if len(self.memories) != config.backbone_config.num_hidden_layers:
             raise ValueError(f"past_key_values: damaged: it has {len(self.memories)} layers")
         rows = len(self.rows)
         shapes = config.cache_shapes(rows, least_stride(self.rows))
         needed = dict.fromkeys(LayerMemory._fields, 0)
         for row in self.rows:
-            own = open_tokens(row.fill, row.stride)
-            entries = {
-                "state": row.global_slots,
-                "temporary": row.temporary_slots,
-                "pending": own - row.fill,
-            }
-            entries["keys"] = entries["values"] = row.memory + own if row.fill else 0
+            keys = row.memory + row.own_tokens if row.fill else 0
+            entries = {"state": row.global_slots, "temporary": row.temporary_slots}
+            entries |= {"pending": pending_tokens(row), "keys": keys, "values": keys}
             needed = {name: max(count, entries[name]) for name, count in needed.items()}
         for i, memory in enumerate(self.memories):
             for name, tensor in memory._asdict().items():
@@ -137,8 +164,9 @@ class CometCache(Cache):
                     len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :]
                 )
                 if length < needed[name] or not fits:
+                    shape = None if tensor is None else [*tensor.shape]
                     raise ValueError(
-                        f"past_key_values: damaged: {name} of layer {i} has the shape {None if tensor is None else [*tensor.shape]}"
+                        f"past_key_values: damaged: {name} of layer {i} has the shape {shape}"
                     )
 
     def functional_copy(self) -> CometCache:
@@ -151,14 +179,11 @@ class CometCache(Cache):
         return new
 
     def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates every buffer at its full size and copies what is there. Raises TooLittleMemory."""
+        """Allocates every buffer at its full size, copies what is there; raises TooLittleMemory."""
         if self.preallocated:
-            if not torch.is_inference_mode_enabled() and any(
-                t.is_inference() for t in self._tensors()
-            ):
-                self._map(
-                    Tensor.clone
-                )  # made under inference_mode, where buffers cannot be written to outside of it
+            # Buffers made under inference_mode cannot be written to outside of it.
+            if not torch.is_inference_mode_enabled() and self._has_inference_tensors():
+                self._map(Tensor.clone)
             return
         check_room(config, len(self.rows), dtype, device, least_stride(self.rows))
         shapes = config.cache_shapes(len(self.rows), least_stride(self.rows))
@@ -191,7 +216,10 @@ class CometCache(Cache):
         return len(self.memories)
 
     def __repr__(self) -> str:
-        return f"CometCache(rows={len(self.rows)}, layers={len(self.memories)}, columns={self.columns}, nbytes={self.nbytes})"
+        return (
+            f"CometCache(rows={len(self.rows)}, layers={len(self.memories)}, "
+            f"columns={self.columns}, nbytes={self.nbytes})"
+        )
 
     def clone(self) -> CometCache:
         """An independent copy: what one reads, the other does not."""
@@ -206,7 +234,8 @@ class CometCache(Cache):
     ) -> CometCache:
         """A copy on another device or in another precision, for a model that is there or has it.
 
-        In another precision the weights are others too, so that they are no longer compared with those that made the memory.
+        In another precision the model's weights differ too: they are no longer compared with those
+        that made the memory.
         """
         new = self._copy(lambda t: t.detach().to(device=device, dtype=dtype, copy=True))
         if dtype is not None and any(t.dtype != dtype for t in self._tensors()):
@@ -235,7 +264,11 @@ class CometCache(Cache):
         )
 
     def save(self, path: str | os.PathLike[str], notes: dict[str, Any] | None = None) -> None:
-        """Writes the cache to a safetensors file, atomically. notes: JSON-able, come back as `.notes`."""
+        """Writes the cache to a safetensors file, atomically.
+
+        Args:
+            notes: JSON-able; `load` gives them back as `.notes`.
+        """
         tensors = {
             f"{i}.{name}": t.detach().contiguous()
             for i, memory in enumerate(self.memories)
@@ -243,9 +276,9 @@ class CometCache(Cache):
             if t is not None
         }
         weights = self.weights if self.model is None else self.model.weight_digest()
-        facts = {"rows": [asdict(r) for r in self.rows], "columns": self.columns, "layers": len(self.memories),
-                 "preallocated": self.preallocated, "fingerprint": self.fingerprint, "weights": weights,
-                 "notes": self.notes if notes is None else notes}  # fmt: skip
+        facts = {name: getattr(self, name) for name in ("columns", "preallocated", "fingerprint")}
+        facts |= {"rows": [asdict(r) for r in self.rows], "layers": len(self.memories)}
+        facts |= {"weights": weights, "notes": self.notes if notes is None else notes}
         beside = Path(f"{path}.{os.getpid()}.part")
         try:
             save_file(tensors, beside, metadata={"comet_cache": json.dumps(facts)})
@@ -272,20 +305,11 @@ class CometCache(Cache):
                 for i in range(facts["layers"])
             ]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
-            if (
-                any(
-                    not isinstance(value, int) or value < 0
-                    for row in facts["rows"]
-                    for value in row.values()
-                )
-                or facts["columns"] < 0
-            ):
+            numbers = [value for row in facts["rows"] for value in row.values()]
+            if any(not isinstance(n, int) or n < 0 for n in [*numbers, facts["columns"]]):
                 raise ValueError("impossible numbers of tokens")
-            cache.columns, cache.preallocated, cache.notes = (
-                facts["columns"],
-                facts["preallocated"],
-                facts.get("notes", {}),
-            )
+            cache.columns, cache.preallocated = facts["columns"], facts["preallocated"]
+            cache.notes = facts.get("notes", {})
             cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             why = f"no {error} in it" if isinstance(error, KeyError) else str(error)
@@ -296,6 +320,13 @@ class CometCache(Cache):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"model": None}  # pickles and deep copies leave the model behind
+
+    def _has_inference_tensors(self) -> bool:
+        for memory in self.memories:
+            for tensor in memory:
+                if tensor is not None and tensor.is_inference():
+                    return True
+        return False
 
     def _tensors(self) -> Iterable[Tensor]:
         return (t for memory in self.memories for t in memory if t is not None)
@@ -314,7 +345,7 @@ class CometCache(Cache):
 
 
 def least_stride(rows: list[RowClock]) -> int:
-    """Decides how many compression tokens a chunk can have."""
+    """The least stride of all rows; it bounds the compression tokens of a chunk."""
     return min((row.stride for row in rows), default=NO_STRIDE)
 
 
@@ -324,10 +355,9 @@ def free_bytes(device: torch.device) -> int | None:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(
-            (int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None
-        )
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
     return None
 
 
@@ -338,14 +368,15 @@ def check_room(
     device: torch.device,
     stride: int | None = None,
 ) -> None:
-    """Raises TooLittleMemory if a cache for `batch` texts does not fit into what is free on the device."""
+    """Raises TooLittleMemory if a cache for `batch` texts exceeds the device's free memory."""
     needed, free = config.cache_bytes(batch, dtype, stride), free_bytes(device)
     if free is not None and needed > free:
         fit = free // (needed // batch)
         advice = f"read at most {fit} at once, or choose" if fit else "choose"
         raise TooLittleMemory(
-            f"the memory of {batch} text(s) takes {needed / 2**20:,.0f} MiB, whatever their length, but {free / 2**20:,.0f} MiB are free "
-            f"on {device}: {advice} smaller memories or chunks"
+            f"the memory of {batch} text(s) takes {needed / 2**20:,.0f} MiB, whatever their "
+            f"length, but {free / 2**20:,.0f} MiB are free on {device}: {advice} smaller memories "
+            "or chunks"
         )
 
 
@@ -358,9 +389,8 @@ def _fill(
     buffers = {}
     for name, shape in shapes.items():
         axis, old = LENGTH_AXIS[name], getattr(memory, name)
-        if (
-            old is not None and old.shape[axis] > shape[axis]
-        ):  # an open chunk that had outgrown C (rollover=false)
+        # An open chunk may have outgrown C (rollover=false).
+        if old is not None and old.shape[axis] > shape[axis]:
             shape = tuple(old.shape)
         buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
         if old is not None:

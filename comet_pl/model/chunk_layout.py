@@ -1,16 +1,19 @@
 """Where every token of a chunk stands: pure Python and numpy, no tensors.
 
-Legend: C chunk size, s stride, m readout tokens, K temporary capacity; f "fill" = text tokens already in the open chunk.
+Legend: C chunk size, s stride, m readout tokens, K temporary capacity; f "fill" = text tokens in
+the open chunk.
 
-A chunk's own tokens are numbered p = 0, 1, 2, ...: text with one compression token after each complete group of s text tokens, one more
-after a shorter last group, then m readout tokens. Hence, for n text tokens in a closed chunk:
+A chunk's own tokens are numbered p = 0, 1, 2, ...: text with one compression token after each
+complete group of s text tokens, one after a shorter last group, then m readout tokens. For n text
+tokens in a closed chunk:
 
     text token o          at  p = o + o // s
     compression token j   at  p = min((j + 1) * s, n) + j          (j < ceil(n / s))
     readout token k       at  p = n + ceil(n / s) + k
 
-and an open chunk that has taken f text tokens holds f + (f - 1) // s own tokens: the compression token of a complete group enters only when
-the next text token arrives. In a row with g global and t temporary slots, own token p has position g + t + p.
+An open chunk with f text tokens holds f + (f - 1) // s own tokens: the compression token of a
+complete group enters when the next text token arrives. In a row with g global and t temporary
+slots, own token p has position g + t + p.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 NO_STRIDE = 1 << 40  # a stride that no chunk reaches: no temporary memory
+TEXT, COMPRESSION, READOUT = range(3)  # kinds of own tokens
 
 
 def compression_tokens(n: int, stride: int) -> int:
@@ -30,23 +34,39 @@ def compression_tokens(n: int, stride: int) -> int:
 
 
 def open_tokens(fill: int, stride: int) -> int:
-    """Own tokens of an open chunk that has taken `fill` text tokens."""
+    """Own tokens of an open chunk with `fill` text tokens."""
     return fill + (fill - 1) // stride if fill else 0
 
 
 @dataclass(frozen=True)
 class RowClock:
-    """What a row has read so far, in numbers; its tensors live in the cache."""
+    """How far a row has come, in numbers; its tensors are in the cache."""
 
     fill: int = 0  # text tokens in the open chunk
     stride: int = NO_STRIDE
     global_slots: int = 0  # 0 or m
     temporary_slots: int = 0  # 0..K
-    num_tokens: int = 0  # real text tokens read
+    num_tokens: int = 0  # real text tokens so far
 
     @property
     def memory(self) -> int:
+        """Memory slots that the chunk sees."""
         return self.global_slots + self.temporary_slots
+
+    @property
+    def own_tokens(self) -> int:
+        """Own tokens of the open chunk."""
+        return open_tokens(self.fill, self.stride)
+
+    @property
+    def closed_tokens(self) -> int:
+        """Text tokens before the open chunk."""
+        return self.num_tokens - self.fill
+
+
+def pending_tokens(clock: RowClock) -> int:
+    """Compression tokens that the open chunk holds."""
+    return (clock.fill - 1) // clock.stride if clock.fill else 0
 
 
 class ChunkPlan(NamedTuple):
@@ -72,27 +92,25 @@ class ChunkPlan(NamedTuple):
 
 @dataclass(frozen=True)
 class Segment:
-    """A row's share of one step: `count` text tokens from `start` (index among the row's real tokens of this call) enter its chunk."""
+    """What a row adds to one chunk: `count` of this call's real tokens, from the start-th on."""
 
-    before: RowClock  # the row's clock as the segment starts (after a reset, if there is one)
+    before: RowClock  # the row's clock as the segment starts, after a reset if there is one
     start: int
     count: int
     closes: bool  # the last compression token, the readout tokens and the memory update follow
 
     @property
     def text(self) -> int:
+        """Text tokens of the chunk after the segment."""
         return self.before.fill + self.count
 
     def span(self, global_size: int) -> tuple[int, int]:
-        """First and last + 1 own position p that this segment adds."""
-        s = self.before.stride
-        first = open_tokens(self.before.fill, s)
-        last = (
-            self.text + compression_tokens(self.text, s) + global_size
-            if self.closes
-            else open_tokens(self.text, s)
-        )
-        return first, last
+        """First and last + 1 own position p that the segment adds."""
+        s, first = self.before.stride, self.before.own_tokens
+        text = self.before.fill + self.count
+        if self.closes:
+            return first, text + compression_tokens(text, s) + global_size
+        return first, open_tokens(text, s)
 
 
 def plan_row(
@@ -106,25 +124,27 @@ def plan_row(
     chunk_sizes: Sequence[int] | None = None,
     resets: Sequence[bool] | None = None,
 ) -> tuple[list[Segment], RowClock]:
-    """Cuts `tokens` new text tokens of one row into segments; returns them and the row's clock afterwards."""
+    """`tokens` new text tokens of a row as segments, and the row's clock afterwards.
+
+    Without chunk_sizes the text continues the open chunk, and full chunks roll over. With them the
+    open chunk closes first and every listed chunk closes.
+    """
     segments: list[Segment] = []
+    # A row without real tokens stays unchanged.
     if not tokens:
-        return segments, clock  # a row without real tokens stays unchanged
+        return segments, clock
 
     def add(start: int, count: int, closes: bool) -> None:
         nonlocal clock
-        segment = Segment(clock, start, count, closes)
         if count or closes:
-            segments.append(segment)
-        clock = replace(clock, fill=segment.text, num_tokens=clock.num_tokens + count)
+            segments.append(Segment(clock, start, count, closes))
+        text, read = clock.fill + count, clock.num_tokens + count
         if closes:
-            new = compression_tokens(clock.fill, clock.stride)
-            clock = replace(
-                clock,
-                fill=0,
-                global_slots=global_size,
-                temporary_slots=min(capacity, clock.temporary_slots + new),
-            )
+            new = clock.temporary_slots + compression_tokens(text, clock.stride)
+            clock = RowClock(0, clock.stride, global_size, min(capacity, new), read)
+        else:
+            slots = clock.global_slots, clock.temporary_slots
+            clock = RowClock(text, clock.stride, *slots, read)
 
     start = 0
     if chunk_sizes is not None:
@@ -138,7 +158,8 @@ def plan_row(
         return segments, clock
     grows = not rollover and clock.num_tokens > 0
     while True:
-        count = tokens - start if grows else min(max(chunk_size - clock.fill, 0), tokens - start)
+        left = tokens - start
+        count = left if grows else min(max(chunk_size - clock.fill, 0), left)
         closes = start + count < tokens
         add(start, count, closes)
         if not closes:
@@ -149,19 +170,23 @@ def plan_row(
 def own_layout(segment: Segment, global_size: int) -> tuple[np.ndarray, np.ndarray]:
     """(kind, index) of each own token that the segment adds, in order.
 
-    kind 0: text, index = its offset in the chunk; 1: compression token, index = j; 2: readout token, index = k.
+    TEXT: index = its offset in the chunk; COMPRESSION: index = j; READOUT: index = k.
     """
-    s, n = segment.before.stride, segment.text
+    s = segment.before.stride
     first, last = segment.span(global_size)
     p = np.arange(first, last)
     group = p // (s + 1)
-    body = n + compression_tokens(n, s)  # readout tokens start here
     compression = p % (s + 1) == s
-    if segment.closes and s != NO_STRIDE:
-        compression |= p == body - 1  # the last, perhaps shorter group
-    kind, index = np.where(compression, 1, 0), np.where(compression, group, p - group)
+    body = last
     if segment.closes:
-        kind, index = np.where(p >= body, 2, kind), np.where(p >= body, p - body, index)
+        body = last - global_size
+        # The last, perhaps shorter group.
+        if s != NO_STRIDE:
+            compression |= p == body - 1
+    kind = np.where(compression, COMPRESSION, TEXT)
+    index = np.where(compression, group, p - group)
+    if segment.closes:
+        kind, index = np.where(p >= body, READOUT, kind), np.where(p >= body, p - body, index)
     return kind, index
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +13,8 @@ from transformers import AutoConfig, PretrainedConfig
 from comet_pl.model.chunk_layout import NO_STRIDE, compression_tokens
 
 GATES = ("scalar", "elementwise", "none")
-WEIGHT_KEYS = (
-    "adapter_rank",
-    "shared_adapter",
-    "gate",
-)  # these shape the weights: they cannot be overridden on a loaded checkpoint
-
-
+# These shape the weights: a loaded checkpoint's cannot be overridden.
+WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")
 KEYS = (
     "chunk_size",
     "global_size",
@@ -28,6 +24,16 @@ KEYS = (
     "rollover",
     *WEIGHT_KEYS,
 )
+
+
+_on_first_use: Callable[[], Any] = lambda: None  # noqa: E731
+
+
+def on_first_use(load: Callable[[], Any]) -> None:
+    """Calls `load` whenever a configuration is made: AutoModelForCausalLM then knows CoMeT, while
+    `import comet_pl` alone stays quick."""
+    global _on_first_use
+    _on_first_use = load
 
 
 def check_keys(comet: dict[str, Any]) -> None:
@@ -41,18 +47,23 @@ class CometConfig(PretrainedConfig):
     """What a CoMeT is (paper's notation in brackets).
 
     Args:
-        backbone_config: configuration of the decoder (object or dict). Its `vocab_size` is the text vocabulary; the new rows (one
-            compression token, m readout tokens) are appended to it, unless their ids are given.
+        backbone_config: configuration of the decoder (object or dict). Its `vocab_size` is the text
+            vocabulary; the new rows (one compression token, m readout tokens) follow it, unless
+            their ids are given.
         chunk_size: text tokens a chunk (C).
         global_size: readout tokens = global memory slots (m); 0: no global memory.
-        compression_stride: a compression token after every s text tokens (s); None: no temporary memory.
+        compression_stride: a compression token after every s text tokens (s); None: no temporary
+            memory.
         temporary_capacity: temporary memory slots (K).
         adapter_rank: rank of the residual adapters (r).
-        shared_adapter: one adapter a layer for both memories (the paper's text) instead of one each (the authors' code).
-        gate: "scalar" (one value a slot), "elementwise" (one a channel, low rank 2d -> r -> d) or "none" (S = candidate).
-        gate_bias: start value of a bias inside the gate's sigmoid; None: no bias (the authors). Positive: retain first.
+        shared_adapter: one adapter a layer for both memories (the paper's text) instead of one each
+            (the authors' code).
+        gate: "scalar" (one value a slot), "elementwise" (one a channel, low rank 2d -> r -> d) or
+            "none" (S = candidate).
+        gate_bias: start value of a bias inside the gate's sigmoid; None: no bias (the authors).
+            Positive: retain first.
         rollover: False: a call that continues a cache never closes the open chunk.
-        compression_token_id, readout_token_ids: rows of the new tokens; None: appended to the vocabulary.
+        compression_token_id, readout_token_ids: rows of the new tokens; None: after the text's.
         first_new_id: ids from here on are not text and are suppressed in generation.
 
     Raises:
@@ -83,17 +94,13 @@ class CometConfig(PretrainedConfig):
     ):
         if backbone_config is None:
             raise ValueError(
-                "backbone_config: missing; give the configuration of a decoder, such as Qwen3Config(...)"
+                "backbone_config: missing; give a decoder's configuration, such as Qwen3Config(...)"
             )
-        # AutoModelForCausalLM knows CoMeT from the first configuration on, not from the start: `import comet_pl` is to be quick.
-
-        import comet_pl.model.modeling_comet  # noqa: F401
-
+        _on_first_use()
         if isinstance(backbone_config, dict):
             backbone_config = AutoConfig.for_model(**backbone_config)
-        backbone_config = copy.deepcopy(
-            backbone_config
-        )  # ours: the attention implementation and the vocabulary are set on it
+        # A copy of ours: the attention implementation and the vocabulary are set on it.
+        backbone_config = copy.deepcopy(backbone_config)
         self.chunk_size, self.global_size = chunk_size, global_size
         self.compression_stride, self.temporary_capacity = compression_stride, temporary_capacity
         self.adapter_rank, self.shared_adapter = adapter_rank, shared_adapter
@@ -108,13 +115,12 @@ class CometConfig(PretrainedConfig):
             next_id += global_size
         if len(readout_token_ids) != global_size:
             raise ValueError(
-                f"readout_token_ids: {len(readout_token_ids)} ids given, but global_size is {global_size}"
+                f"readout_token_ids: {len(readout_token_ids)} ids given, but global_size is "
+                f"{global_size}"
             )
         backbone_config.vocab_size = next_id
-        self.compression_token_id, self.readout_token_ids = (
-            compression_token_id,
-            list(readout_token_ids),
-        )
+        self.compression_token_id = compression_token_id
+        self.readout_token_ids = list(readout_token_ids)
         self.backbone_config = backbone_config
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
             kwargs.setdefault(name, getattr(backbone_config, name, None))
@@ -134,7 +140,8 @@ class CometConfig(PretrainedConfig):
         s = self.compression_stride
         if s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1):
             raise ValueError(
-                f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary memory) is needed"
+                f"compression_stride: {s!r} given, a whole number >= 1 or None (no temporary "
+                "memory) is needed"
             )
         for key in ("rollover", "shared_adapter"):
             if not isinstance(getattr(self, key), bool):
@@ -150,20 +157,23 @@ class CometConfig(PretrainedConfig):
         """Changes memory keys of a loaded checkpoint's configuration in place.
 
         Raises:
-            ValueError: an unknown key, a key that shapes the weights, or more readout tokens than the checkpoint has.
+            ValueError: an unknown key, a key that shapes the weights, or more readout tokens than
+                the checkpoint has.
         """
         check_keys(changes)
         for key, value in changes.items():
             if key in WEIGHT_KEYS and value != getattr(self, key):
                 raise ValueError(
-                    f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made with {getattr(self, key)!r}"
+                    f"comet[{key!r}]: {value!r} given, but this checkpoint's weights were made "
+                    f"with {getattr(self, key)!r}"
                 )
             setattr(self, key, value)
         self.check()
         if self.global_size > len(self.readout_token_ids):
             has = len(self.readout_token_ids)
             raise ValueError(
-                f"comet['global_size']: {self.global_size} given, the checkpoint has {has} readout tokens"
+                f"comet['global_size']: {self.global_size} given, the checkpoint has {has} readout "
+                "tokens"
             )
         if self.compression_stride is not None and self.compression_token_id is None:
             raise ValueError(
@@ -172,24 +182,27 @@ class CometConfig(PretrainedConfig):
         self.readout_token_ids = self.readout_token_ids[: self.global_size]
 
     def positions(self, stride: int | None = None) -> int:
-        """The most positions that a chunk of C text tokens takes: m + K slots, text, compression, readout tokens. stride: instead of s."""
+        """The most positions of a chunk of C tokens: slots, text, compression and readout tokens.
+
+        Args:
+            stride: instead of s.
+        """
         stride = stride or self.compression_stride or NO_STRIDE
         slots = self.global_size + (self.temporary_capacity if self.compression_stride else 0)
-        return (
-            slots + self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
-        )
+        own = self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
+        return slots + own
 
     def cache_shapes(self, batch: int, stride: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor that one layer of a preallocated CometCache holds. stride: the least of its rows', instead of s."""
+        """The shape of each tensor that one layer of a preallocated CometCache holds.
+
+        Args:
+            stride: the least of its rows', instead of s.
+        """
         backbone, s = self.backbone_config, stride or self.compression_stride or NO_STRIDE
         width, heads = backbone.hidden_size, backbone.num_key_value_heads
         head = getattr(backbone, "head_dim", None) or width // backbone.num_attention_heads
-        keys = (
-            batch,
-            heads,
-            self.positions(s) + 1,
-            head,
-        )  # one column more, where ragged batches put what nobody reads
+        # One column more, where ragged batches put what is never read.
+        keys = (batch, heads, self.positions(s) + 1, head)
         shapes: dict[str, tuple[int, ...]] = {"keys": keys, "values": keys}
         if self.global_size:
             shapes["state"] = (batch, self.global_size, width)
@@ -201,8 +214,11 @@ class CometConfig(PretrainedConfig):
     def cache_bytes(
         self, batch: int = 1, dtype: torch.dtype = torch.float32, stride: int | None = None
     ) -> int:
-        """Bytes of a CometCache for `batch` texts of any length: CometCache.nbytes, known beforehand. stride: the least of its rows', if
-        they have their own."""
+        """Bytes of a CometCache for `batch` texts of any length, known beforehand.
+
+        Args:
+            stride: the least of its rows', if they have their own.
+        """
         elements = sum(math.prod(shape) for shape in self.cache_shapes(batch, stride).values())
         return elements * dtype.itemsize * self.backbone_config.num_hidden_layers
 

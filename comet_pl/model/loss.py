@@ -1,50 +1,91 @@
-"""Cross-entropy on labelled positions only, in blocks: logits of a whole long text never exist at once."""
+"""From a forward pass's outputs to loss and logits; those of a whole long text never exist at once.
+
+Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from comet_pl.model.forward_plan import ForwardPlan
+from comet_pl.model.observer import Observer
+
 BLOCK = 1024  # labelled positions whose logits exist at the same time
+Head = Callable[[Tensor], Tensor]
+"""(k, d) -> (k, V)"""
 
 
-def summed_cross_entropy(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK
-) -> Tensor:
-    """Sum of cross-entropies, float32 (or wider).
+def loss_and_logits(
+    plan: ForwardPlan,
+    outputs: Sequence[tuple[Tensor, Tensor]],
+    norm: nn.Module,
+    head: nn.Module,
+    num_items: int | Tensor | None,
+    observer: Observer | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The loss (None without labels) and the logits (B, n, V) of the kept columns (or None).
 
     Args:
-        hidden: (n, d) outputs at labelled positions. targets: (n,) ids. head: (k, d) -> (k, V) logits.
+        outputs: (k, d) of the last layer with their flat places (k,) in (B, N), of each chunk.
+        num_items: divides the summed loss; None: the targets of this call.
+    """
+    rows, columns = plan.wanted.shape
+    if outputs:
+        hidden = torch.cat([hidden for hidden, _ in outputs])
+        places = torch.cat([places for _, places in outputs])
+    else:
+        hidden = head.weight.new_zeros(0, plan.config.backbone_config.hidden_size)
+        places = torch.zeros(0, dtype=torch.long, device=hidden.device)
+    hidden = norm(hidden)
+    loss = logits = None
+    if plan.labels is not None:
+        targets = plan.labels.targets.to(hidden.device).flatten()[places]
+        labelled = targets != -100
+        count = plan.labels.count if num_items is None else num_items
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if observer is not None and observer.losses is not None and not torch.is_grad_enabled():
+            losses = cross_entropies(hidden[labelled], targets[labelled], head)
+            observer.losses(places[labelled], losses)
+            loss = losses.sum() / count if plan.labels.count else loss
+        elif plan.labels.count:
+            loss = summed_cross_entropy(hidden[labelled], targets[labelled], head) / count
+    if plan.keep is not None:
+        first = columns - plan.keep
+        kept = places % columns >= first
+        place = places[kept] // columns * plan.keep + places[kept] % columns - first
+        dense = hidden.new_zeros(rows * plan.keep, hidden.shape[1])
+        logits = head(dense.index_copy(0, place, hidden[kept]).unflatten(0, (rows, plan.keep)))
+    return loss, logits
+
+
+def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:
+    """Sum of cross-entropies, in float32 or wider.
+
+    Args:
+        hidden: (n, d) outputs at labelled positions. targets: (n,) ids.
     """
 
-    def one(h: Tensor, t: Tensor) -> Tensor:
-        logits = head(h)
-        return F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), t, reduction="sum"
-        )
+    def of(h: Tensor, t: Tensor) -> Tensor:
+        return _cross_entropy(head(h), t, "sum")
 
     if len(targets) <= block:
-        return one(hidden, targets)
+        return of(hidden, targets)
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
-    return torch.stack([checkpoint(one, h, t, use_reentrant=False) for h, t in blocks]).sum()
+    return torch.stack([checkpoint(of, h, t, use_reentrant=False) for h, t in blocks]).sum()
 
 
 @torch.no_grad()
-def cross_entropies(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], block: int = BLOCK
-) -> Tensor:
-    """(n,) each position's cross-entropy, float32 (or wider), without gradients. Arguments: as above."""
-    logits = (head(h) for h in hidden.split(block))
-    parts = zip(logits, targets.split(block), strict=True)
-    return torch.cat(
-        [
-            F.cross_entropy(
-                one.to(torch.promote_types(one.dtype, torch.float32)), t, reduction="none"
-            )
-            for one, t in parts
-        ]
-    )
+def cross_entropies(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:
+    """(n,) each position's cross-entropy, without gradients; else as summed_cross_entropy."""
+    blocks = zip(hidden.split(block), targets.split(block), strict=True)
+    return torch.cat([_cross_entropy(head(h), t, "none") for h, t in blocks])
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction=reduction)

@@ -1,7 +1,9 @@
-"""The two memories of a layer: what is written, not where it is kept (cache.py) nor when (backbone.py).
+"""The two memories of a layer: what is written. The cell decides when, the cache keeps it.
 
 Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
-    c = RMSNorm(R)            g = sigmoid(W_g [c ; S_prev] + bias)            S = g * S_prev + (1 - g) * c            G = S + W_up W_down S
+
+    c = RMSNorm(R)          g = sigmoid(W_g [c ; S_prev] + bias)
+    S = g * S_prev + (1 - g) * c                    G = S + W_up W_down S
     new = RMSNorm(X) + W_up' W_down' RMSNorm(X)
 """
 
@@ -28,7 +30,7 @@ class ResidualAdapter(nn.Module):
 
 
 class GateProjection(nn.Linear):
-    """The gate's last linear map; its bias, if there is one, starts at `start_bias` (see CometForCausalLM._init_weights)."""
+    """The gate's last linear map; CometForCausalLM._init_weights sets its bias to `start_bias`."""
 
     def __init__(self, inputs: int, outputs: int, start_bias: float | None):
         super().__init__(inputs, outputs, bias=start_bias is not None)
@@ -36,14 +38,15 @@ class GateProjection(nn.Linear):
 
 
 class Gate(nn.Module):
-    """g in (0, 1): how much of the old state stays. (B, m, d), (B, m, d) -> (B, m, 1) scalar or (B, m, d) elementwise."""
+    """g in (0, 1), the share of the old state that stays: twice (B, m, d) -> (B, m, 1 or d)."""
 
     def __init__(self, config: CometConfig):
         super().__init__()
         width, rank = config.backbone_config.hidden_size, config.adapter_rank
         if config.gate == "scalar":
             self.proj = GateProjection(2 * width, 1, config.gate_bias)
-        else:  # a full 2d -> d matrix would outweigh everything else that is new
+        else:
+            # A full 2d -> d matrix would outweigh all other new weights.
             self.down_proj = nn.Linear(2 * width, rank, bias=False)
             self.proj = GateProjection(rank, width, config.gate_bias)
         self.scalar = config.gate == "scalar"
@@ -64,36 +67,30 @@ class GlobalMemory(nn.Module):
         self.adapter = (
             None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
         )
-        self.last_gate: Tensor | None = None  # g of the last write that had a gate, detached
-        self.gate_values: list[Tensor] | None = (
-            None  # a list: the walk collects every g of the current forward
-        )
-        self.penalty: Callable[[Tensor], Tensor] | None = (
-            None  # g -> g with a gradient of its own (comet_pl/training/gate_penalty.py)
-        )
+        # g of the last write that had a gate, detached: always kept, and never in a growing list,
+        # because torch.compile would make another graph for either.
+        self.last_gate: Tensor | None = None
+        # g -> g with a gradient of its own (comet_pl/training/gate_penalty.py).
+        self.penalty: Callable[[Tensor], Tensor] | None = None
 
     def write(
         self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None
     ) -> Tensor:
-        """The new state S (B, m, d). `previous`: S after the chunk before, None in a first chunk; `first` (B,) marks the rows in their
-        first chunk where others are not."""
+        """The new state S (B, m, d).
+
+        Args:
+            previous: S after the chunk before; None in a first chunk.
+            first: (B,) rows in their first chunk, if others are not.
+        """
         candidate = self.norm(readout)
         if previous is None or self.gate is None:
             return candidate
         g = self.gate(candidate, previous)
-        self.last_gate = (
-            g.detach()
-        )  # always, and never a growing list: torch.compile would make another graph for either
+        self.last_gate = g.detach()
         if self.penalty is not None:
             g = self.penalty(g)
         state = g * previous + (1 - g) * candidate
         return state if first is None else torch.where(first[:, None, None], candidate, state)
-
-    def collect(self) -> None:
-        """Adds the last g to gate_values, if they are recorded."""
-        if self.gate_values is not None:
-            assert self.last_gate is not None
-            self.gate_values.append(self.last_gate)
 
 
 class TemporaryMemory(nn.Module):

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from comet_pl.errors import UserError
 from comet_pl.model.configuration_comet import CometConfig
-
-if TYPE_CHECKING:
-    from comet_pl.model.modeling_comet import CometForCausalLM
 
 AUTHORS_KEYS = (
     "chunk_size",
@@ -25,6 +21,15 @@ AUTHORS_KEYS = (
     "global_beacon_ids",
     "temp_beacon_id",
     "placeholder_id",
+)
+HUB_OPTIONS = (
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "subfolder",
+    "force_download",
+    "proxies",
 )
 # Their names within a layer -> ours. Decoder weights lose "inner_layer.".
 AUTHORS_NAMES = {
@@ -37,37 +42,18 @@ AUTHORS_NAMES = {
 }
 
 
-def check_built(path: str, key: str) -> None:
-    """Raises UserError for a folder that is not there, before anyone looks for it on the hub."""
-    if path.rstrip("/") == "models/smollm2_135m" and not Path(path).is_dir():
-        raise UserError(f"{key}: {path} is not there yet; `make smollm2` builds it")
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-        raise UserError(f"{key}: no such folder: {path}")
-
-
 def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
-    """ "comet" (our folder), "authors" (theirs), or "decoder" (anything else that Hugging Face can load)."""
+    """ "comet" (our folder), "authors" (theirs) or "decoder" (all else that Hugging Face loads)."""
     if kwargs.get("gguf_file"):
         return "decoder"
     if isinstance(kwargs.get("config"), CometConfig):
         return "comet"
-    known = (
-        "revision",
-        "token",
-        "cache_dir",
-        "local_files_only",
-        "subfolder",
-        "force_download",
-        "proxies",
-    )
-    facts, _ = PretrainedConfig.get_config_dict(
-        path, **{k: kwargs[k] for k in known if k in kwargs}
-    )
+    options = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    facts, _ = PretrainedConfig.get_config_dict(path, **options)
     if facts.get("model_type") == CometConfig.model_type:
         return "comet"
-    return (
-        "authors" if "global_beacon_ids" in facts and "temp_beacon_stride" in facts else "decoder"
-    )
+    theirs = "global_beacon_ids" in facts and "temp_beacon_stride" in facts
+    return "authors" if theirs else "decoder"
 
 
 def authors_config(folder: Path, comet: dict[str, Any]) -> CometConfig:
@@ -75,11 +61,8 @@ def authors_config(folder: Path, comet: dict[str, Any]) -> CometConfig:
     facts = json.loads((folder / "config.json").read_text())
     theirs = {key: facts.pop(key, None) for key in AUTHORS_KEYS}
     stride, readout = theirs["temp_beacon_stride"], theirs["global_beacon_ids"] or []
-    new = [
-        i
-        for i in (theirs["placeholder_id"], theirs["temp_beacon_id"], *readout)
-        if i is not None and i >= 0
-    ]
+    new = [theirs["placeholder_id"], theirs["temp_beacon_id"], *readout]
+    new = [i for i in new if i is not None and i >= 0]
     config = CometConfig(
         backbone_config=AutoConfig.for_model(**facts),
         chunk_size=theirs["chunk_size"],
@@ -102,8 +85,8 @@ def authors_name(name: str) -> str:
 
 
 def load_authors(
-    cls: type[CometForCausalLM], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any
-) -> CometForCausalLM:
+    cls: type[PreTrainedModel], path: str | os.PathLike[str], comet: dict[str, Any], **kwargs: Any
+) -> Any:
     """Loads a checkpoint as the authors' code saves it (config.json, *.safetensors)."""
     folder = Path(path)
     config = authors_config(folder, comet)
@@ -119,17 +102,14 @@ def load_authors(
         config._attn_implementation = implementation
     model = cls(config).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    fresh = ["gate.proj.bias"] + [
-        "lm_head.weight"
-    ] * config.tie_word_embeddings  # a bias that `comet` asks for starts at its value
-    wrong = [name for name in missing if not name.endswith(tuple(fresh))]
-    if wrong:
-        raise ValueError(
-            f"{folder}: weights are missing for {wrong[0]} (and {len(wrong) - 1} more)"
-        )
-    switched_off = [name for name in unexpected if "_memory." not in name]
-    if switched_off:
-        raise ValueError(
-            f"{folder}: unknown weights {switched_off[0]} (and {len(switched_off) - 1} more)"
-        )
+    # A bias that `comet` asks for starts at its value.
+    fresh = ["gate.proj.bias"] + ["lm_head.weight"] * config.tie_word_embeddings
+    absent = [name for name in missing if not name.endswith(tuple(fresh))]
+    if absent:
+        others = len(absent) - 1
+        raise ValueError(f"{folder}: weights are missing for {absent[0]} (and {others} more)")
+    # Weights of a memory that is switched off are left out.
+    unknown = [name for name in unexpected if "_memory." not in name]
+    if unknown:
+        raise ValueError(f"{folder}: unknown weights {unknown[0]} (and {len(unknown) - 1} more)")
     return model.eval()

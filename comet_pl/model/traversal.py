@@ -1,7 +1,7 @@
-"""The orders in which the cells (chunk t, layer i) are visited, and the seam through which a layer's memory enters and leaves.
+"""Orders of the cells (chunk t, layer i), and the transport of memory in and out of a call.
 
-A cell needs the hidden states of (t, i - 1) and the memory of (t - 1, i), nothing else; so each of these orders computes the same. The
-chunk-major walk is the specification.
+A cell needs the hidden states of (t, i - 1) and the memory of (t - 1, i), nothing else. All orders
+therefore compute the same; the chunk-major one is the specification.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from comet_pl.model.cache import LayerMemory
 
 
 def chunk_major(chunks: int, layers: int) -> Iterator[tuple[int, int]]:
-    """All layers of a chunk, then the next chunk: constant memory; truncated or full backpropagation."""
+    """All layers of a chunk, then the next chunk: constant memory; any depth of backpropagation."""
     for t in range(chunks):
         for i in range(layers):
             yield t, i
@@ -26,14 +26,14 @@ def layer_major(chunks: int, layers: int) -> Iterator[tuple[int, int]]:
             yield t, i
 
 
-WALKS: dict[str, Callable[[int, int], Iterator[tuple[int, int]]]] = {
+TRAVERSALS: dict[str, Callable[[int, int], Iterator[tuple[int, int]]]] = {
     "chunk_major": chunk_major,
     "layer_major": layer_major,
 }
 
 
-class Seam(Protocol):
-    """What crosses the border of a call (or of a pipeline rank): one layer's memory at a time."""
+class Transport(Protocol):
+    """What crosses the border of a call or of a pipeline rank: one layer's memory at a time."""
 
     def receive(self, layer: int) -> LayerMemory:
         """The memory that `layer` starts from."""
@@ -44,8 +44,8 @@ class Seam(Protocol):
         ...
 
 
-class LocalSeam:
-    """The default seam: memory comes from the given cache and goes into the next one."""
+class LocalTransport:
+    """The default: memory comes from the call's cache and goes into the next one."""
 
     def __init__(self, memories: list[LayerMemory]):
         self.memories = memories

@@ -19,7 +19,11 @@ from comet_pl.parallel.chunk_plan import Run, Slots, plan_text
 from comet_pl.parallel.sharding import Shards
 from comet_pl.training.windows import Window
 
-WALK = {"layer_level": "layer_major", "interleaved": "layer_major", "chunk_level": "chunk_major"}
+TRAVERSAL = {
+    "layer_level": "layer_major",
+    "interleaved": "layer_major",
+    "chunk_level": "chunk_major",
+}
 
 
 class Pipeline:
@@ -86,9 +90,9 @@ class Pipeline:
         """Reads this rank's runs of a window."""
         layers, losses = len(model.model.layers), []
         desk = None if self.ring is None else self._desk(self.ring, model, mine)
-        seam, walk = model.seam, model.walk
+        transport, traversal = model.transport, model.traversal
         try:
-            model.walk = WALK[self.schedule]
+            model.traversal = TRAVERSAL[self.schedule]
             for run in mine:
                 if run.part is None:
                     assert desk is not None
@@ -96,7 +100,7 @@ class Pipeline:
                     continue
                 past = CometCache.at(run.clocks, layers, model.fingerprint)
                 if desk is not None:
-                    model.seam = partial(RunSeam, desk, run)  # type: ignore[assignment]
+                    model.transport = partial(RunTransport, desk, run)
                 elif self.cache is not None:
                     past = self.cache.detach()
                 with torch.set_grad_enabled(run.learns):
@@ -109,7 +113,7 @@ class Pipeline:
                 self.cache, self.holds_last = output.past_key_values, run.last
                 losses.append(output.loss)
         finally:
-            model.seam, model.walk = seam, walk
+            model.transport, model.traversal = transport, traversal
         if not any(run.learns for run in mine):
             return None
         loss = torch.stack(losses).sum()
@@ -144,8 +148,8 @@ class Desk:
             self.ring.to_next.send(self.inbox.take())
 
 
-class RunSeam:
-    """The seam of a run (see comet_pl.model.traversal.Seam): memory comes from the run before and
+class RunTransport:
+    """The transport of a run (see comet_pl.model.traversal.Transport): memory comes from the run before and
     goes to the run after."""
 
     def __init__(self, desk: Desk, run: Run, memories: list[LayerMemory]):

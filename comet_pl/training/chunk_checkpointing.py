@@ -24,6 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens
 from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.observer import observing
 from comet_pl.training.text_reader import WindowReader
 from comet_pl.training.windows import IGNORED, Window
 
@@ -188,18 +189,13 @@ def _read_ahead(model: CometForCausalLM, chunk: Window, cache: CometCache | None
 
 @contextmanager
 def _second_time(model: CometForCausalLM, random: RandomStates) -> Iterator[None]:
-    """Restores the RNG state of the first reading and leaves the global RNG as it was. Gate values
-    are not recorded again."""
+    """Restores the RNG state of the first reading and leaves the global RNG as it was. The observer
+    does not see the values again."""
     processor, (devices, states) = random
-    recording = model.records_gates
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), observing(model, None):
         torch.set_rng_state(processor)
         set_device_states(devices, states)
-        model.record_gates(False)
-        try:
-            yield
-        finally:
-            model.record_gates(recording)
+        yield
 
 
 def _tensors(cache: CometCache) -> list[Tensor | None]:

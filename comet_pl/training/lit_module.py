@@ -26,7 +26,6 @@ from comet_pl.training.windows import (
     batch_plans,
     count_targets,
     cut_windows,
-    plan_arguments,
     split_rows,
 )
 
@@ -206,9 +205,8 @@ class CometModule(lightning.LightningModule):
         """Teacher-forced loss of a batch, a sum over its targets, and the logits of the last
         batch["logits_to_keep"] columns if the batch has that key."""
         inputs = {name: batch[name] for name in FORWARD if name in batch}
-        if plans := batch_plans(batch):
-            inputs |= plan_arguments(plans)
-        output = self.model(**inputs, use_cache=False, num_items_in_batch=1)
+        plans = batch_plans(batch)
+        output = self.model(**inputs, plans=plans, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)
         self.val_targets.update(count_targets(batch))
         return {"loss": output.loss, "logits": output.logits}

@@ -39,7 +39,7 @@ class Window:
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
             "shift_labels": self.shift_labels,
-            **plan_arguments(self.plans),
+            "plans": self.plans,
         }
 
     def part(self, start: int, end: int) -> Window:
@@ -94,18 +94,6 @@ def batch_plans(batch: dict[str, Any]) -> list[ChunkPlan] | None:
         ChunkPlan(tuple(sizes), flags and tuple(flags), stride)
         for sizes, flags, stride in zip(batch["chunk_sizes"], resets, strides, strict=True)
     ]
-
-
-def plan_arguments(plans: list[ChunkPlan]) -> dict[str, Any]:
-    """forward's arguments."""
-    resets = any(plan.resets for plan in plans)
-    return {
-        "chunk_sizes": [list(plan.sizes) for plan in plans],
-        "resets": [list(plan.resets or [False] * len(plan.sizes)) for plan in plans]
-        if resets
-        else None,
-        "strides": [plan.stride for plan in plans] if plans[0].stride else None,
-    }
 
 
 def count_targets(batch: dict[str, Any]) -> int:

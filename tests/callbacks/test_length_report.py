@@ -16,6 +16,7 @@ from callbacks.length_report import LengthReport
 from comet_pl.config.schema import TrainConfig
 from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.model.loss import cross_entropies, summed_cross_entropy
+from comet_pl.model.observer import Observer, observing
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.windows import count_targets
 from tests.support.models import text, tiny
@@ -187,20 +188,20 @@ def test_buckets_are_powers_of_two(chunk):
     assert chunk <= found["to"] or len(metric.compute()) == BUCKETS
 
 
-def test_recording_leaves_the_loss_and_is_off_by_default():
-    batch = {"input_ids": text(2, 24), "labels": text(2, 24)}
+def test_showing_losses_leaves_the_loss():
+    batch, shown = {"input_ids": text(2, 24), "labels": text(2, 24)}, []
+    observer = Observer(losses=lambda *values: shown.append(values))
     with torch.no_grad():
         plain = MODEL(**batch).loss
-        assert MODEL.token_losses is None
-        MODEL.record_losses()
-        places, losses = (MODEL(**batch), MODEL.token_losses)[1]
-        recorded = MODEL(**batch).loss
+        with observing(MODEL, observer):
+            observed = MODEL(**batch).loss
+    ((places, losses),) = shown
     assert sorted(places.tolist()) == [place for place in range(48) if place % 24 != 23]
     torch.testing.assert_close(losses.mean(), plain, rtol=1e-12, atol=0)
-    torch.testing.assert_close(recorded, plain, rtol=1e-12, atol=0)
-    assert MODEL(**batch).loss.requires_grad, "a training step's loss keeps its graph"
-    MODEL.record_losses(False)
-    assert MODEL.token_losses is None
+    torch.testing.assert_close(observed, plain, rtol=1e-12, atol=0)
+    with observing(MODEL, observer):
+        assert MODEL(**batch).loss.requires_grad, "a training step's loss keeps its graph"
+    assert MODEL.observer is None and len(shown) == 1
 
 
 def test_single_losses_sum_to_the_loss_in_any_blocks():

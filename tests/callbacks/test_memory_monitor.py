@@ -29,13 +29,13 @@ def seen_by_the_kernel(model, ids, monkeypatch):
     that say which part a column belongs to come out as the parts' shares."""
     found, attend = [], backbone.attend
 
-    def spy(implementation, q, k, v, step, scale):
-        if step.past:
+    def spy(implementation, q, k, v, chunk, scale):
+        if chunk.past:
             planted = torch.zeros_like(v[..., :3])
-            g, t = step.global_slots, step.temporary_slots
+            g, t, *_ = chunk.slots
             planted[:, :, :g, 0] = planted[:, :, g : g + t, 1] = planted[:, :, g + t :, 2] = 1
-            found.append((step, attend("eager", q, k, planted, step, scale).mean(1)[0]))
-        return attend(implementation, q, k, v, step, scale)
+            found.append((chunk, attend("eager", q, k, planted, chunk, scale).mean(1)[0]))
+        return attend(implementation, q, k, v, chunk, scale)
 
     monkeypatch.setattr(backbone, "attend", spy)
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_a_text_is_reported_by_layer(monkeypatch, attention):
     assert len(report.layers) == 3
     for layer, values in enumerate(report.layers):
         chunks = [
-            share[step.source[0] < 23].mean(0) for step, share in kernel[layer::3]
+            share[chunk.tokens.source[0] < 23].mean(0) for chunk, share in kernel[layer::3]
         ]  # a chunk has 5 text tokens: fewer than QUERIES
         wanted = torch.stack(chunks).mean(0).tolist()
         assert [values[f"attention_{part}"] for part in memory.PARTS] == pytest.approx(

@@ -156,7 +156,7 @@ def test_walks_agree_with_gradients(comet, n, recompute, ragged, data):
     results = []
     for walk in ("chunk_major", "layer_major"):
         model = tiny(layers=3, **comet).train()
-        model.walk, model.gradient_checkpointing = walk, recompute
+        model.traversal, model.gradient_checkpointing = walk, recompute
         out = model(ids, attention_mask=mask, labels=ids, chunk_sizes=sizes, use_cache=True)
         loss = (
             out.loss

@@ -12,6 +12,7 @@ from comet_pl.analysis.memory import read_memory
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.model import attention
+from comet_pl.model.observer import Observer
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.training.windows import cut_windows
@@ -108,6 +109,13 @@ def traced(monkeypatch, request):
     torch._dynamo.reset()
 
 
+def show_gates(model):
+    """The list that the model's gate values go to: (layer, read, g)."""
+    gates = []
+    model.observer = Observer(gate=lambda *values: gates.append(values))
+    return gates
+
+
 SLOW = [
     pytest.param(way, marks=pytest.mark.slow) for way in ("none", "penalty", "chunk", "layer_major")
 ]
@@ -119,8 +127,8 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
     models = [tiny(**OPTIONS).train() for _ in range(2)]
     for model in models:
         model.gradient_checkpointing = way in ("cell", "chunk")
-        model.walk = "layer_major" if way == "layer_major" else "chunk_major"
-        model.record_gates()
+        model.traversal = "layer_major" if way == "layer_major" else "chunk_major"
+    shown = [show_gates(model) for model in models]
     penalty = GatePenalty(3.0, 0.8, 0.7)
     for memory in (
         [memory for model in models for memory in model.gates] if way == "penalty" else []
@@ -131,7 +139,8 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
         for chunks in (1, 2, 4, 10):
             ids, results = text(2, 6 * chunks, seed=turn), []
             penalty.share = torch.tensor(0.1 * chunks + turn, dtype=torch.float64)
-            for model in models:
+            for model, gates in zip(models, shown, strict=True):
+                gates.clear()
                 model.zero_grad()
                 with torch._dynamo.config.patch(error_on_recompile=turn == 1):
                     if way == "chunk":
@@ -145,12 +154,14 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
                     else:
                         loss = model(ids, labels=ids, chunk_sizes=[6] * chunks).loss
                         loss.backward()
-                gates = model.gate_values()
-                assert way == "chunk" or len(gates) == max(
-                    0, chunks - 2
-                )  # the first chunk has no gate, the last one stays open
+                # The first chunk has no gate, and the last one stays open.
+                assert way == "chunk" or len(gates) == 2 * max(0, chunks - 2)
                 results.append(
-                    (loss.detach(), gates, {name: p.grad for name, p in model.named_parameters()})
+                    (
+                        loss.detach(),
+                        list(gates),
+                        {name: p.grad for name, p in model.named_parameters()},
+                    )
                 )
             torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
     assert 7 <= len(traced) <= 16
@@ -269,13 +280,13 @@ def test_compiled_by_inductor_it_learns_the_same():
     for model in models:
         for memory in model.gates:
             memory.penalty = GatePenalty(3.0, 0.8, 0.7, share=torch.tensor(0.1))
-        model.record_gates()
+        gates = show_gates(model)
         loss = model(text(2, 24), labels=text(2, 24), chunk_sizes=[6] * 4).loss
         loss.backward()
         results.append(
             (
                 loss.detach(),
-                model.gate_values(),
+                gates,
                 {name: p.grad for name, p in model.named_parameters()},
             )
         )

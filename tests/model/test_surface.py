@@ -527,7 +527,7 @@ def test_impossible_configurations_name_their_key(key, value):
 def test_foreign_decoders_are_refused_with_what_is_supported():
     assert set(SUPPORTED) == set(FAMILIES)
     with pytest.raises(
-        ValueError, match=r"gpt2.*supported: llama \(Llama 2 and 3, SmolLM2\); mistral.*backbone.py"
+        ValueError, match=r"gpt2.*supported: llama \(Llama 2 and 3, SmolLM2\); mistral.*cell.py"
     ):
         CometForCausalLM(
             CometConfig(

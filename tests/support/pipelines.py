@@ -133,5 +133,5 @@ def together(case: Case):
         found = gradients(model)
         for gradient in found.values():
             dist.all_reduce(gradient)
-    assert (model.walk, model.seam) == (case.model().walk, case.model().seam)
+    assert (model.traversal, model.transport) == (case.model().traversal, case.model().transport)
     return float(total), found, pipeline.cache if pipeline.holds_last else None

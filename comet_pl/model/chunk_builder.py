@@ -1,0 +1,279 @@
+"""From rows' segments to the chunk that the cells see.
+
+Legend: B rows, N columns of input_ids, W own tokens (padded), M memory slots, L key columns,
+m global slots, n compression tokens that enter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from comet_pl.model.chunk_batch import Chunk, RaggedChunk, Rope, Slots, Tokens, UniformChunk
+from comet_pl.model.chunk_layout import (
+    COMPRESSION,
+    READOUT,
+    TEXT,
+    RowClock,
+    Segment,
+    own_layout,
+    pending_tokens,
+)
+
+
+@dataclass
+class CallFacts:
+    """What all chunks of a call share."""
+
+    width: int  # N, columns of input_ids
+    columns: list[np.ndarray]  # of each row's real tokens
+    wanted: np.ndarray | None  # (B, N) bool: whose output is needed
+    global_size: int
+    capacity: int
+    in_place: bool  # tensors are written into the cache's buffers; only without gradients
+    keeps: bool  # the cache is kept after the call
+    device: torch.device
+    rope: Callable[[Tensor], Rope]
+
+    def tensor(self, array: np.ndarray | list[bool]) -> Tensor:
+        return torch.as_tensor(array, device=self.device)
+
+
+def build_chunk(
+    facts: CallFacts, segments: Sequence[Segment | None], clocks: Sequence[RowClock]
+) -> Chunk:
+    """The chunk that these segments make, one a row; None: the row rests.
+
+    Args:
+        clocks: of each row before the chunk.
+    """
+    active = [segment for segment in segments if segment is not None]
+    if len(active) == len(segments) and all_alike(active):
+        return uniform_chunk(facts, active)
+    return ragged_chunk(facts, segments, clocks)
+
+
+def all_alike(segments: Sequence[Segment]) -> bool:
+    """Whether all rows do the same at the same positions."""
+    head = segments[0]
+    for other in segments[1:]:
+        a, b = head.before, other.before
+        if (a.fill, a.stride, a.global_slots, a.temporary_slots, head.count, head.closes) != (
+            b.fill,
+            b.stride,
+            b.global_slots,
+            b.temporary_slots,
+            other.count,
+            other.closes,
+        ):
+            return False
+    return True
+
+
+def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk:
+    """Slices for rows that do the same."""
+    segment, before, m = segments[0], segments[0].before, facts.global_size
+    kinds, index = own_layout(segment, m)
+    first, last = segment.span(m)
+    W, rows, memory = last - first, len(segments), before.memory
+    text = np.flatnonzero(kinds == TEXT)
+    entering = np.flatnonzero(kinds == COMPRESSION)
+    source = np.empty((rows, W), dtype=np.int64)
+    source[:] = facts.width
+    if segment.closes and m:
+        source[:, W - m :] = facts.width + 1 + np.arange(m)
+    offsets = index[text] - before.fill
+    for row, columns, own in zip(source, facts.columns, segments, strict=True):
+        row[text] = columns[own.start + offsets]
+    positions = facts.tensor(np.arange(memory + first, memory + last)[None])
+    wanted, target = wanted_places(facts, source, np.nonzero((kinds == TEXT)[None].repeat(rows, 0)))
+    slots = None
+    if memory and not before.fill:
+        places = facts.tensor(np.arange(memory)[None])
+        slots = Slots(before.global_slots, before.temporary_slots, places, facts.rope(places))
+    held, gated = pending_tokens(before), segment.closes and before.global_slots > 0
+    compression: slice | Tensor | None = evenly(entering) if len(entering) else None
+    if compression is None and len(entering):
+        compression = facts.tensor(entering[None].repeat(rows, 0))
+    return UniformChunk(
+        tokens=Tokens(facts.tensor(source), positions, facts.rope(positions), wanted, target),
+        slots=slots,
+        columns=memory + last,
+        in_place=facts.in_place,
+        capacity=facts.capacity,
+        stores=facts.keeps and not segment.closes,
+        closes=segment.closes,
+        has_state=before.global_slots > 0,
+        gated=list(range(rows)) if gated else [],
+        read=[own.before.closed_tokens for own in segments] if gated else [],
+        pending=held,
+        pending_after=held + len(entering),
+        temporary_before=before.temporary_slots,
+        past=memory + first,
+        compression=compression,
+        readout_place=slice(W - m, W),
+    )
+
+
+def wanted_places(
+    facts: CallFacts, source: np.ndarray, text: tuple[np.ndarray, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Flat places in (B, W) and in (B, N) of the text tokens (row, place) that are wanted."""
+    if facts.wanted is None:
+        return None, None
+    row, place = text
+    column = source[row, place]
+    hit = facts.wanted[row, column]
+    if not hit.any():
+        return None, None
+    row, place, column = row[hit], place[hit], column[hit]
+    wanted = facts.tensor(row * source.shape[1] + place)
+    return wanted, facts.tensor(row * facts.width + column)
+
+
+class RowLayout(NamedTuple):
+    """The own tokens of ragged rows, as arrays (B, W)."""
+
+    kinds: np.ndarray  # -1: padding
+    indices: np.ndarray
+    source: np.ndarray
+    positions: np.ndarray
+
+
+def row_layout(
+    facts: CallFacts, segments: Sequence[Segment | None], before: Sequence[RowClock], columns: int
+) -> RowLayout:
+    """Every row's own tokens, padded behind."""
+    m = facts.global_size
+    spans = [s.span(m) if s else (0, 0) for s in segments]
+    shape = len(segments), max(last - first for first, last in spans)
+    kinds, index = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+    source, positions = np.full(shape, facts.width), np.full(shape, columns)
+    for b, (segment, (first, last)) in enumerate(zip(segments, spans, strict=True)):
+        if segment is None:
+            continue
+        n = last - first
+        kinds[b, :n], index[b, :n] = own_layout(segment, m)
+        positions[b, :n] = before[b].memory + np.arange(first, last)
+        text, readout = kinds[b] == TEXT, kinds[b] == READOUT
+        source[b, text] = facts.columns[b][index[b, text] + segment.start - segment.before.fill]
+        source[b, readout] = facts.width + 1 + index[b, readout]
+    return RowLayout(kinds, index, source, positions)
+
+
+def ragged_chunk(
+    facts: CallFacts, segments: Sequence[Segment | None], clocks: Sequence[RowClock]
+) -> RaggedChunk:
+    """Indices for rows that differ, or of which some rest."""
+    before = [s.before if s else clock for s, clock in zip(segments, clocks, strict=True)]
+    columns = max(
+        clock.memory + (s.span(facts.global_size)[1] if s else clock.own_tokens)
+        for clock, s in zip(before, segments, strict=True)
+    )
+    layout = row_layout(facts, segments, before, columns)
+    closes = [s is not None and s.closes for s in segments]
+    opening = [b for b, s in enumerate(segments) if s and not before[b].fill]
+    held = [pending_tokens(clock) for clock in before]
+    entering = (layout.kinds == COMPRESSION).sum(1)
+    pending_after = max(h + int(n) for h, n in zip(held, entering, strict=True))
+    gated = [b for b, clock in enumerate(before) if closes[b] and clock.global_slots]
+    stays = any(
+        not c and (s or old.fill) for c, s, old in zip(closes, segments, before, strict=True)
+    )
+    wanted, target = wanted_places(facts, layout.source, np.nonzero(layout.kinds == TEXT))
+    positions = facts.tensor(layout.positions)
+    new = [h + int(n) if c else 0 for h, n, c in zip(held, entering, closes, strict=True)]
+    compression, pending_place = compression_places(facts, layout, entering, pending_after)
+    return RaggedChunk(
+        tokens=Tokens(
+            facts.tensor(layout.source), positions, facts.rope(positions), wanted, target
+        ),
+        slots=ragged_slots(facts, before, opening, columns),
+        columns=columns,
+        in_place=facts.in_place,
+        capacity=facts.capacity,
+        stores=facts.keeps and stays,
+        closes=any(closes),
+        has_state=any(clock.global_slots for clock in before),
+        gated=gated,
+        read=[before[b].closed_tokens for b in gated],
+        pending=max(held),
+        pending_after=pending_after,
+        temporary_before=max(clock.temporary_slots for clock in before),
+        continues=any(clock.fill for clock in before),
+        first_rows=facts.tensor([clock.global_slots == 0 for clock in before]),
+        closing=facts.tensor(closes),
+        compression=compression,
+        pending_place=pending_place,
+        readout_place=readout_places(facts, layout) if any(closes) else None,
+        temporary_entries=temporary_entries(facts, before, new) if any(closes) else None,
+    )
+
+
+def ragged_slots(
+    facts: CallFacts, before: Sequence[RowClock], opening: Sequence[int], columns: int
+) -> Slots | None:
+    """Slots of the rows that open a chunk; those that a row lacks stand at column L."""
+    m = max((before[b].global_slots for b in opening), default=0)
+    t = max((before[b].temporary_slots for b in opening), default=0)
+    if not m + t:
+        return None
+    place = np.full((len(before), m + t), columns)
+    for b in opening:
+        own_m, own_t = before[b].global_slots, before[b].temporary_slots
+        place[b, :own_m] = np.arange(own_m)
+        place[b, m : m + own_t] = own_m + np.arange(own_t)
+    positions = facts.tensor(place)
+    return Slots(m, t, positions, facts.rope(positions))
+
+
+def compression_places(
+    facts: CallFacts, layout: RowLayout, entering: np.ndarray, pending_after: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(B, n) where the entering compression tokens stand in W, and among the pending outputs."""
+    n = int(entering.max(initial=0))
+    if not n:
+        return None, None
+    place = np.zeros((len(entering), n), dtype=np.int64)
+    pending = np.full_like(place, pending_after)
+    for b, kinds in enumerate(layout.kinds):
+        where = np.flatnonzero(kinds == COMPRESSION)
+        place[b, : len(where)], pending[b, : len(where)] = where, layout.indices[b, where]
+    return facts.tensor(place), facts.tensor(pending)
+
+
+def readout_places(facts: CallFacts, layout: RowLayout) -> Tensor | None:
+    """(B, m) where the readout tokens stand in W; anywhere in rows that do not close."""
+    if not facts.global_size:
+        return None
+    first = (layout.kinds == READOUT).argmax(1)
+    return facts.tensor((first[:, None] + np.arange(facts.global_size)) % layout.kinds.shape[1])
+
+
+def temporary_entries(
+    facts: CallFacts, before: Sequence[RowClock], new: Sequence[int]
+) -> Tensor | None:
+    """(B, T') entries of [T | new] that make each row's T: its last K."""
+    old = [clock.temporary_slots for clock in before]
+    used, longest = max(old), max(min(facts.capacity, t + n) for t, n in zip(old, new, strict=True))
+    if not longest:
+        return None
+    entries = np.zeros((len(old), longest), dtype=np.int64)
+    for row, t, n in zip(entries, old, new, strict=True):
+        kept = np.arange(max(0, t + n - facts.capacity), t + n)
+        row[: len(kept)] = np.where(kept < t, kept, used + kept - t)
+    return facts.tensor(entries)
+
+
+def evenly(places: np.ndarray) -> slice | None:
+    """The slice that selects these places, if they are evenly spaced."""
+    if len(places) == 1:
+        return slice(int(places[0]), int(places[0]) + 1)
+    gaps = np.diff(places)
+    even = (gaps == gaps[0]).all()
+    return slice(int(places[0]), int(places[-1]) + 1, int(gaps[0])) if even else None

@@ -1,4 +1,5 @@
-"""Law 3 over several processes: loss, every gradient and the final memory of a pipeline are those of one process."""
+"""Law 3 over several processes: a pipeline's loss, gradients and memory are those of one
+process."""
 
 from __future__ import annotations
 
@@ -9,38 +10,31 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from tests.support.models import same_cache
-from tests.support.pipelines import Case, alone, together
-from tests.support.ranks import in_processes
+from tests.support.pipelines import Case, alone, ring, together
+from tests.support.ranks import in_processes, in_shared_processes
 
 
 def check(case: Case) -> None:
-    tolerance = (
-        {"atol": 1e-10, "rtol": 1e-10}
-        if case.dtype == torch.float64
-        else {"atol": 1e-7, "rtol": 1e-5}
-    )
+    exact = case.dtype == torch.float64
+    relative = 1e-10 if exact else 1e-5
     loss, expected, caches = alone(case)
-    results = in_processes(case.ranks * case.data, together, case)
+    results = in_shared_processes(case.ranks * case.data, together, case)
     for other, found, _ in results:
-        assert other == pytest.approx(loss, rel=1e-10 if case.dtype == torch.float64 else 1e-5)
+        assert other == pytest.approx(loss, rel=relative)
         for name, gradient in expected.items():
-            scale = {"atol": float(tolerance["rtol"] * gradient.abs().max()) + 1e-12, "rtol": 0.0}
+            scale = float(relative * gradient.abs().max()) + 1e-12
             torch.testing.assert_close(
-                found[name], gradient, **scale, msg=lambda text, name=name: f"{name}: {text}"
+                found[name], gradient, atol=scale, rtol=0.0, msg=f"{name}: {scale=}"
             )
     for rank, cache in enumerate(caches):
-        last = [
-            held
-            for _, _, held in results[rank * case.ranks : (rank + 1) * case.ranks]
-            if held is not None
-        ]
-        assert len(last) == (cache is not None)  # none: no labels, nothing was read
+        mine = results[rank * case.ranks : (rank + 1) * case.ranks]
+        last = [held for _, _, held in mine if held is not None]
+        assert len(last) == (cache is not None)  # none: without labels nothing is read
         if cache is not None:
-            same_cache(last[0].detach(), cache, 1e-10 if case.dtype == torch.float64 else 1e-4)
+            same_cache(last[0].detach(), cache, 1e-10 if exact else 1e-4)
 
 
 CASES = {
@@ -71,9 +65,8 @@ def cases():
     for schedule in SCHEDULES:
         for name in CASES:
             quick = schedule == "layer_level" or name in OTHERS
-            yield pytest.param(
-                name, schedule, marks=[] if quick else pytest.mark.slow, id=f"{name}, {schedule}"
-            )
+            marks = [] if quick else pytest.mark.slow
+            yield pytest.param(name, schedule, marks=marks, id=f"{name}, {schedule}")
 
 
 @pytest.mark.parametrize(("name", "schedule"), list(cases()))
@@ -88,42 +81,31 @@ def test_zero3_in_float32():
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("name", CASES)
-def test_four_ranks_are_one_process(name, schedule):
-    check(replace(CASES[name], schedule=schedule, ranks=4))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", CASES)
-def test_two_pipelines_of_two_ranks_are_one_process(name, schedule):
-    check(replace(CASES[name], schedule=schedule, data=2, lengths=(40, 17, 33, 28)))
+@pytest.mark.parametrize(
+    "mesh", [{"ranks": 4}, {"data": 2, "lengths": (40, 17, 33, 28)}], ids=["4", "2 x 2"]
+)
+def test_four_ranks_are_one_process(mesh, name, schedule):
+    check(replace(CASES[name], schedule=schedule, **mesh))
 
 
 # ---- no shape hangs
 
+MESHES = [(2, 1, "none"), (3, 1, "none"), (4, 1, "none"), (2, 2, "none"), (2, 1, "zero2")]
+MESHES += [(2, 2, "zero3")]
 
-def random_case(number: int) -> Case:
-    """A shape drawn at random: any number of ranks, rows, chunks, windows; labels anywhere or nowhere."""
+
+def random_case(number: int, meshes=MESHES) -> Case:
+    """A shape drawn at random: ranks, rows, chunks and windows of any number, labels anywhere."""
     draw = random.Random(number)
     start = draw.randint(0, 60)
-    ranks, data, sharding = draw.choice(
-        [
-            (2, 1, "none"),
-            (3, 1, "none"),
-            (4, 1, "none"),
-            (2, 2, "none"),
-            (2, 1, "zero2"),
-            (2, 2, "zero3"),
-        ]
-    )
+    ranks, data, sharding = draw.choice(meshes)
     lengths = tuple(draw.randint(0 if row else 2, 60) for row in range(data * draw.randint(1, 3)))
+    schedules = SCHEDULES if sharding != "zero3" else ("layer_level", "interleaved")
     return Case(
         ranks=ranks,
         data=data,
         sharding=sharding,
-        schedule=draw.choice(
-            [one for one in SCHEDULES if (sharding, one) != ("zero3", "chunk_level")]
-        ),
+        schedule=draw.choice(schedules),
         lengths=lengths,
         labelled=((start, start + draw.choice([1, 8, 1000])), (0, draw.choice([0, 0, 3]))),
         window=draw.choice([None, None, 1, 2, 3, 5]),
@@ -139,46 +121,51 @@ def random_case(number: int) -> Case:
     )
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=[] if n < 10 else pytest.mark.slow) for n in range(200)]
-)
+@pytest.mark.parametrize("number", range(10))
+def test_random_shapes_on_two_ranks(number):
+    check(random_case(number, [mesh for mesh in MESHES if mesh[:2] == (2, 1)]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(200))
 def test_random_shapes_neither_hang_nor_differ(number):
-    """Each under the watchdog of `in_processes`."""
     check(random_case(number))
 
 
-# ---- what is handed over
+# ---- what crosses
 
 
-def touched(case: Case):
-    """Bytes this rank has sent, by direction, for a plain text."""
-    ring, model = Ring.build([[0, 1]]), case.model()
-    sent = {"memory": [], "gradient": []}
-    for name, channel in (("memory", ring.to_next), ("gradient", ring.gradient_to_previous)):
-        send = channel.send
-        channel.send = lambda message, send=send, name=name: (
-            sent[name].append(tuple(message.shape)),
-            send(message),
-        )
-    pipeline = Pipeline(ring, dist.get_rank(), 2, case.schedule)
-    for windows in case.windows(0):
-        for loss in pipeline.read(model, windows, case.targets):
-            if loss is not None:
-                loss.backward()
+def crossed(case: Case):
+    """Shapes of the messages that this rank sends, by direction, for a plain text."""
+    own, model = ring(2, 1), case.model()
+    sent: dict[str, list] = {"memory": [], "gradient": []}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, channel in (("memory", own.to_next), ("gradient", own.gradient_to_previous)):
+
+            def send(message, send=channel.send, name=name):
+                sent[name].append(tuple(message.shape))
+                send(message)
+
+            patch.setattr(channel, "send", send)
+        pipeline = Pipeline(own, dist.get_rank(), 2, case.schedule)
+        for windows in case.windows(0):
+            for loss in pipeline.read(model, windows, case.targets):
+                if loss is not None:
+                    loss.backward()
     return sent
 
 
 def test_only_memory_crosses_layer_by_layer():
-    """m = 2 global and K = 4 temporary slots of width 16, once a layer, and their gradients once back; nothing else."""
-    first, second = in_processes(2, touched, Case(layers=3))
+    """2 global and 4 temporary slots of width 16 once a layer, and their gradients once back."""
+    first, second = in_shared_processes(2, crossed, Case(layers=3))
     assert first == {"memory": [(2, 6, 16)] * 3, "gradient": []}
     assert second == {"memory": [], "gradient": [(2, 6, 16)] * 3}
 
 
-def broken(case: Case):
+def broken():
     raise RuntimeError("a rank fails")
 
 
 def test_the_harness_sees_failures():
     with pytest.raises(AssertionError, match="a rank fails"):
-        in_processes(2, broken, Case())
+        in_processes(2, broken)

@@ -1,17 +1,20 @@
-"""A pipeline's cases, read by one process and by several."""
+"""A text that one process reads, and the ranks of pipelines: the same loss, gradients and
+memory."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.sharding import Shards, whole
+from comet_pl.training.gate_penalty import GatePenalty
 from comet_pl.training.windows import IGNORED, count_targets, cut_windows, split_rows
 from tests.support.models import text, tiny
 
@@ -20,7 +23,7 @@ CHUNK = 5  # of the tiny model
 
 @dataclass(frozen=True)
 class Case:
-    """Rows of these lengths, dealt to `data` pipelines in turn; each reads them in windows of `window` chunks."""
+    """Rows of these lengths, dealt to `data` pipelines in turn, read `window` chunks at a time."""
 
     ranks: int = 2  # of a pipeline
     data: int = 1
@@ -28,13 +31,12 @@ class Case:
     lengths: tuple[int, ...] = (40, 40)
     labelled: tuple[tuple[int, int], ...] = ((0, 1000),)  # columns with labels, for all rows
     window: int | None = None
-    packed: bool = (
-        False  # chunks of other sizes, and every second one but the first starts a document
-    )
+    packed: bool = False  # smaller chunks, and every second one starts a document
     strides: tuple[int, ...] | None = None  # of the rows in turn
     accumulate: int = 1
     recompute: bool = False
     sharding: str = "none"
+    penalised: bool = False
     layers: int = 3
     dtype: torch.dtype = torch.float64
     comet: dict[str, Any] = field(default_factory=dict)
@@ -42,39 +44,34 @@ class Case:
     def model(self):
         model = tiny(layers=self.layers, dtype=self.dtype, **self.comet).train()
         model.gradient_checkpointing = self.recompute
+        for memory in model.gates if self.penalised else ():
+            memory.penalty = GatePenalty(3.0, 0.8, 0.7, share=0.01)
         return model
 
     def batch(self, rank: int) -> dict[str, Any]:
         """The rows of a data-parallel rank."""
-        ids, mask = (
-            text(len(self.lengths), max(self.lengths)),
-            torch.zeros(len(self.lengths), max(self.lengths), dtype=torch.long),
-        )
-        labels = torch.full_like(ids, IGNORED)
-        for row, length in enumerate(self.lengths):
-            mask[row, :length] = 1
-            for start, end in self.labelled:
-                labels[row, start : min(end, length)] = ids[row, start : min(end, length)]
+        columns, ids = torch.arange(max(self.lengths)), text(len(self.lengths), max(self.lengths))
+        mask = (columns < torch.tensor(self.lengths)[:, None]).long()
+        wanted = torch.zeros_like(columns, dtype=torch.bool)
+        for start, end in self.labelled:
+            wanted[start:end] = True
+        labels = ids.masked_fill(~(wanted & mask.bool()), IGNORED)
         mine = slice(rank, None, self.data)
         batch = {"input_ids": ids[mine], "attention_mask": mask[mine], "labels": labels[mine]}
-        if self.packed:
-            sizes = [fixed_chunks(length, CHUNK - 1) for length in self.lengths[mine]]
-            batch |= {
-                "chunk_sizes": sizes,
-                "resets": [[t % 2 == 0 for t in range(len(row))] for row in sizes],
-            }
-        if self.strides is not None:
-            batch["strides"] = [
-                self.strides[row % len(self.strides)] for row in range(len(self.lengths))
-            ][mine]
+        if self.packed or self.strides:
+            batch["plans"] = [self.plan(row) for row in range(len(self.lengths))][mine]
         return batch
+
+    def plan(self, row: int) -> ChunkPlan:
+        sizes = tuple(fixed_chunks(self.lengths[row], CHUNK - self.packed))
+        resets = tuple(t % 2 == 0 for t in range(len(sizes))) if self.packed else None
+        stride = None if self.strides is None else self.strides[row % len(self.strides)]
+        return ChunkPlan(sizes, resets, stride)
 
     def windows(self, rank: int) -> list[Any]:
         """Windows of each micro-batch of a data-parallel rank."""
-        return [
-            cut_windows(micro, CHUNK, self.window)
-            for micro in split_rows(self.batch(rank), self.accumulate)
-        ]
+        micros = split_rows(self.batch(rank), self.accumulate)
+        return [cut_windows(micro, CHUNK, self.window) for micro in micros]
 
     @property
     def targets(self) -> int:
@@ -82,44 +79,53 @@ class Case:
 
 
 def alone(case: Case):
-    """The chunk-major walk of one process: (loss, gradients, last cache of each data-parallel rank)."""
+    """(loss, gradients, last cache of each data-parallel rank) of the chunk-major walk."""
+    return _alone(repr(replace(case, ranks=1, schedule="", sharding="none", recompute=False)))
+
+
+@cache
+def _alone(case: str):
+    case = eval(case, {"Case": Case, "torch": torch})
     model, total, caches = case.model(), 0.0, []
     for rank in range(case.data):
         for windows in case.windows(rank):
-            cache = None
+            memory = None
             for window in windows:
-                output = model(
+                memory = model(
                     **window.inputs(),
-                    past_key_values=cache,
+                    past_key_values=memory,
                     use_cache=True,
                     num_items_in_batch=case.targets,
                 )
                 if window.targets:
-                    output.loss.backward()
-                total += float(output.loss.detach())
-                cache = output.past_key_values.detach()
-        caches.append(cache)
+                    memory.loss.backward()
+                total += float(memory.loss.detach())
+                memory = memory.past_key_values.detach()
+        caches.append(memory)
     return total, gradients(model), caches
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-    }
+    named = model.named_parameters()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named}
+
+
+@cache
+def ring(ranks: int, data: int) -> Ring | None:
+    """This process's; kept for later cases, as a training keeps it for later steps."""
+    starts = range(0, data * ranks, ranks)
+    return Ring.build([range(start, start + ranks) for start in starts]) if ranks > 1 else None
 
 
 def together(case: Case):
-    """On one of data x ranks processes: (loss, gradients, last cache or None)."""
-    pipelines = [list(range(d * case.ranks, (d + 1) * case.ranks)) for d in range(case.data)]
-    ring = Ring.build(pipelines) if case.ranks > 1 else None
+    """(loss, gradients, last cache or None) of one of data x ranks processes."""
     model, me, total = case.model(), dist.get_rank(), torch.zeros((), dtype=torch.float64)
-    pipeline = Pipeline(ring, me % case.ranks, case.ranks, case.schedule)
+    own = ring(case.ranks, case.data)
+    pipeline = Pipeline(own, me % case.ranks, case.ranks, case.schedule)
     if case.sharding != "none":
-        pipeline.shards = Shards.over(
-            model, case.data, case.ranks, layerwise=case.sharding == "zero3"
-        )
-        pipeline.shards.gather(all_layers=case.sharding == "zero2")
+        layerwise = case.sharding == "zero3"
+        pipeline.shards = Shards.over(model, case.data, case.ranks, layerwise)
+        pipeline.shards.gather(all_layers=not layerwise)
     for windows in case.windows(me // case.ranks):
         for loss in pipeline.read(model, windows, case.targets, keep_cache=True):
             if loss is not None:

@@ -38,7 +38,8 @@ def ragged(lengths, labelled=0.5, seed=0, left=False):
 
 @st.composite
 def cuts(draw, labelled=(0.0, 0.2, 1.0), largest=23, strides=False):
-    """(batch, chunk size, chunks a window, its chunk sizes or None): any raggedness, plan and reset."""
+    """(batch, chunk size, chunks a window, its chunk sizes or None): any raggedness, plan and
+    reset."""
     lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=4).filter(any))
     share, seed, left = (
         draw(st.sampled_from(labelled)),

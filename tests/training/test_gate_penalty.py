@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.windows import count_targets, cut_windows
 from tests.support.models import tiny
 from tests.support.pipelines import Case, alone, together
-from tests.support.ranks import in_processes
+from tests.support.ranks import in_shared_processes
 from tests.support.training import close, cuts, direct, fit, norm_apart, ragged, scaler
 
 WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
@@ -149,21 +150,11 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_pipeline_has_the_same_gradients(name, monkeypatch):
-    """The processes are forked, so that the model they make is penalised too."""
-    case, make = CASES[name], Case.model
-
-    def model(self):
-        made = make(self)
-        for memory in made.gates:
-            memory.penalty = GatePenalty(3.0, 0.8, 0.7, share=0.01)
-        return made
-
-    plain = alone(case)[1]
-    monkeypatch.setattr(Case, "model", model)
+def test_a_pipeline_has_the_same_gradients(name):
+    case = replace(CASES[name], penalised=True)
     expected = alone(case)[1]
-    assert norm_apart(plain, expected) > 1e-3
-    for _, found, *_ in in_processes(case.ranks * case.data, together, case):
+    assert norm_apart(alone(CASES[name])[1], expected) > 1e-3
+    for _, found, *_ in in_shared_processes(case.ranks * case.data, together, case):
         close(found, expected)
 
 

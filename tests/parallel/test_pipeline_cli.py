@@ -1,9 +1,11 @@
-"""train.py under trainer.strategy=layer_pipeline: the same run as on one device; what it refuses; how it ends, and goes on after that."""
+"""train.py under trainer.strategy=layer_pipeline: the same run as on one device; how it ends, and
+what it refuses."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -17,17 +19,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from matplotlib.figure import Figure
 
 from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.run_folder import plan_run
-from tests.support.tiny_runs import ROOT, TINY
+from tests.support.tiny_runs import ROOT, TINY, scalars
 
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 TIMEOUT = 20  # seconds: strategy.timeout of every run here
-STEPS = 24
+STEPS = 12
 KEYS = [
     *TINY,
     f"trainer.max_steps={STEPS}",
@@ -64,24 +66,15 @@ def on_one(root, name, *keys):
 
 
 class Training:
-    """train.py as rank 0, and what Lightning's launcher starts, in a session of their own. A context: it leaves no process."""
+    """train.py as rank 0 and what Lightning's launcher starts, in a session of their own. A context
+    that leaves no process."""
 
     def __init__(self, root, name, *keys, on=TWO, script="train.py"):
         root.mkdir(exist_ok=True)
-        self.path, self.out, self.err = (
-            folder_of(root, name),
-            root / f"{name}.out",
-            root / f"{name}.err",
-        )
-        argv = [
-            sys.executable,
-            str(script),
-            f"run.root={root}",
-            f"run.name={name}",
-            *KEYS,
-            *on,
-            *keys,
-        ]
+        self.path = folder_of(root, name)
+        self.out, self.err = root / f"{name}.out", root / f"{name}.err"
+        where = [f"run.root={root}", f"run.name={name}"]
+        argv = [sys.executable, str(script), *where, *KEYS, *on, *keys]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.main = subprocess.Popen(
                 argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
@@ -115,15 +108,12 @@ class Training:
 
     def errors(self):
         """Lines on stderr, Lightning's greeting left out."""
-        return [
-            line
-            for line in self.err.read_text().splitlines()
-            if not line.startswith("Initializing distributed")
-        ]
+        lines = self.err.read_text().splitlines()
+        return [line for line in lines if not line.startswith("Initializing distributed")]
 
 
 def processes(session):
-    """The living processes of a session; a child that nobody has waited for yet is none."""
+    """The living processes of a session, without zombies."""
     found = []
     for file in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -138,48 +128,41 @@ def processes(session):
 def until(condition, seconds, log=None):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, f"waited for {seconds} s in vain" + (
-            f": {log.read_text()}" if log else ""
-        )
+        assert time.monotonic() < end, f"waited for {seconds} s: {log and log.read_text()}"
         time.sleep(0.02)
 
 
 # ---- the same run
 
 
-def curves(folder):
-    """{tag: {step: value}}; no step comes twice."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    found = {}
-    for tag in events.Tags()["scalars"]:
-        steps = [event.step for event in events.Scalars(tag)]
-        assert steps == sorted(set(steps)), tag
-        found[tag] = {event.step: event.value for event in events.Scalars(tag)}
-    return found
-
-
 def same_run(folder, straight):
-    """Every logged loss, and the checkpoints, are those of one device; float32, summed up in another order."""
-    found, expected = curves(folder), curves(straight)
-    assert {tag: list(curve) for tag, curve in found.items()} == {
-        tag: list(curve) for tag, curve in expected.items()
-    }
+    """All logged losses and the checkpoints are those of one device, up to float32's order of
+    summation; no step is logged twice."""
+    found, expected = (
+        {t: dict(c) for t, c in scalars(run)[0].items()} for run in (folder, straight)
+    )
+    assert all(len(found[tag]) == len(curve) for tag, curve in scalars(folder)[0].items())
+    assert {tag: list(c) for tag, c in found.items()} == {t: list(c) for t, c in expected.items()}
     for tag in ("train/loss", "val/loss"):
         assert found[tag] == pytest.approx(expected[tag], rel=1e-5), tag
     for tag in ("train/lr", "train/skipped"):
         assert found[tag] == expected[tag], tag
-    for name in ("last", "best"):
-        one, two = (
-            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-            for run in (straight, folder)
-        )
+    for name in ("last.ckpt", "best.ckpt"):
+        paths = straight / "checkpoints" / name, folder / "checkpoints" / name
+        one, two = (torch.load(path, weights_only=True) for path in paths)
         assert one["global_step"] == two["global_step"]
         assert list(one["state_dict"]) == list(two["state_dict"])
         for weight, value in one["state_dict"].items():
-            assert (two["state_dict"][weight] - value).abs().max() <= 1e-5 * value.abs().max(), (
-                name,
-                weight,
-            )
+            apart = (two["state_dict"][weight] - value).abs().max()
+            assert apart <= 1e-5 * value.abs().max(), (name, weight)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def undrawn():
+    """Figures are blank in this process: drawing takes most of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "draw", lambda self, renderer: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -196,11 +179,7 @@ def alone(tmp_path_factory):
 
 
 def evaluated(folder):
-    files = {
-        path.name: path.read_text()
-        for path in (folder / "predictions").iterdir()
-        if path.suffix == ".jsonl"
-    }
+    files = {path.name: path.read_text() for path in (folder / "predictions").glob("*.jsonl")}
     return json.loads((folder / "eval" / "passkey.json").read_text())["mean"], files
 
 
@@ -211,14 +190,11 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
     files, expected = (
-        {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()}
+        sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
         for root in (folder, straight)
     )
-    events, files_of_one = (
-        [name for name in names if name.startswith("events.")] for names in (files, expected)
-    )
-    assert len(events) == 1, "one process writes curves"
-    assert files - set(events) == expected - set(files_of_one)
+    one_writer = [re.sub(r"^events.*", "events", name) for name in files]
+    assert one_writer == [re.sub(r"^events.*", "events", name) for name in expected]
     written = yaml.safe_load((folder / "config.yaml").read_text())["strategy"]
     assert (written["timeout"], written["sharding"]) == (TIMEOUT, "none")
     assert run.errors() == []
@@ -245,8 +221,7 @@ def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
     with Training(tmp_path, "two", "eval.after_fit=true", *keys) as run:
         folder = run.finished()
     straight = alone(
-        "eval.after_fit=true",
-        *(key for key in keys if key.startswith("train.b") or key.startswith("train.a")),
+        "eval.after_fit=true", *(key for key in keys if key[:7] in ("train.b", "train.a"))
     )
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
@@ -258,13 +233,12 @@ def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
 def names_it(line, rank, pid, what):
     """Whether the one line says which rank is lost, and where it was."""
     who = f"error: rank {rank} (pid {pid} on {socket.gethostname()}) {what}"
-    return line.startswith(who) and line.endswith(
-        "this run ends. Go on from the last checkpoint with resume=true."
-    )
+    return line.startswith(who) and line.endswith("from the last checkpoint with resume=true.")
 
 
 def kill(root, victim, step, *keys):
-    """Kills a rank after a step has been shown; the other ends in time and names it. Returns the run's folder."""
+    """Kills a rank after a step has been shown; the other ends in time and names it. Returns the
+    run's folder."""
     with Training(root, "killed", *LONG, *keys) as run:
         ranks = run.at_step(step)
         os.kill(ranks[victim], signal.SIGKILL)
@@ -277,9 +251,8 @@ def kill(root, victim, step, *keys):
 def killed_and_gone_on(root, victim, *keys):
     """Loses a rank in the middle, then goes on with one device."""
     path = kill(root, victim, 10, *keys)
-    assert (
-        8 <= torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] < 60
-    )
+    last = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert 8 <= last["global_step"] < 60
     return on_one(root, "killed", *LONG, "resume=true")
 
 
@@ -287,6 +260,7 @@ def test_rank_1_is_killed_and_one_device_goes_on(alone, tmp_path):
     same_run(killed_and_gone_on(tmp_path, 1), alone(*LONG))
 
 
+@pytest.mark.slow
 def test_rank_0_is_killed_and_one_device_goes_on_without_shards(alone, tmp_path):
     same_run(killed_and_gone_on(tmp_path, 0, "strategy.sharding=zero2"), alone(*LONG))
 
@@ -327,9 +301,8 @@ def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
         assert names_it(line, victim, ranks[victim], "has not answered for "), line
         os.kill(ranks[victim], signal.SIGCONT)
         assert run.ended(TIMEOUT) == 1
-        assert (
-            len(run.errors()) == 2
-        )  # its own line: that it did not run, or that it finds the other gone
+        # Its own line says that it did not run, or that the other is gone.
+        assert len(run.errors()) == 2
 
 
 FAULTY = """
@@ -361,9 +334,8 @@ def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
         assert run.ended(TIMEOUT + 10) == (2 if victim == 0 else 1)
         own, named = sorted(run.errors(), key=lambda line: line.startswith(f"error: rank {victim}"))
         assert own == "error: row 60: cannot be read"
-        assert names_it(
-            named, victim, ranks[victim], "failed: UserError: row 60: cannot be read"
-        ), named
+        what = "failed: UserError: row 60: cannot be read"
+        assert names_it(named, victim, ranks[victim], what), named
 
 
 @pytest.mark.slow
@@ -380,6 +352,7 @@ def test_a_rank_that_fails_before_it_has_met_the_other_ends_it(tmp_path):
         assert "Traceback" not in run.err.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
     with Training(tmp_path, "x", *ENDLESS) as run:
         run.at_step(4)
@@ -390,9 +363,8 @@ def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
     assert sum("stopping after this step" in line for line in lines) == 1
     (last,) = [line for line in lines if line.startswith("stopped after step ")]
     step = torch.load(run.path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
-    assert last.startswith(
-        f"stopped after step {step}, saved in {run.path / 'checkpoints' / 'last.ckpt'}; go on with: "
-    )
+    saved = run.path / "checkpoints" / "last.ckpt"
+    assert last.startswith(f"stopped after step {step}, saved in {saved}; go on with: ")
     assert last.endswith("run.name=x resume=true")
 
 
@@ -417,7 +389,7 @@ MISTAKES = [
     ),
     (
         ["strategy.sharding=zero3"],
-        "strategy.sharding: zero3 .*data-parallel ranks.* allowed: zero2 .*, none, or a smaller .*pipeline_size",
+        "strategy.sharding: zero3 .*data-parallel ranks.* allowed: zero2 .*, none, or a smaller .*",
     ),
     (
         ["strategy.sharding=zero22"],

@@ -22,7 +22,7 @@ from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation.generation import Engine
 from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import choose
-from comet_pl.experiment.checkpoint import checkpoint_content, find_checkpoint
+from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.metrics.scrolls import scores
 from data.batches import pad_rows
 from data.chat_template import encode
@@ -361,23 +361,6 @@ def saved(tmp_path_factory) -> Path:
 @pytest.fixture
 def run(saved: Path, tmp_path: Path) -> Path:
     return shutil.copytree(saved, tmp_path / "runs" / "x")
-
-
-def test_which_checkpoint(run: Path):
-    best, last = run / "checkpoints" / "best.ckpt", run / "checkpoints" / "last.ckpt"
-    assert find_checkpoint(run) == (last, run)
-    assert find_checkpoint(run / "checkpoints") == (last, run)
-    assert find_checkpoint(best) == (best, run)
-    last.unlink()
-    assert find_checkpoint(run) == (best, run)
-    best.unlink()
-    none = "holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor"
-    with pytest.raises(UserError, match=rf"^ckpt: .*/x {none}"):
-        find_checkpoint(run)
-    (run / "config.json").write_text("{}")
-    assert find_checkpoint(run) == (run, run)
-    with pytest.raises(UserError, match=r"^ckpt: .*/none does not exist$"):
-        find_checkpoint(run / "none")
 
 
 def test_eval_writes_into_the_run_or_out(undrawn, run: Path, tmp_path: Path):

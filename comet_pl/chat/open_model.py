@@ -75,7 +75,7 @@ def open_conversation(
     if memory is not None:
         for option, value in (("--set", options.set), ("--dtype", options.dtype)):
             if value:
-                reason = f"{memory} goes on as it was begun; leave it out"
+                reason = f"{memory} continues as it began; leave it out"
                 raise UserError(f"{option}: given, but {reason}")
         cache, opening, asked = _load_memory(memory, device)
         name = f"{memory} (made with {asked['model']})"
@@ -104,7 +104,7 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
             allowed = ", ".join(known)
             raise UserError(f"--set: no key {name!r}{nearest(name, known)}; there are: {allowed}")
         if name == "rollover":
-            reason = "or a conversation would grow for ever"
+            reason = "or a conversation would grow without end"
             raise UserError(f"--set: rollover is always true here, {reason}")
         try:
             parsed = yaml.safe_load(value)

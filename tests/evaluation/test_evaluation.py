@@ -5,17 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import eval as eval_script
 from comet_pl import CometConfig, CometForCausalLM, build
-from comet_pl.config.load import Config, load
+from comet_pl.config.load import load
 from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
@@ -52,7 +49,7 @@ class Ids:
 
 
 @cache
-def built(*argv: str) -> tuple[Any, Any]:
+def built(*argv):
     """(model, tokenizer), shared by tests: none may change them."""
     config = load(list(argv))
     tokenizer = build.build_tokenizer(config)
@@ -61,19 +58,19 @@ def built(*argv: str) -> tuple[Any, Any]:
 
 
 @pytest.fixture
-def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def undrawn(monkeypatch):
     monkeypatch.setattr(Results, "draw", lambda *_: None)
 
 
-def passkeys(*keys: str) -> tuple[Any, Any, Config]:
+def passkeys(*keys):
     return *built(*PASSKEY), load([*PASSKEY, *keys])
 
 
-def lines_of(file: Path) -> list[dict[str, Any]]:
+def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def greedy(model, prompts: torch.Tensor, count: int, end: int) -> list[list[int]]:
+def greedy(model, prompts, count, end):
     """Continuations of prompts (B, N) by whole forward passes, each up to its end token."""
     ids = prompts
     for _ in range(count):
@@ -85,12 +82,12 @@ def greedy(model, prompts: torch.Tensor, count: int, end: int) -> list[list[int]
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 14, 15, 16, 33])
-def test_digits_equal_whole_forward_passes(columns: int, monkeypatch: pytest.MonkeyPatch):
+def test_digits_equal_whole_forward_passes(columns, monkeypatch):
     """Shorter than a chunk, at its end, over it, and over one call of 3 chunks."""
     monkeypatch.setattr(passkey, "PREFILL", 3)
     model = tiny()
     prompts = text(3, columns, seed=columns)
-    counts: list[int] = []
+    counts = []
     with torch.no_grad():
         digits = passkey.answer_digits(Engine(model, Ids()), prompts, counts.append)
         expected = greedy(model, prompts, DIGITS, Ids.eos_token_id)
@@ -109,7 +106,7 @@ def test_digits_without_rollover():
         assert torch.equal(passkey.answer_digits(grown, prompts)[:, 0], logits.argmax(-1))
 
 
-def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
+def test_an_early_stop_is_a_wrong_answer(monkeypatch):
     ends = torch.full((2, 2), Ids.eos_token_id)
     monkeypatch.setattr(Engine, "generate", lambda *args, **options: ends)
     with torch.no_grad():
@@ -117,10 +114,10 @@ def test_an_early_stop_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch):
     assert digits.tolist() == [[0, 0, 1, 1, 1]] * 2
 
 
-def knows(answers: Callable[[str], bool]) -> Callable[..., torch.Tensor]:
+def knows(answers):
     """A stand-in that finds the key in those prompts of which `answers` is true."""
 
-    def answer_digits(engine: Engine, prompt: torch.Tensor, count=None) -> torch.Tensor:
+    def answer_digits(engine, prompt, count=None):
         rows = []
         for ids in prompt:
             shown = engine.tokenizer.decode(ids)
@@ -192,7 +189,7 @@ def test_too_short_a_length_is_refused(tmp_path):
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
+def root(tmp_path):
     story = "The dog ran home and slept all day . " * 6
     answers = {
         "narrative_qa": ["the dog", "a cat", "home"],
@@ -213,7 +210,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def scrolls(root: Path, *keys: str) -> tuple[Any, Any, Config]:
+def scrolls(root, *keys):
     keys = (f"data.root={root}", "eval.max_new_tokens=6", "eval.examples=null", *keys)
     config = load([*TINY, "conf=scrolls", *keys])
     return *built(*PASSKEY), config
@@ -346,7 +343,7 @@ def test_nothing_to_evaluate(root, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved(tmp_path_factory):
     """A run's folder with both checkpoints."""
     model, tokenizer, config = passkeys()
     folder = tmp_path_factory.mktemp("runs") / "x"
@@ -359,18 +356,18 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(saved: Path, tmp_path: Path) -> Path:
+def run(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / "runs" / "x")
 
 
-def test_eval_writes_into_the_run_or_out(undrawn, run: Path, tmp_path: Path):
+def test_eval_writes_into_the_run_or_out(undrawn, run, tmp_path):
     """Another length joins what the same weights have shown; other weights start afresh."""
     last, scores = run / "checkpoints" / "last.ckpt", run / "eval" / "passkey.json"
 
-    def lengths(file: Path) -> set[str]:
+    def lengths(file):
         return set(json.loads(file.read_text())["mean"])
 
-    def evaluate_at(length: int, ckpt: Path = run, *keys: str) -> None:
+    def evaluate_at(length, ckpt=run, *keys):
         small = ["eval.examples=1", "eval.depths=2"]
         eval_script.main([f"ckpt={ckpt}", f"eval.lengths=[{length}]", *small, *keys])
 
@@ -391,7 +388,7 @@ def test_eval_writes_into_the_run_or_out(undrawn, run: Path, tmp_path: Path):
     assert lengths(scores) == {"80"}
 
 
-def test_a_conf_of_another_model_is_named(run: Path, root: Path):
+def test_a_conf_of_another_model_is_named(run, root):
     message = (
         r"^conf=scrolls: is for another model than this checkpoint's, which was trained with conf="
         r"passkey \(.*global_size.*\); leave conf out and give data\.kind=scrolls and its keys$"
@@ -404,10 +401,10 @@ def test_a_conf_of_another_model_is_named(run: Path, root: Path):
     assert json.loads((run / "eval" / "scrolls.json").read_text())["contract_nli"]["n"] == 1
 
 
-def test_eval_refuses_what_it_cannot_use(run: Path):
+def test_eval_refuses_what_it_cannot_use(run):
     checkpoint = run / "checkpoints" / "last.ckpt"
 
-    def refuses(message: str, *argv: str) -> None:
+    def refuses(message, *argv):
         with pytest.raises(UserError, match=message):
             eval_script.main(list(argv))
 

@@ -30,8 +30,8 @@ from data.tokenizer import pad_token, stop_token
 def evaluate_scrolls(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """{task: {"scrolls_score", its metrics, "n"}, "average"}, in percent.
 
-    Asked are the questions of config.eval.split, config.eval.examples of each task. Tasks whose
-    test answers are secret are answered but not scored; predictions/submission.csv is for the
+    The questions are those of config.eval.split, config.eval.examples a task. Tasks whose test
+    answers are secret are answered but not scored; predictions/submission.csv is for the
     benchmark's site.
     """
     tokenizer, data = engine.tokenizer, config.data

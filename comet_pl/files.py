@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 def replacing(path: Path, tag: str = "") -> Iterator[Path]:
     """Yields a path beside `path` for a file or folder; it becomes `path` if the block succeeds.
 
-    If the block fails, what it wrote is removed. Both lie in one folder, so the renaming is atomic.
+    If the block fails, what it wrote is removed; so is what a killed process left, before it. Both
+    paths lie in one folder, so the renaming is atomic.
 
     Args:
         tag: tells apart the processes that may write the same path at once.
@@ -31,15 +32,20 @@ def replacing(path: Path, tag: str = "") -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}{tag}.part")
+    _remove(beside)
     try:
         yield beside
         os.replace(beside, path)
     except BaseException:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
         raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes, key: str) -> None:

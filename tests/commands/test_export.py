@@ -91,8 +91,13 @@ def same_weights(model, other):
 @pytest.mark.parametrize(("parameters", "tied"), PAIRS)
 def test_the_folder_computes_what_the_checkpoint_computed(trained, parameters, tied, tmp_path):
     run, folder = trained(parameters, tied), tmp_path / "deep" / "folder"
+    # a killed export has left a file of another model
+    killed = folder.with_name(".folder.part") / "model-00009.safetensors"
+    killed.parent.mkdir(parents=True)
+    killed.touch()
     main([str(run), str(folder)])
     assert list((tmp_path / "deep").iterdir()) == [folder]
+    assert not (folder / killed.name).exists()
     expected = logits(as_trained(run))
     model = CometForCausalLM.from_pretrained(folder)
     close(logits(model), expected)

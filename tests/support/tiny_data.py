@@ -8,7 +8,8 @@ from datetime import datetime, timedelta
 
 
 def write_scrolls(root):
-    """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a second author."""
+    """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a
+    second author."""
     draw = random.Random(3)
     words = [
         "rain",

@@ -1,4 +1,5 @@
-"""The tiny run that several tests make by train.py's arguments; a key given again after these takes the place of the first."""
+"""The tiny run that several tests make by train.py's arguments; a key given again after these takes
+the place of the first."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def differences(one, two, where=""):
 
 
 def same_run(straight, other, best=True):
-    """Weights, optimizer, random states, data position and logged values of two run folders are equal."""
+    """Weights, optimizer, random states, data position and logged values of two run folders are
+    equal."""
     for name in ("last", "best") if best else ("last",):
         a, b = (
             torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from comet_pl.config.schema import TrainConfig
-from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 from comet_pl.training.lit_module import CometModule
 from tests.support.models import text
 
@@ -37,33 +37,24 @@ def ragged(lengths, labelled=0.5, seed=0, left=False):
 
 
 @st.composite
-def cuts(draw, labelled=(0.0, 0.2, 1.0), largest=23, strides=False):
-    """(batch, chunk size, chunks a window, its chunk sizes or None): any raggedness, plan and
-    reset."""
+def cuts(draw, labelled=(0.0, 0.2, 1.0), strides=False):
+    """(batch, chunk size, chunks a window): any raggedness, plan and reset."""
     lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=4).filter(any))
-    share, seed, left = (
-        draw(st.sampled_from(labelled)),
-        draw(st.integers(0, 9)),
-        draw(st.booleans()),
-    )
-    batch, plans = ragged(lengths, share, seed, left), None
-    if draw(st.booleans()):
-        plans = [draw(sizes(length, largest)) for length in lengths]
-        batch["chunk_sizes"] = plans
-        batch["resets"] = [[draw(st.booleans()) for _ in plan] for plan in plans]
-    if strides and draw(st.booleans()):
-        batch["strides"] = [draw(st.integers(1, 7)) for _ in lengths]
-    return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3])), plans
+    options = draw(st.sampled_from(labelled)), draw(st.integers(0, 9)), draw(st.booleans())
+    batch, planned = ragged(lengths, *options), draw(st.booleans())
+    if planned or (strides and draw(st.booleans())):
+        batch["plans"] = [draw(chunk_plans(n, planned, strides)) for n in lengths]
+    return batch, draw(st.integers(1, 7)), draw(st.sampled_from([None, 1, 2, 3]))
 
 
 @st.composite
-def sizes(draw, tokens, largest):
-    """Chunk sizes that sum to `tokens`."""
-    found = []
-    while tokens:
-        found.append(draw(st.integers(1, min(tokens, largest))))
-        tokens -= found[-1]
-    return found
+def chunk_plans(draw, tokens, planned, strides):
+    """A row's plan: any sizes and resets, or chunks of 5; any stride."""
+    sizes = [] if planned else fixed_chunks(tokens, 5)
+    while sum(sizes) < tokens:
+        sizes.append(draw(st.integers(1, tokens - sum(sizes))))
+    resets = tuple(draw(st.booleans()) for _ in sizes) if planned else None
+    return ChunkPlan(tuple(sizes), resets, draw(st.integers(1, 7)) if strides else None)
 
 
 class Watch(lightning.Callback):

@@ -1,4 +1,4 @@
-"""train.gate_pull and train.gate_entropy: the gradient of the formula, however a batch is read; refused where there is nothing to pull."""
+"""train.gate_pull and train.gate_entropy: the formula's gradient, however a batch is read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,16 @@ from comet_pl.training.windows import count_targets, cut_windows
 from tests.support.models import tiny
 from tests.support.pipelines import Case, alone, together
 from tests.support.ranks import in_shared_processes
-from tests.support.training import close, cuts, direct, fit, norm_apart, ragged, scaler
+from tests.support.training import (
+    close,
+    cuts,
+    direct,
+    fit,
+    gradients_of,
+    norm_apart,
+    ragged,
+    scaler,
+)
 
 WEIGHTS = {"gate_pull": 3.0, "gate_target": 0.8, "gate_entropy": 0.7}
 
@@ -29,56 +38,39 @@ def explicit(g):
 
 
 def by_hand(model, batch, chunks):
-    """Gradients of loss + penalty: every row alone, window after window, the gates caught as they are made. Every chunk has a
-    target, so that a gate learns unless it is its window's last."""
-    model = copy.deepcopy(model).train()
-    caught = []
+    """Gradients of loss + penalty: every row alone, window after window, from the gates as they are
+    made. Every chunk has a target, so that a gate learns unless it is its window's last."""
+    model, made = copy.deepcopy(model).train(), []
     for memory in model.gates:
-        memory.gate.register_forward_hook(lambda module, inputs, g: caught.append(g))
-    count, losses, penalties = count_targets(batch), [], []
+        memory.gate.register_forward_hook(lambda module, inputs, g: made.append(g))
+    count, losses, penalties, layers = count_targets(batch), [], [], len(model.gates)
     for row in range(len(batch["input_ids"])):
-        cache = None
-        windows = cut_windows(
-            {name: value[row : row + 1] for name, value in batch.items()},
-            model.config.chunk_size,
-            chunks,
-        )
-        for window in windows:
-            caught.clear()
-            output = model(
-                **window.inputs(), past_key_values=cache, use_cache=True, num_items_in_batch=count
-            )
+        alone, cache = {name: value[row : row + 1] for name, value in batch.items()}, None
+        for window in cut_windows(alone, model.config.chunk_size, chunks):
+            made.clear()
+            options = {"use_cache": True, "num_items_in_batch": count}
+            output = model(**window.inputs(), past_key_values=cache, **options)
             losses.append(output.loss)
-            layers = len(model.gates)
-            by_chunk = [caught[start : start + layers] for start in range(0, len(caught), layers)]
-            penalties += [g for chunk in by_chunk[:-1] for g in chunk]
+            penalties += made[: max(0, len(made) - layers)]
             cache = output.past_key_values.detach()
     (sum(losses) + explicit(torch.cat(penalties)).mean()).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+    return gradients_of(model)
 
 
-@pytest.mark.parametrize("chunks", [None, 2, 3])
+@pytest.mark.parametrize("chunks", [None, 3])
 @pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])
 @pytest.mark.parametrize("gate", ["scalar", "elementwise"])
 def test_gradients_are_those_of_loss_and_penalty(chunks, recompute, gate):
-    """Ragged rows, two micro-batches, on either side of no window at all."""
+    """Ragged rows and two micro-batches, with and without windows."""
     model, batch = tiny(chunk_size=4, gate=gate, gate_bias=0.5), ragged([23, 10, 31], 1.0)
     expected = by_hand(model, batch, chunks)
-    module, watch = fit(
-        copy.deepcopy(model),
-        [batch],
-        bptt_chunks=chunks,
-        accumulate=2,
-        recompute=recompute,
-        **WEIGHTS,
-    )
+    options = {"bptt_chunks": chunks, "accumulate": 2, "recompute": recompute}
+    module, watch = fit(copy.deepcopy(model), [batch], **options, **WEIGHTS)
     close(watch.gradients[0], expected)
-    assert float(module.trainer.callback_metrics["train/loss"]) == pytest.approx(
-        direct(model, batch)[0], rel=1e-6
-    )  # the loss's alone
-    _, without = fit(
-        copy.deepcopy(model), [batch], bptt_chunks=chunks, accumulate=2, recompute=recompute
-    )
+    # The loss's alone.
+    loss = float(module.trainer.callback_metrics["train/loss"])
+    assert loss == pytest.approx(direct(model, batch)[0], rel=1e-6)
+    _, without = fit(copy.deepcopy(model), [batch], **options)
     assert norm_apart(without.gradients[0], expected) > 0.01
 
 
@@ -91,9 +83,8 @@ def test_a_scaled_loss_has_a_scaled_penalty():
 
 @pytest.mark.parametrize("g", [0.0, 1.0])
 def test_saturated_gates_have_finite_gradients(g):
-    penalty = GatePenalty(3.0, 0.8, 0.7, share=1.0)
     gates = torch.full((2, 3, 1), g, requires_grad=True)
-    penalty(gates).sum().backward()
+    GatePenalty(3.0, 0.8, 0.7, share=1.0)(gates).sum().backward()
     assert torch.isfinite(gates.grad).all()
 
 
@@ -107,7 +98,7 @@ def test_off_is_nothing():
 
 
 def learning(batch, chunk_size, chunks):
-    """Gates of one layer whose backward pass brings something, by a model."""
+    """Gates of one layer of a model to which the backward pass brings something."""
     model, seen = tiny(chunk_size=chunk_size, layers=1).train(), []
 
     def watch(module, inputs, g):
@@ -128,11 +119,8 @@ def learning(batch, chunk_size, chunks):
 
 @given(cuts())
 def test_as_many_gates_learn_as_are_counted(cut):
-    """Rows of any length, plan, reset and window: by numbers alone, and by what comes back to a model's gates."""
-    batch, chunk_size, chunks, _ = cut
-    assert count_gates(cut_windows(batch, chunk_size, chunks)) == learning(
-        batch, chunk_size, chunks
-    )
+    """Rows of any length, plan, reset and window."""
+    assert count_gates(cut_windows(*cut)) == learning(*cut)
 
 
 def test_no_windows_no_gates():
@@ -164,30 +152,25 @@ def test_a_pipeline_has_the_same_gradients(name):
 @pytest.mark.parametrize(
     ("keys", "line"),
     [
-        (["train.gate_pull=-1"], "train.gate_pull: -1 given, allowed: number >= 0"),
+        ("train.gate_pull=-1", "-1 given, allowed: number >= 0"),
+        ("train.gate_target=2 train.gate_pull=1", "2 given, allowed: number >= 0 and <= 1"),
+        ("train.gate_target=0.5", "0.5 given, but train.gate_pull is 0; it needs a weight > 0"),
         (
-            ["train.gate_pull=1", "train.gate_target=2"],
-            "train.gate_target: 2 given, allowed: number >= 0 and <= 1",
+            "train.gate_pull=1 model.gate=none",
+            "1.0 given, but model.gate=none leaves no gates, allowed: 0, or another model.gate",
         ),
         (
-            ["train.gate_target=0.5"],
-            "train.gate_target: 0.5 given, but train.gate_pull is 0; it needs a weight > 0",
+            "train.gate_entropy=1 model.global_size=0",
+            "1.0 given, but model.global_size=0 leaves no gates",
         ),
         (
-            ["train.gate_pull=1", "model.gate=none"],
-            "train.gate_pull: 1.0 given, but model.gate=none leaves no gates, allowed: 0, or another model.gate",
-        ),
-        (
-            ["train.gate_entropy=1", "model.global_size=0"],
-            "train.gate_entropy: 1.0 given, but model.global_size=0 leaves no gates",
-        ),
-        (
-            ["train.gate_entropy=1", "train.bptt_chunks=1"],
-            "but with train.bptt_chunks=1 no gradient reaches a gate",
+            "train.gate_entropy=1 train.bptt_chunks=1",
+            "1.0 given, but with train.bptt_chunks=1 no gradient reaches a gate",
         ),
     ],
 )
 def test_mistakes_are_one_line(keys, line):
     with pytest.raises(UserError) as caught:
-        load(keys)
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+        load(keys.split())
+    assert str(caught.value).startswith(f"{keys.partition('=')[0]}: {line}")
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,5 @@
-"""A decoder from scratch that starts with lookups: what its heads do before any training, and what it learns in a few steps."""
+"""A decoder from scratch that starts with lookups: what its heads do before any training, and what
+it learns in a few steps."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ def model(offsets: list[int] | None, kind: type = Qwen2Config, **options: int) -
 
 
 def rows(count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`KEY . VALUE . ` six times and `KEY ?`, (count, 4 * 6 + 3); and the value that is asked for, each (count,)."""
+    """`KEY . VALUE . ` six times and `KEY ?`, (count, 4 * 6 + 3); and the value that is asked for,
+    each (count,)."""
     keys = torch.stack([torch.randperm(KEYS, generator=random)[:PAIRS] for _ in range(count)]) + 2
     values = (
         torch.stack([torch.randperm(VALUES, generator=random)[:PAIRS] for _ in range(count)])
@@ -79,7 +81,8 @@ def right_after(made: CometForCausalLM, steps: int) -> float:
 
 
 def test_heads_of_the_first_layer_look_back_as_far_as_they_are_told():
-    """Scores of the biases alone, by the rotation's definition, are highest at the offset and fall on both sides."""
+    """Scores of the biases alone, by the rotation's definition, are highest at the offset and fall
+    on both sides."""
     made = model([2, 5])
     attention = made.model.layers[0].self_attn
     query, key = (

@@ -1,4 +1,5 @@
-"""What learns, bit for bit; the head's share of the new rows; counts; merged weights are plain ones with the same logits."""
+"""What learns, bit for bit; the head's share of the new rows; counts; merged weights are plain ones
+with the same logits."""
 
 from __future__ import annotations
 
@@ -91,7 +92,8 @@ def fit(model, steps=2, **train):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("parameters", PARAMETERS)
 def test_exactly_what_is_named_learns(parameters, tied, recompute):
-    """Against the weights from before, bit for bit; weight decay is on, and must not move what is frozen."""
+    """Against the weights from before, bit for bit; weight decay is on, and must not move what is
+    frozen."""
     model = small(tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     memory = {name for name, _ in model.memory_parameters()}

@@ -44,7 +44,7 @@ def evaluate_scrolls(engine: Engine, config: Config, results: Results) -> dict[s
         missing = f"{split} rows for {', '.join(tasks(data))}, so there is nothing to evaluate"
         raise UserError(f"data.root: {data.root} has no {missing}")
     scored, predictions, values = dict[str, Any](), dict[str, list[Answer]](), dict[str, Any]()
-    total = sum(len(corpus.prompt(one)) for questions in asked.values() for one in questions)
+    total = sum(len(corpus.prompt(each)) for questions in asked.values() for each in questions)
     with Bar(total) as bar:
         for task, questions in asked.items():
             bar.name(task)

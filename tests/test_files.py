@@ -11,9 +11,13 @@ def test_a_block_that_fails_leaves_what_was_there(tmp_path):
     replace_file(file, b"old", "out")
     # what a killed process has left
     (file.parent / ".file.part").mkdir()
-    with pytest.raises(KeyError), replacing(file) as beside:
-        beside.write_bytes(b"half")
+
+    def break_off(path):
+        path.write_bytes(b"half")
         raise KeyError
+
+    with pytest.raises(KeyError), replacing(file) as beside:
+        break_off(beside)
     assert file.read_bytes() == b"old"
     assert list(file.parent.iterdir()) == [file]
 

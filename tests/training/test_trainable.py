@@ -1,25 +1,21 @@
-"""What learns, bit for bit; the head's share of the new rows; counts; merged weights are plain ones
-with the same logits."""
+"""What learns, bit for bit; the head's share of the new rows; counts; merged weights are plain."""
 
 from __future__ import annotations
 
 import copy
 import re
 
-import lightning
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import Qwen3Config
 
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.config.load import load
 from comet_pl.config.schema import PARAMETERS, TrainConfig
 from comet_pl.errors import UserError
-from comet_pl.training.lit_module import CometModule
 from comet_pl.training.trainable import (
     add_adapters,
     count_parameters,
@@ -28,22 +24,19 @@ from comet_pl.training.trainable import (
     new_rows,
 )
 from tests.support.models import VOCABULARY, backbone, memories, text
+from tests.support.training import fit as fit_module
 
 PARTS = [mode for mode in PARAMETERS if mode != "all"]
 PROJECTION = re.compile(r"self_attn\.[qkvo]_proj\.weight$|mlp\.(gate|up|down)_proj\.weight$")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+COMET = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4}
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
 
 def small(tied=True, family="qwen3", dtype=torch.float32, **comet):
     torch.manual_seed(0)
-    decoder = backbone(family)
+    decoder, options = backbone(family), COMET | {"adapter_rank": 2} | comet
     decoder.tie_word_embeddings = tied
-    options = {
-        "chunk_size": 5,
-        "global_size": 2,
-        "compression_stride": 3,
-        "temporary_capacity": 4,
-        "adapter_rank": 2,
-    } | comet
     return CometForCausalLM(CometConfig(backbone_config=decoder, **options)).to(dtype).eval()
 
 
@@ -57,49 +50,31 @@ def batch(seed=0):
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-class Watch(lightning.Callback):
-    """Names of the parameters that have a gradient when the optimizer steps, and the optimizer."""
-
-    def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.with_gradient = {
-            name for name, p in module.model.named_parameters() if p.grad is not None
-        }
-        self.optimizer = optimizer
+def fit(model, **train):
+    """Two steps; weight decay is on, and must not move what is frozen."""
+    train |= {"weight_decay": 0.1}
+    add_adapters(model, TrainConfig(**train))
+    return fit_module(model, [batch(0), batch(1)], **train)[1]
 
 
-def fit(model, steps=2, **train):
-    settings = TrainConfig(lr=1e-2, warmup_steps=0, weight_decay=0.1, **train)
-    add_adapters(model, settings)
-    watch = Watch()
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[watch],
-    )
-    batches = DataLoader(
-        [batch(seed) for seed in range(steps)], batch_size=None, collate_fn=lambda one: one
-    )
-    trainer.fit(CometModule(model.train(), settings, max_steps=steps + 1), batches)
-    return watch
+def learning_cases():
+    for parameters in PARAMETERS:
+        for tied in (True, False):
+            for recompute in ("none", "cell", "chunk"):
+                quick = recompute == "none" or (parameters == "memory+lora" and tied)
+                marks = [] if quick else pytest.mark.slow
+                yield pytest.param(parameters, tied, recompute, marks=marks)
 
 
-@pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("parameters", PARAMETERS)
+@pytest.mark.parametrize(("parameters", "tied", "recompute"), learning_cases())
 def test_exactly_what_is_named_learns(parameters, tied, recompute):
-    """Against the weights from before, bit for bit; weight decay is on, and must not move what is
-    frozen."""
+    """Against the weights from before, bit for bit."""
     model = small(tied)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     memory = {name for name, _ in model.memory_parameters()}
     watch = fit(model, parameters=parameters, recompute=recompute)
     for name, p in model.named_parameters():
-        assert p.requires_grad == (name in watch.with_gradient), name
+        assert p.requires_grad == (watch.gradients[-1][name] is not None), name
         assert p.requires_grad == (p in watch.optimizer.state), name
         if name.endswith("base_layer.weight"):
             assert torch.equal(p, before[name.replace(".base_layer", "")]), name
@@ -109,9 +84,8 @@ def test_exactly_what_is_named_learns(parameters, tied, recompute):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     expected = set(before) if parameters == "all" else set()
     if "memory" in parameters:
-        expected |= memory | {"model.embed_tokens.weight"} | ({"lm_head.weight"} if tied else set())
-        old, new = before["model.embed_tokens.weight"], after["model.embed_tokens.weight"]
-        rows = new_rows(model.config)
+        expected |= memory | {EMBEDDING} | ({HEAD} if tied else set())
+        old, new, rows = before[EMBEDDING], after[EMBEDDING], new_rows(model.config)
         assert rows == [VOCABULARY, VOCABULARY + 1, VOCABULARY + 2]
         assert torch.equal(old[:VOCABULARY], new[:VOCABULARY])
         assert (old[rows] != new[rows]).any(1).all()
@@ -123,13 +97,9 @@ def test_exactly_what_is_named_learns(parameters, tied, recompute):
 
 def test_only_the_memory_modules_have_another_learning_rate():
     model = small()
-    optimizer = fit(model, parameters="memory+lora", memory_lr_factor=5.0).optimizer
+    groups = fit(model, parameters="memory+lora", memory_lr_factor=5.0).optimizer.param_groups
     memory = {id(p) for _, p in model.memory_parameters()}
-    rates = {
-        (id(p) in memory, group["initial_lr"])
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
+    rates = {(id(p) in memory, group["initial_lr"]) for group in groups for p in group["params"]}
     assert rates == {(True, 5e-2), (False, 1e-2)}
 
 
@@ -142,30 +112,26 @@ def test_new_rows_learn_from_the_embedding_and_from_a_tied_head(tied):
         model(**batch(), use_cache=False).loss.backward()
     expected = whole.model.embed_tokens.weight.grad[new_rows(whole.config)]
     found = part.model.embed_tokens.trainable_tokens_delta["default"].grad
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found, expected, **EXACT)
     for name, p in part.memory_parameters():
-        torch.testing.assert_close(p.grad, whole.get_parameter(name).grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(p.grad, whole.get_parameter(name).grad, **EXACT)
 
 
 @pytest.mark.parametrize("parameters", PARTS)
 def test_recomputing_changes_no_gradient(parameters):
-    gradients = []
+    gradients, dropout = [], {"lora_dropout": 0.2} if "lora" in parameters else {}
     for recompute in (False, True):
-        model = adapted(
-            small(dtype=torch.float64).train(),
-            parameters,
-            lora_dropout=0.2 if "lora" in parameters else 0.0,
-        )
+        model = adapted(small(dtype=torch.float64).train(), parameters, **dropout)
         perturb(model)
         model.gradient_checkpointing = recompute
         torch.manual_seed(1)
         model(**batch(), use_cache=False).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(*gradients, **EXACT)
 
 
 def perturb(model):
-    """Weights that learn, LoRA's zeros too, move away from where they started."""
+    """Moves trainable weights, LoRA's zeros too, away from where they started."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
@@ -182,31 +148,28 @@ def perturb(model):
     st.sampled_from([1.0, 7.5]),
 )
 def test_merged_weights_give_the_same_logits(memory, parameters, tied, family, rank, alpha):
-    if (
-        "memory" in parameters
-        and not memory["global_size"]
-        and memory["compression_stride"] is None
-    ):
+    has_memory = memory["global_size"] or memory["compression_stride"] is not None
+    if "memory" in parameters and not has_memory:
         return  # refused by the configuration
     model, ids = small(tied, **memory), text(2, 19)
     names, plain = list(model.state_dict()), model(ids).logits
-    lora = {"lora_rank": rank, "lora_alpha": alpha} if "lora" in parameters else {}
-    adapted(model, parameters, **lora)
-    torch.testing.assert_close(
-        model(ids).logits, plain, rtol=0, atol=0
-    )  # nothing changes before the first step
+    adapted(model, parameters, lora_rank=rank, lora_alpha=alpha)
+    # Nothing changes before the first step.
+    torch.testing.assert_close(model(ids).logits, plain, rtol=0, atol=0)
     perturb(model)
     expected = model(ids).logits
     merge_adapters(model)
-    found = model(ids).logits
+    found, scale = model(ids).logits, float(expected.detach().abs().max())
     assert not torch.equal(found, plain)
-    torch.testing.assert_close(
-        found, expected, rtol=0, atol=1e-5 * float(expected.detach().abs().max())
-    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * scale)
     assert list(model.state_dict()) == names
-    assert not any("peft" in type(module).__module__ for module in model.modules())
+    assert not has_peft(model)
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     assert all(p.requires_grad for p in model.parameters())
+
+
+def has_peft(module):
+    return any("peft" in type(part).__module__ for part in module.modules())
 
 
 def test_merging_leaves_a_plain_model_alone():
@@ -221,28 +184,22 @@ def test_merging_leaves_a_plain_model_alone():
 def test_lora_never_touches_the_memory_modules():
     """They have projections of the same last names."""
     model = adapted(small(gate="elementwise", shared_adapter=True), "lora")
-    memory = [
-        module
-        for cell in model.model.layers
-        for module in (cell.global_memory, cell.temporary_memory, cell.adapter)
-        if module
-    ]
-    assert {
-        type(module)
-        for one in memory
-        for module in one.modules()
-        if "proj" in str(type(module)) or isinstance(module, nn.Linear)
-    }
-    assert not any("peft" in type(module).__module__ for one in memory for module in one.modules())
+    modules = []
+    for cell in model.model.layers:
+        modules += filter(None, (cell.global_memory, cell.temporary_memory, cell.adapter))
+    parts = [part for module in modules for part in module.modules()]
+    assert any("proj" in str(type(part)) or isinstance(part, nn.Linear) for part in parts)
+    assert not any(map(has_peft, modules))
 
 
 # ---- counts
 
 
 def test_counts_of_qwen3_4b():
-    """The paper counts 3.95 M new parameters, between ours without and with the 513 new rows."""
-    big = Qwen3Config(hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-                      intermediate_size=9728, vocab_size=151936, tie_word_embeddings=True)  # fmt: skip
+    """The paper's 3.95 M new parameters lie between ours without and with the 513 new rows."""
+    sizes = {"hidden_size": 2560, "intermediate_size": 9728, "head_dim": 128}
+    sizes |= {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+    big = Qwen3Config(**sizes, vocab_size=151936, tie_word_embeddings=True)
     with torch.device("meta"):
         model = CometForCausalLM(CometConfig(backbone_config=big))
         total = model.num_parameters()
@@ -250,73 +207,46 @@ def test_counts_of_qwen3_4b():
         add_adapters(model, TrainConfig(parameters="memory+lora", lora_rank=4))
         counts = count_parameters(model)
     lora = 36 * 4 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
-    assert plain == {
-        "decoder": total - 4_631_040,
-        "memory": 3_317_760,
-        "rows": 513 * 2560,
-        "lora": 0,
-        "learning": total,
-    }
-    assert counts == {**plain, "lora": lora, "learning": 4_631_040 + lora}
+    expected = {"decoder": total - 4_631_040, "memory": 3_317_760, "rows": 513 * 2560}
+    assert plain == {**expected, "lora": 0, "learning": total}
+    assert counts == {**expected, "lora": lora, "learning": 4_631_040 + lora}
     assert counts["memory"] < 3.95e6 < counts["memory"] + counts["rows"] == 4_631_040
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_counts_are_shown_in_one_line(tied):
     model = small(tied)
-    decoder, memory = (
-        model.num_parameters() - 3 * 16,
-        sum(p.numel() for _, p in model.memory_parameters()),
-    )
-    decoder -= memory
-    rows = f"{memory} in memory modules, 48 in rows of new tokens"
-    assert (
-        describe(count_parameters(model))
-        == f"{decoder:,} weights of the decoder, {rows}: {decoder + memory + 48:,} learn (100 %)"
-    )
-    adapted(model, "memory")
-    share = 100 * (memory + 48) / (decoder + memory + 48)
-    line = (
-        f"{decoder:,} weights of the decoder (frozen), {rows}: {memory + 48} learn ({share:.3g} %)"
-    )
+    memory = sum(p.numel() for _, p in model.memory_parameters())
+    decoder = model.num_parameters() - 3 * 16 - memory
+    rows, total = f"{memory} in memory modules, 48 in rows of new tokens", decoder + memory + 48
+    line = f"{decoder:,} weights of the decoder, {rows}: {total:,} learn (100 %)"
     assert describe(count_parameters(model)) == line
+    share = 100 * (memory + 48) / total
+    line = f"{decoder:,} weights of the decoder (frozen), {rows}: {memory + 48} learn"
+    assert describe(count_parameters(adapted(model, "memory"))) == f"{line} ({share:.3g} %)"
 
 
 # ---- mistakes
 
 
 @pytest.mark.parametrize(
-    ("keys", "match"),
+    ("keys", "line"),
     [
+        ("parameters=adapter", "'adapter' given, allowed: all, memory, lora, memory+lora"),
+        ("lora_rank=4", "given, but train.parameters is all; it needs lora or memory+lora"),
+        ("lora_dropout=0.1 train.parameters=memory", "given, but train.parameters is memory"),
+        ("lora_rank=0 train.parameters=lora", "0 given, allowed: integer >= 1"),
+        ("lora_dropout=1 train.parameters=lora", "1 given, allowed: number >= 0 and < 1"),
         (
-            ["train.parameters=adapter"],
-            r"^train\.parameters: 'adapter' given, allowed: all, memory, lora, memory\+lora",
-        ),
-        (
-            ["train.lora_rank=4"],
-            r"^train\.lora_rank: given, but train\.parameters is all; it needs lora or memory\+lora$",
-        ),
-        (
-            ["train.lora_dropout=0.1", "train.parameters=memory"],
-            r"^train\.lora_dropout: given, but train\.parameters is memory",
-        ),
-        (
-            ["train.parameters=lora", "train.lora_rank=0"],
-            r"^train\.lora_rank: 0 given, allowed: integer >= 1",
-        ),
-        (
-            ["train.parameters=lora", "train.lora_dropout=1"],
-            r"^train\.lora_dropout: .*>= 0 and < 1",
-        ),
-        (
-            ["train.parameters=memory", "model.global_size=0", "model.compression_stride=null"],
-            r"^train\.parameters: memory given, but .* leave no memory to train, allowed: all, lora$",
+            "parameters=memory model.global_size=0 model.compression_stride=null",
+            "memory given, but model.global_size=0 and model.compression_stride=null leave no ",
         ),
     ],
 )
-def test_mistakes_are_one_line(keys, match):
-    with pytest.raises(UserError, match=match) as caught:
-        load(keys)
+def test_mistakes_are_one_line(keys, line):
+    with pytest.raises(UserError) as caught:
+        load(f"train.{keys}".split())
+    assert str(caught.value).startswith(f"train.{keys.partition('=')[0]}: {line}")
     assert "\n" not in str(caught.value)
 
 

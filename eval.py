@@ -1,29 +1,29 @@
-"""Evaluates a trained CoMeT: python eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]; --help lists the confs and keys.
+"""Evaluates a trained CoMeT: python eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]
 
-ckpt is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt file, or a model folder with config.json. A checkpoint knows its own
-configuration; conf and keys go over it. Results go into the run's folder, or into out.
+--help lists the confs and keys. ckpt is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt
+file, or a model folder with config.json. A checkpoint knows its own configuration; conf and keys
+override it. Results go into the run's folder, or into out.
 """
 
 from __future__ import annotations
 
-from comet_pl.config.load import eval_paths, load
+from comet_pl.config.help import help_asked
+from comet_pl.config.load import eval_paths
 from comet_pl.errors import run_cli
 from comet_pl.experiment.checkpoint import find_checkpoint
 
 
 def main(argv: list[str]) -> None:
-    given, out = eval_paths(argv)
-    if given is None:
-        load(argv, "eval")  # prints the help
-        return
-    checkpoint, folder = find_checkpoint(given)
+    help_asked(argv, "eval")
+    path, out = eval_paths(argv)
+    checkpoint, folder = find_checkpoint(path)
 
     from comet_pl.build import device_of, load_checkpoint
     from comet_pl.evaluation import evaluate
 
     model, tokenizer, config = load_checkpoint(checkpoint, argv)
     print(f"evaluates {checkpoint}", flush=True)
-    evaluate(model.to(device_of(config)), tokenizer, config, out or folder)  # type: ignore[arg-type]
+    evaluate(model.to(device_of(config)), tokenizer, config, out or folder)
 
 
 if __name__ == "__main__":

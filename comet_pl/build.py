@@ -57,7 +57,8 @@ def check_device(config: Config) -> None:
     if not here.get(asked, True):
         allowed = ", ".join(name for name, present in here.items() if present)
         raise UserError(
-            f"trainer.accelerator: {asked} given, but there is no such device here, allowed: {allowed}"
+            f"trainer.accelerator: {asked} given, but there is no such device here, allowed: "
+            f"{allowed}"
         )
     if config.train.compile and (asked == "cpu" or (asked == "auto" and not here["gpu"])):
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -67,7 +68,8 @@ def check_device(config: Config) -> None:
             get_cpp_compiler()
         except InvalidCxxCompiler:
             raise UserError(
-                "train.compile: true given, but no C++ compiler is found here; install g++, name one in the variable CXX, or leave it false"
+                "train.compile: true given, but no C++ compiler is found here; install g++, name "
+                "one in the variable CXX, or leave it false"
             ) from None
 
 
@@ -312,7 +314,8 @@ def build_strategy(config: Config) -> str | LayerPipelineStrategy:
         ]
         if changed:
             raise UserError(
-                f"strategy.{changed[0]}: given, but trainer.strategy is {config.trainer.strategy}; it needs layer_pipeline"
+                f"strategy.{changed[0]}: given, but trainer.strategy is {config.trainer.strategy}; "
+                "it needs layer_pipeline"
             )
         return config.trainer.strategy
     from comet_pl.parallel.strategy import LayerPipelineStrategy
@@ -329,7 +332,8 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
     strategy.check()
     if config.strategy.sharding != "none" and config.trainer.precision == "16-mixed":
         raise UserError(
-            "trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; allowed: bf16-mixed, bf16-true"
+            "trainer.precision: 16-mixed given, but its loss scaling cannot work on shards; "
+            "allowed: bf16-mixed, bf16-true"
         )
     data, size = config.data, config.model.chunk_size
     length = data.max_length if isinstance(data, TextData) else data.train_length
@@ -337,8 +341,10 @@ def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
     idle = strategy.pipeline_size - chunks
     if idle > 0 and strategy.global_rank == 0:
         print(
-            f"warning: strategy.pipeline_size: {strategy.pipeline_size} ranks share a text, of which {chunks} chunk(s) at most are read "
-            f"together, so that {idle} of them are always idle; fewer ranks, longer texts, smaller chunks or more train.bptt_chunks help",
+            f"warning: strategy.pipeline_size: {strategy.pipeline_size} ranks share a text, of "
+            f"which {chunks} chunk(s) at most are read "
+            f"together, so that {idle} of them are always idle; fewer ranks, longer texts, smaller "
+            "chunks or more train.bptt_chunks help",
             file=sys.stderr,
             flush=True,
         )

@@ -31,13 +31,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import yaml
 from rich.console import Console
 
-from comet_pl.config.load import load, to_dict
-from comet_pl.config.rules import as_type, convert
+from comet_pl.config.load import filled, load, to_dict
+from comet_pl.config.rules import fits
 from comet_pl.config.schema import key
 from comet_pl.config.sources import hints_of, read_arguments, read_yaml
 from comet_pl.errors import UserError, nearest, run_cli
@@ -117,7 +116,8 @@ def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
         if digest in runs:
             raise UserError(
-                f"{_label(point)}: the same configuration as {_label(runs[digest].point)}; leave one of them out"
+                f"{_label(point)}: the same configuration as {_label(runs[digest].point)}; leave "
+                "one of them out"
             )
         known = sorted(
             path for path in root.glob(f"*-{digest}") if path.is_dir()
@@ -137,12 +137,8 @@ def list_items(name: str, text: str) -> list[str] | None:
     if not (text.startswith("[") and text.rstrip().endswith("]")):
         return None
     values = read_yaml(name, text)
-    for hint in hints_of(name):
-        try:
-            as_type(values, hint)
-            return None
-        except TypeError:
-            continue
+    if any(fits(values, hint) for hint in hints_of(name)):
+        return None
     if not values:
         raise UserError(
             f"{name}: [] given, which makes a sweep of no runs; give at least one value"
@@ -155,18 +151,16 @@ def list_items(name: str, text: str) -> list[str] | None:
     ]
 
 
-def _settings(given: dict[str, str]) -> SweepConfig:
-    hints, values = get_type_hints(SweepConfig), dict[str, Any]()
+def _settings(texts: dict[str, str]) -> SweepConfig:
     fields = {f"sweep.{one.name}": one for one in dataclasses.fields(SweepConfig)}
-    for name, text in given.items():
+    values = {}
+    for name, text in texts.items():
         if name not in fields:
-            raise UserError(
-                f"{name}: no such key{nearest(name, fields) or '; --help lists the keys of a sweep'}"
-            )
+            hint = nearest(name, fields) or "; --help lists the keys of a sweep"
+            raise UserError(f"{name}: no such key{hint}")
         one = fields[name]
-        value = text if one.type == "str" else read_yaml(name, text)
-        values[one.name] = convert(value, hints[one.name], one.metadata, name)
-    return SweepConfig(**values)
+        values[one.name] = text if one.type == "str" else read_yaml(name, text)
+    return filled(SweepConfig, values, "sweep.")
 
 
 def _label(point: dict[str, str]) -> str:
@@ -246,7 +240,8 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                 else:
                     failed.append(run)
                     console.print(
-                        f"failed: {run.folder.name}, exit code {process.returncode}: {_last_line(run.log)}",
+                        f"failed: {run.folder.name}, exit code {process.returncode}: "
+                        f"{_last_line(run.log)}",
                         **PLAIN,
                     )
                     console.print(f"  all it said: {run.log}", **PLAIN)
@@ -286,7 +281,8 @@ def main(argv: list[str]) -> None:
         sweep_table.write(runs[0].folder.parent / settings.name, found, settings.metrics, console)
     if failed:
         console.print(
-            f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with them",
+            f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with "
+            "them",
             **PLAIN,
         )
         raise SystemExit(1)

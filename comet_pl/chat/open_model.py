@@ -8,7 +8,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.chat.conversation import Conversation
-from comet_pl.config.rules import convert
+from comet_pl.config.load import filled
 from comet_pl.config.schema import ModelConfig
 from comet_pl.errors import UserError, first_line, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
@@ -95,7 +95,7 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
         UserError: no such key, or not one of its values.
     """
     known = {field.name: field for field in fields(ModelConfig)}
-    hints, keys = get_type_hints(ModelConfig), {}
+    keys = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
@@ -110,7 +110,7 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = value
-        keys[name] = convert(parsed, hints[name], known[name].metadata, f"--set {name}")
+        keys[name] = getattr(filled(ModelConfig, {name: parsed}, "--set "), name)
     return keys
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -12,28 +13,34 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from comet_pl.config.load import DATA_KINDS, EVAL_KEYS, conf_names, load
+from comet_pl.config.load import CONF_DIR, EVAL_KEYS, load
 from comet_pl.config.rules import describe
+from comet_pl.config.schema import DATA_KINDS
+from comet_pl.config.sources import conf_names
+
+USAGE = {
+    "train": "train.py [conf=NAME] [key=value ...]",
+    "eval": "eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]",
+}
 
 
-def render(command: str, conf_dir: Path) -> str:
-    """The confs with the first comment line of each, and every key with default, type and meaning; as wide as the terminal, 100 to 160."""
+def help_asked(argv: list[str], command: str = "train") -> None:
+    """Prints the help and exits if the arguments ask for it."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(command))
+        sys.exit(0)
+
+
+def help_text(command: str = "train", conf_dir: Path = CONF_DIR) -> str:
+    """The confs with the first comment of each, and every key with default, type and meaning.
+
+    It is as wide as the terminal, from 100 to 160 columns.
+    """
     columns = max(100, shutil.get_terminal_size((140, 24)).columns)
     page = io.StringIO()
-    console = Console(
-        file=page,
-        width=min(columns, 160),
-        color_system=None,
-        highlight=False,
-        emoji=False,
-        markup=False,
-    )
-    usage = (
-        "train.py [conf=NAME] [key=value ...]"
-        if command == "train"
-        else "eval.py ckpt=PATH|FOLDER [out=DIR] [conf=NAME] [key=value ...]"
-    )
-    console.print(f"usage: python {usage}\n")
+    plain: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False}
+    console = Console(file=page, width=min(columns, 160), color_system=None, **plain)
+    console.print(f"usage: python {USAGE[command]}\n")
     for section, option in (("", "conf"), ("backbone", "backbone")):
         table = _table(f"{option}=NAME", "")
         for name in conf_names(conf_dir, section):
@@ -41,21 +48,22 @@ def render(command: str, conf_dir: Path) -> str:
         console.print(table, "")
     default = load([], conf_dir=conf_dir)
     console.print(
-        f"Keys, with their values in conf={default.conf}; those of other kinds of data with their own defaults:\n"
+        f"Keys, with their values in conf={default.conf}; those of other kinds of data with their "
+        "own defaults:\n"
     )
     table = _table("key", "default", "allowed", "meaning")
     for name, meaning in EVAL_KEYS.items() if command == "eval" else ():
         table.add_row(name, "", "text", meaning)
     _rows(table, default, "")
     for entry in dataclasses.fields(default):
-        schema = getattr(default, entry.name)
-        if entry.name == "data":
-            for kind, data in DATA_KINDS.items():
-                table.add_row("")
-                _rows(table, schema if kind == schema.kind else data(), "data.")
-        elif dataclasses.is_dataclass(schema):
+        values = getattr(default, entry.name)
+        if not dataclasses.is_dataclass(values):
+            continue
+        kinds = DATA_KINDS if entry.name == "data" else {None: type(values)}
+        for kind, schema in kinds.items():
             table.add_row("")
-            _rows(table, schema, f"{entry.name}.")
+            own = values if kind in (None, getattr(values, "kind", None)) else schema()
+            _rows(table, own, f"{entry.name}.")
     console.print(table)
     return "\n".join(line.rstrip() for line in page.getvalue().rstrip().splitlines())
 
@@ -70,24 +78,18 @@ def _table(*columns: str) -> Table:
 def _rows(table: Table, values: Any, prefix: str) -> None:
     hints = get_type_hints(type(values))
     for one in dataclasses.fields(values):
-        value = getattr(values, one.name)
+        value, name, rules = getattr(values, one.name), prefix + one.name, dict(one.metadata)
         if dataclasses.is_dataclass(value):
             continue
-        rules = (
-            {**one.metadata, "choices": tuple(DATA_KINDS)}
-            if prefix + one.name == "data.kind"
-            else one.metadata
-        )
-        table.add_row(
-            prefix + one.name, _yaml(value), describe(hints[one.name], rules), one.metadata["help"]
-        )
+        if name == "data.kind":
+            rules["choices"] = tuple(DATA_KINDS)
+        table.add_row(name, _yaml(value), describe(hints[one.name], rules), rules["help"])
 
 
 def _yaml(value: Any) -> str:
-    """The value as one would write it on the command line."""
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
-    )
+    """The value as one writes it on the command line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
 
 
 def _first_comment(file: Path) -> str:

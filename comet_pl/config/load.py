@@ -1,69 +1,43 @@
 """From conf files and the command line to one frozen, checked `Config`.
 
-Defaults (comet_pl/config/schema.py) <- conf/base.yaml <- conf/NAME.yaml, after the confs in its `defaults:` list <- `key=value` arguments.
-OmegaConf reads, merges and interpolates; comet_pl/config/rules.py checks each value. Every mistake is a UserError of one line. Neither torch
+Defaults (schema.py) <- conf/base.yaml <- conf/NAME.yaml, after the confs in its `defaults:` list,
+<- `key=value` arguments. OmegaConf's structured configs hold the types, merge and interpolate;
+rules.py has what is possible beyond a type. Every mistake is a UserError of one line. Neither torch
 nor Lightning is imported here, so that `--help` and the message about a typo come soon.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.config.rules import convert
-from comet_pl.config.schema import (
-    DATA_KINDS,
-    BackboneConfig,
-    CheckpointConfig,
-    Config,
-    EvalConfig,
-    ModelConfig,
-    PasskeyData,
-    RunConfig,
-    ScrollsData,
-    TrainConfig,
-    TrainerConfig,
-)
+from comet_pl.config.rules import as_written, possible, refusal
+from comet_pl.config.schema import DATA_KINDS, Config, PasskeyData, TrainConfig
 from comet_pl.config.sources import (
     Layer,
     command_line_layer,
     conf_layers,
-    conf_names,
     in_a_line,
     read_arguments,
     read_file,
 )
 from comet_pl.errors import UserError, nearest
 
-__all__ = [
-    "DATA_KINDS",
-    "BackboneConfig",
-    "CheckpointConfig",
-    "Config",
-    "EvalConfig",
-    "ModelConfig",
-    "PasskeyData",
-    "RunConfig",
-    "ScrollsData",
-    "TrainConfig",
-    "TrainerConfig",
-    "conf_names",
-    "eval_paths",
-    "from_dict",
-    "help_text",
-    "load",
-    "to_dict",
-]
-
 CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 EVAL_KEYS = {
     "ckpt": "checkpoint file, run folder or model folder to evaluate",
     "out": "folder for the results; default: the run's folder",
+}
+# Keys of former versions and of Lightning's Trainer -> what they are called here.
+ELSEWHERE = {
+    "data.day_header": "no such key any more{}; it is now data.layout: days, was true, or lines",
+    "trainer.gradient_clip_val": "no such key{}; it is train.clip here",
+    "trainer.accumulate_grad_batches": "no such key{}; it is train.accumulate here",
 }
 
 
@@ -73,52 +47,53 @@ def load(
     base: Mapping[str, Any] | None = None,
     conf_dir: Path = CONF_DIR,
 ) -> Config:
-    """The configuration that the arguments ask for. `--help` prints all there is and exits.
+    """The configuration that the arguments ask for.
 
     Args:
-        argv: `key=value` arguments; `conf=NAME` chooses a conf, `backbone=NAME` fills that section from conf/backbone/NAME.yaml.
-        command: "train", or "eval": then `ckpt=` and `out=` are allowed (and left to `eval_paths`) and no conf is taken unless named.
-        base: what a checkpoint knows (`to_dict` of its Config); it takes the place of the defaults and of conf/base.yaml.
+        argv: `key=value` arguments; `conf=NAME` chooses a conf, `backbone=NAME` fills that section
+            from conf/backbone/NAME.yaml.
+        command: "train", or "eval": then `ckpt=` and `out=` are allowed (and left to `eval_paths`)
+            and no conf is taken unless named.
+        base: what a checkpoint or a run's folder knows (`to_dict` of its Config), instead of the
+            defaults and conf/base.yaml. A training then takes no conf file: the run has its own.
 
     Raises:
-        UserError: an unknown or missing key, a conf that does not exist, malformed yaml, a wrong type, an impossible value.
+        UserError: an unknown or missing key, a conf that does not exist, malformed yaml, a wrong
+            type, an impossible value.
     """
-    if {"-h", "--help"} & set(argv):
-        print(help_text(command, conf_dir))
-        raise SystemExit(0)
-    given = read_arguments(argv)
+    arguments = read_arguments(argv)
     if command == "eval":
-        given = {key: text for key, text in given.items() if key not in EVAL_KEYS}
-    conf = given.pop("conf", None if command == "eval" else "passkey")
-    backbone = None if given.get("backbone", "{").startswith("{") else given.pop("backbone")
+        arguments = {key: text for key, text in arguments.items() if key not in EVAL_KEYS}
+    conf = arguments.pop("conf", None if command == "eval" else "passkey")
+    backbone = None
+    if not arguments.get("backbone", "{").startswith("{"):
+        backbone = arguments.pop("backbone")
     if base is None:
         layers = [read_file(conf_dir / "base.yaml", f"{conf_dir.name}/base.yaml")]
     else:
-        layers = [_checkpoint_layer(base)]
-    layers += conf_layers(conf, conf_dir) if conf is not None else []
-    layers += conf_layers(f"backbone/{backbone}", conf_dir) if backbone is not None else []
-    chosen = conf if conf is not None or base is None else base.get("conf")
-    config = _merge([*layers, command_line_layer(given)], chosen)
-    _check_together(config, command)
+        layers = [checkpoint_layer(base)]
+    if base is None or command == "eval":
+        layers += conf_layers(conf, conf_dir) if conf is not None else []
+        layers += conf_layers(f"backbone/{backbone}", conf_dir) if backbone is not None else []
+    layers.append(command_line_layer(arguments))
+    config = merge(layers, base.get("conf") if conf is None and base is not None else conf)
+    check_together(config, command)
     return config
 
 
-def eval_paths(argv: list[str]) -> tuple[Path | None, Path | None]:
-    """(ckpt, out) of eval.py's arguments; ckpt is None only if help is asked for.
+def eval_paths(argv: list[str]) -> tuple[Path, Path | None]:
+    """(ckpt, out) of eval.py's arguments.
 
     Raises:
-        UserError: ckpt is not given.
+        UserError: ckpt is missing.
     """
-    if {"-h", "--help"} & set(argv):
-        return None, None
-    given = read_arguments(argv)
-    if not given.get("ckpt"):
+    arguments = read_arguments(argv)
+    if not arguments.get("ckpt"):
         raise UserError(
             "ckpt: missing, give the checkpoint file or the run's folder: eval.py ckpt=PATH"
         )
-    return Path(given["ckpt"]).expanduser(), Path(
-        given["out"]
-    ).expanduser() if "out" in given else None
+    out = arguments.get("out")
+    return Path(arguments["ckpt"]).expanduser(), None if out is None else Path(out).expanduser()
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -132,170 +107,207 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     Raises:
         UserError: unknown keys or impossible values.
     """
-    return _merge([_checkpoint_layer(values)], values.get("conf"))
+    return merge([checkpoint_layer(values)], values.get("conf"))
 
 
-def help_text(command: str = "train", conf_dir: Path = CONF_DIR) -> str:
-    """What `--help` prints: the confs, and every key with its default in the default conf, its type and its meaning."""
-    from comet_pl.config.help import render
-
-    return render(command, conf_dir)
-
-
-def _checkpoint_layer(values: Mapping[str, Any]) -> Layer:
-    """What a checkpoint knows; train.recompute was true or false in older ones."""
-    train = dict(values.get("train", {}))
-    if isinstance(train.get("recompute"), bool):
+def upgraded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of any former version in today's keys; an absent key means what the code did
+    before it had the key."""
+    sections = {k: dict(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    train, data = sections.get("train"), sections.get("data")
+    if isinstance(train, dict) and isinstance(train.get("recompute"), bool):
         train["recompute"] = "cell" if train["recompute"] else "none"
-    return Layer("the checkpoint's configuration", {**values, "train": train})
+    if isinstance(data, dict) and data.get("kind") == "user_behavior":
+        if "day_header" in data:
+            data["layout"] = "days" if data.pop("day_header") else "lines"
+        # The tokenizer spelt every number digit by digit.
+        if "train_length" in data:
+            data.setdefault("whole_words", False)
+    return sections
 
 
-def _merge(layers: list[Layer], conf: str | None) -> Config:
-    kind, layers = _data_kind(layers)
+def checkpoint_layer(values: Mapping[str, Any]) -> Layer:
+    """What a checkpoint or a run's folder knows."""
+    return Layer("the checkpoint's configuration", upgraded(values))
+
+
+def merge(layers: list[Layer], conf: str | None) -> Config:
+    """One Config from layers, the last one first in rank."""
+    kind, layers = data_kind(layers)
     schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
-    places: dict[str, str] = {}  # dotted key -> where its value comes from
-    missing: dict[
-        str, str
-    ] = {}  # the same, of keys that were left as ??? (OmegaConf would keep the default)
+    root = structured(schemas)
+    places, written = {"conf": ""}, dict[str, Any]()
     for layer in layers:
-        _check_names(layer, schemas, kind)
-        for key, value in _leaves(layer.values):
-            places[key] = layer.place(key)
-            missing.pop(key, None)
-            if value == "???":
-                missing[key] = layer.place(key)
-    if missing:
-        key, place = next(iter(missing.items()))
-        raise UserError(
-            f"{key}: missing{f' ({place} leaves it open)' if place else ''}, give it as {key}=VALUE"
-        )
-    defaults = dataclasses.asdict(Config(data=DATA_KINDS[kind]()))
+        for key, value in leaves(layer, schemas, kind):
+            places[key], written[key] = layer.place(key), value
+            section = key.partition(".")[0]
+            assign(root, key, value, schemas[section] if section != key else Config, places[key])
+    assign(root, "conf", conf, Config)
     try:
-        merged = OmegaConf.merge(
-            *(
-                OmegaConf.create(values)
-                for values in (defaults, *(layer.values for layer in layers), {"conf": conf})
-            )
-        )
-        values = OmegaConf.to_container(merged, resolve=True)
+        for key in sorted(OmegaConf.missing_keys(root)):
+            origin = f" ({places[key]} leaves it open)" if places.get(key) else ""
+            raise UserError(f"{key}: missing{origin}, give it as {key}=VALUE")
+        merged = OmegaConf.to_object(root)
     except OmegaConfBaseException as error:
         raise UserError(in_a_line(error)) from None
-    return _build(Config, values, "", schemas, places)
+    config = Config(**{name: getattr(merged, name) for name in schemas})
+    check_values(config, "", places, written)
+    return config
 
 
-def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    for section, value in values.items():
-        if isinstance(value, dict):
-            yield from ((f"{section}.{name}", inner) for name, inner in value.items())
-        else:
-            yield section, value
+def structured(schemas: Mapping[str, Any]) -> DictConfig:
+    """The defaults as OmegaConf's typed nodes, open for values."""
+    fields = [
+        (one.name, schemas[one.name], dataclasses.field(default_factory=schemas[one.name]))
+        if dataclasses.is_dataclass(schemas[one.name])
+        else (one.name, schemas[one.name], one.default)
+        for one in dataclasses.fields(Config)
+    ]
+    root = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
+    for name, schema in schemas.items():
+        # Frozen classes make read-only nodes.
+        if dataclasses.is_dataclass(schema):
+            OmegaConf.set_readonly(root[name], False)
+    return root
 
 
-def _data_kind(layers: list[Layer]) -> tuple[str, list[Layer]]:
-    """The data.kind that the layers end with; a layer that changes it starts the data section afresh: earlier data keys are dropped."""
+def assign(
+    root: DictConfig, key: str, value: Any, schema: type, place: str = "", prefix: str = ""
+) -> None:
+    """Sets a key of the schema that holds it. Raises UserError for a value of another type."""
+    name = key.rpartition(".")[2]
+    hint = get_type_hints(schema)[name]
+    try:
+        OmegaConf.update(root, key, as_written(value, hint), merge=False)
+    except (TypeError, OmegaConfBaseException):
+        rules = next(one.metadata for one in dataclasses.fields(schema) if one.name == name)
+        raise refusal(value, hint, rules, prefix + key, place) from None
+
+
+def check_values(
+    values: Any, prefix: str, places: Mapping[str, str], written: Mapping[str, Any]
+) -> None:
+    """Raises UserError for the first value that its rules do not allow.
+
+    Args:
+        places, written: where the value of a key stands, and as what.
+    """
+    hints = get_type_hints(type(values))
+    for one in dataclasses.fields(values):
+        value, key = getattr(values, one.name), prefix + one.name
+        if dataclasses.is_dataclass(value):
+            check_values(value, f"{key}.", places, written)
+        elif not possible(value, one.metadata):
+            # An interpolation shows what it stands for.
+            if not isinstance(written.get(key), str):
+                value = written.get(key, value)
+            raise refusal(value, hints[one.name], one.metadata, key, places.get(key, ""))
+
+
+def filled(schema: type, values: Mapping[str, Any], prefix: str) -> Any:
+    """An instance of a schema from values of the command line, each checked.
+
+    Args:
+        prefix: of the keys in messages.
+
+    Raises:
+        UserError: a wrong type or an impossible value.
+    """
+    root = OmegaConf.structured(schema)
+    OmegaConf.set_readonly(root, False)
+    for name, value in values.items():
+        assign(root, name, value, schema, prefix=prefix)
+    made = OmegaConf.to_object(root)
+    check_values(made, prefix, {}, {})
+    return made
+
+
+def data_kind(layers: list[Layer]) -> tuple[str, list[Layer]]:
+    """The data.kind that the layers end with. A layer that changes it starts the data section
+    afresh: earlier data keys are dropped."""
     kind = PasskeyData.kind
     kept: list[Layer] = []
     for layer in layers:
         data = layer.values.get("data")
         new = data.get("kind", kind) if isinstance(data, dict) else kind
         if not isinstance(new, str) or new not in DATA_KINDS:
-            origin = f" ({place})" if (place := layer.place("data.kind")) else ""
-            near = nearest(str(new), DATA_KINDS)
-            raise UserError(
-                f"data.kind: {new!r} given{origin}, allowed: {', '.join(DATA_KINDS)}{near}"
-            )
+            rules = {"choices": tuple(DATA_KINDS)}
+            raise refusal(new, str, rules, "data.kind", layer.place("data.kind"))
         if new != kind:
-            kept = [
-                dataclasses.replace(
-                    one, values={k: v for k, v in one.values.items() if k != "data"}
-                )
-                for one in kept
-            ]
+            kept = [layer.without("data") for layer in kept]
         kind = new
         kept.append(layer)
     return kind, kept
 
 
-def _check_names(layer: Layer, schemas: dict[str, Any], kind: str) -> None:
-    """Every key of the layer exists, and a section is a section. A section left empty in a file counts as absent."""
-    for section, values in list(layer.values.items()):
+def leaves(layer: Layer, schemas: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
+    """(dotted key, value) of a layer. A section left empty in a file counts as absent.
+
+    Raises:
+        UserError: a key that does not exist, or a value for a whole section.
+    """
+    found: list[tuple[str, Any]] = []
+    for section, values in layer.values.items():
         schema = schemas.get(section)
         if schema is None:
             first = f".{next(iter(values))}" if isinstance(values, dict) and values else ""
-            raise _unknown(section + first, layer, schemas, kind)
+            raise unknown(section + first, layer, schemas, kind)
         if not dataclasses.is_dataclass(schema):
-            continue
-        if values is None and layer.name:
-            del layer.values[section]
-        elif not isinstance(values, dict):
-            origin = f" ({place})" if (place := layer.place(section)) else ""
-            raise UserError(
-                f"{section}: {values!r} given{origin}, but it is a section: set its keys, such as {section}.{_names(schema)[0]}="
-            )
-        else:
+            found.append((section, values))
+        elif isinstance(values, dict):
             for name in values:
-                if name not in _names(schema):
-                    raise _unknown(f"{section}.{name}", layer, schemas, kind)
+                if name not in names(schema):
+                    raise unknown(f"{section}.{name}", layer, schemas, kind)
+            found += [(f"{section}.{name}", value) for name, value in values.items()]
+        elif values is not None or not layer.name:
+            raise UserError(
+                f"{section}: {values!r} given{layer.origin(section)}, but it is a section: set its "
+                f"keys, such as {section}.{names(schema)[0]}="
+            )
+    return found
 
 
-RENAMED = {"data.day_header": "data.layout: days, which was true, or lines"}
-
-
-def _unknown(key: str, layer: Layer, schemas: dict[str, Any], kind: str) -> UserError:
+def unknown(key: str, layer: Layer, schemas: Mapping[str, Any], kind: str) -> UserError:
+    """The line for a key that does not exist, with the nearest one that does."""
     section, _, name = key.rpartition(".")
-    origin = f" ({place})" if (place := layer.place(key)) else ""
-    if key in RENAMED:
-        return UserError(f"{key}: no such key any more{origin}; it is now {RENAMED[key]}")
+    origin = layer.origin(key)
+    if key in ELSEWHERE:
+        return UserError(f"{key}: {ELSEWHERE[key].format(origin)}")
     for other, schema in DATA_KINDS.items():
-        if section == "data" and name in _names(schema):
+        if section == "data" and name in names(schema):
             return UserError(
                 f"{key}: no key of data.kind={kind}{origin}; it belongs to data.kind={other}"
             )
-    known = [one for one, schema in schemas.items() if not dataclasses.is_dataclass(schema)]
-    known += [
-        f"{one}.{leaf}"
-        for one, schema in schemas.items()
-        if dataclasses.is_dataclass(schema)
-        for leaf in _names(schema)
-    ]
-    same = [
-        one for one in known if one.split(".")[-1] == name
-    ]  # the right key without its section, or in the wrong one
+    known = []
+    for section, schema in schemas.items():
+        inner = dataclasses.is_dataclass(schema)
+        known += [f"{section}.{leaf}" for leaf in names(schema)] if inner else [section]
+    # The right key without its section, or in the wrong one.
+    same = [other for other in known if other.split(".")[-1] == name]
     near = f" (did you mean {same[0]}?)" if same else nearest(key, known)
     return UserError(f"{key}: no such key{origin}{near or '; --help lists all keys'}")
 
 
-def _names(schema: Any) -> list[str]:
+def names(schema: Any) -> list[str]:
+    """Its keys."""
     return [one.name for one in dataclasses.fields(schema)]
 
 
-def _build(
-    schema: Any, values: Any, prefix: str, schemas: dict[str, Any], places: dict[str, str]
-) -> Any:
-    """An instance of the schema from complete, resolved values, each converted and checked."""
-    built = {}
-    hints = {**get_type_hints(schema), **(schemas if schema is Config else {})}
-    for one in dataclasses.fields(schema):
-        name, value = prefix + one.name, values[one.name]
-        if dataclasses.is_dataclass(hints[one.name]):
-            built[one.name] = _build(hints[one.name], value, f"{name}.", schemas, places)
-        else:
-            built[one.name] = convert(
-                value, hints[one.name], one.metadata, name, places.get(name, "")
-            )
-    return schema(**built)
+# ---- what no single value shows
 
 
-def _check_together(config: Config, command: str) -> None:
-    """What no single value shows."""
+def check_together(config: Config, command: str) -> None:
+    """Raises UserError for keys that contradict each other."""
     b = config.backbone
     if command == "train" and config.resume and config.run.name is None:
         raise UserError(
-            "resume: true given without run.name, so there is no run to go on with; add run.name=NAME"
+            "resume: true given without run.name, so there is no run to go on with; add "
+            "run.name=NAME"
         )
     if b.path is None and b.num_attention_heads % b.num_key_value_heads:
         raise UserError(
-            f"backbone.num_key_value_heads: {b.num_key_value_heads} given, it must divide num_attention_heads={b.num_attention_heads}"
+            f"backbone.num_key_value_heads: {b.num_key_value_heads} given, it must divide "
+            f"num_attention_heads={b.num_attention_heads}"
         )
     if b.path is None and b.head_dim % 2:
         raise UserError(
@@ -303,77 +315,70 @@ def _check_together(config: Config, command: str) -> None:
         )
     if isinstance(config.data, PasskeyData) and config.eval.examples is None:
         raise UserError(
-            "eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a cell)"
+            "eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a "
+            "cell)"
         )
     if command == "train":
-        _check_parameters(config)
-        _check_recompute(config)
-        _check_gate_penalty(config)
-        _check_compile(config)
+        check_parameters(config)
+        check_memory_of_a_step(config)
+        check_gate_penalty(config)
 
 
-def _check_parameters(config: Config) -> None:
+def check_parameters(config: Config) -> None:
     """train.parameters fits the model, and its companions have an effect."""
-    train, default = config.train, TrainConfig()
-    lora = [
-        name
-        for name in ("lora_rank", "lora_alpha", "lora_dropout")
-        if getattr(train, name) != getattr(default, name)
-    ]
-    if lora and "lora" not in train.parameters:
+    train, default, model = config.train, TrainConfig(), config.model
+    for name in ("lora_rank", "lora_alpha", "lora_dropout"):
+        if getattr(train, name) != getattr(default, name) and "lora" not in train.parameters:
+            raise UserError(
+                f"train.{name}: given, but train.parameters is {train.parameters}; it needs lora "
+                "or memory+lora"
+            )
+    no_memory = not model.global_size and model.compression_stride is None
+    if "memory" in train.parameters and no_memory:
         raise UserError(
-            f"train.{lora[0]}: given, but train.parameters is {train.parameters}; it needs lora or memory+lora"
-        )
-    if (
-        "memory" in train.parameters
-        and not config.model.global_size
-        and config.model.compression_stride is None
-    ):
-        raise UserError(
-            f"train.parameters: {train.parameters} given, but model.global_size=0 and model.compression_stride=null leave no memory to "
-            "train, allowed: all, lora"
+            f"train.parameters: {train.parameters} given, but model.global_size=0 and "
+            "model.compression_stride=null leave no memory to train, allowed: all, lora"
         )
 
 
-def _check_recompute(config: Config) -> None:
-    """train.recompute fits the strategy, and its companion has an effect."""
-    train = config.train
+def check_memory_of_a_step(config: Config) -> None:
+    """train.recompute and train.compile fit the strategy; train.offload has an effect."""
+    train, sharding = config.train, config.strategy.sharding
     if train.offload and train.recompute != "chunk":
         raise UserError(
             f"train.offload: true given, but train.recompute is {train.recompute}; it needs chunk"
         )
     if train.recompute == "chunk" and config.trainer.strategy == "layer_pipeline":
         raise UserError(
-            "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices keep their own chunks, allowed: none, cell"
+            "train.recompute: chunk given, but trainer.strategy is layer_pipeline, whose devices "
+            "keep their own chunks, allowed: none, cell"
         )
-
-
-def _check_compile(config: Config) -> None:
-    """train.compile fits the sharding."""
-    if config.train.compile and (sharding := config.strategy.sharding) != "none":
+    if train.compile and sharding != "none":
         raise UserError(
-            f"train.compile: true given, but strategy.sharding is {sharding}, which hooks itself into each layer, allowed: false, or "
-            "strategy.sharding=none"
+            f"train.compile: true given, but strategy.sharding is {sharding}, which hooks itself "
+            "into each layer, allowed: false, or strategy.sharding=none"
         )
 
 
-def _check_gate_penalty(config: Config) -> None:
+def check_gate_penalty(config: Config) -> None:
     """There are gates, gradients reach them, and the target has an effect."""
     train, model = config.train, config.model
     if train.gate_target != TrainConfig().gate_target and not train.gate_pull:
         raise UserError(
-            f"train.gate_target: {train.gate_target} given, but train.gate_pull is 0; it needs a weight > 0"
+            f"train.gate_target: {train.gate_target} given, but train.gate_pull is 0; it needs a "
+            "weight > 0"
         )
     for name in ("gate_pull", "gate_entropy"):
-        given = f"train.{name}: {getattr(train, name)} given"
         if not getattr(train, name):
             continue
+        start = f"train.{name}: {getattr(train, name)} given"
         if not model.global_size or model.gate == "none":
             key = "model.gate=none" if model.global_size else "model.global_size=0"
             raise UserError(
-                f"{given}, but {key} leaves no gates, allowed: 0, or another {key.split('=')[0]}"
+                f"{start}, but {key} leaves no gates, allowed: 0, or another {key.split('=')[0]}"
             )
         if train.bptt_chunks == 1:
             raise UserError(
-                f"{given}, but with train.bptt_chunks=1 no gradient reaches a gate, allowed: 0, or train.bptt_chunks >= 2"
+                f"{start}, but with train.bptt_chunks=1 no gradient reaches a gate, allowed: 0, or "
+                "train.bptt_chunks >= 2"
             )

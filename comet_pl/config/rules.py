@@ -1,18 +1,22 @@
-"""One value of the configuration: does it have the declared type, is it possible, and how is what is allowed put in words."""
+"""Which values of a key are possible, and what is allowed in words. OmegaConf checks the types."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, Union, get_args, get_origin
 
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from comet_pl.errors import UserError, nearest
 
 Rules = Mapping[str, Any]
-"""What a field's metadata may say beside its meaning: min, above (exclusive), max, below (exclusive) and choices, for the value or, in a
-list, for each number in it; check: a predicate of the converted value (None is not asked); needs: what is allowed, where the rest says
-it badly."""
+"""What a field's metadata may hold: min, above (exclusive), max, below (exclusive) and choices, for
+the value or each number in a list; check: a predicate of the value (not called with None);
+needs: what is allowed, if these words are better than those made from the rest."""
 
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "min": (">=", lambda value, bound: value >= bound),
@@ -28,8 +32,13 @@ def arms(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
+def is_text(hint: Any) -> bool:
+    """Whether a key takes nothing but text (or null)."""
+    return set(arms(hint)) <= {str, type(None)}
+
+
 def describe(hint: Any, rules: Rules) -> str:
-    """What a field accepts, in a few words: 'whole number >= 1 or null'."""
+    """What a field accepts, in a few words: 'integer >= 1 or null'."""
     if "needs" in rules:
         return rules["needs"]
     bounds = " and ".join(
@@ -41,87 +50,75 @@ def describe(hint: Any, rules: Rules) -> str:
             words.append(f"non-empty list of {describe(get_args(arm)[0], rules)}")
         elif arm is str and "choices" in rules:
             words.append(", ".join(rules["choices"]))
-        elif arm in (int, float) and bounds:
-            words.append(f"{WORDS[arm]} {bounds}")
         else:
-            words.append(WORDS[arm])
+            words.append(f"{WORDS[arm]} {bounds}".strip() if arm in (int, float) else WORDS[arm])
     return " or ".join(words)
 
 
-def as_type(value: Any, hint: Any) -> Any:
-    """`value` as the declared type; an int may stand for a float, and a whole float (1e3) for an int.
+def as_written(value: Any, hint: Any) -> Any:
+    """A value before OmegaConf converts it: a whole float (1e3) is an integer where one is needed.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: a number where text is needed, or text where none is.
     """
     options = arms(hint)
-    if len(options) > 1:
-        if (
-            isinstance(value, float)
-            and {int, float} <= set(options)
-            and value > 1
-            and value.is_integer()
-        ):
-            return int(value)  # a count (1e3); 1.0 stays the fraction "all"
-        for option in sorted(options, key=lambda option: type(value) is not option):
-            try:
-                return as_type(value, option)
-            except TypeError:
-                continue
-        raise TypeError
-    if get_origin(hint) is list and isinstance(value, list) and value:
-        return [as_type(item, get_args(hint)[0]) for item in value]
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if isinstance(value, list):
+        inner = next((get_args(arm)[0] for arm in options if get_origin(arm) is list), Any)
+        return [as_written(item, inner) for item in value]
+    if isinstance(value, float) and int in options and value.is_integer():
+        # 1.0 of a count or fraction stays the fraction "all".
+        return int(value) if float not in options or value > 1 else value
+    if type(value) is int and float in options and int not in options:
         return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if hint is not float and get_origin(hint) is not list and type(value) is hint:
-        return value
-    raise TypeError
+    number, interpolation = isinstance(value, (int, float)), str(value).startswith("${")
+    text = isinstance(value, str) and not interpolation and value != "???"
+    if (number and is_text(hint)) or (text and not {str, Any} & set(options)):
+        raise TypeError
+    if isinstance(value, int) and not isinstance(value, bool) and options == (bool,):
+        raise TypeError
+    return value
 
 
-def _possible(value: Any, rules: Rules) -> bool:
-    if "check" in rules and value is not None and not rules["check"](value):
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value has the type; an empty list has none."""
+    probe = OmegaConf.structured(dataclasses.make_dataclass("Probe", [("value", hint, MISSING)]))
+    try:
+        OmegaConf.update(probe, "value", as_written(value, hint), merge=False)
+    except (TypeError, OmegaConfBaseException):
+        return False
+    return value != []
+
+
+def possible(value: Any, rules: Rules) -> bool:
+    """Whether a value of the right type keeps its rules."""
+    if value is None or isinstance(value, bool):
+        return "check" not in rules or value is None or rules["check"](value)
+    if "check" in rules and not rules["check"](value):
         return False
     if isinstance(value, list):
         inner = {rule: rules[rule] for rule in rules if rule != "check"}
-        return all(_possible(item, inner) for item in value)
+        return bool(value) and all(possible(item, inner) for item in value)
     if isinstance(value, str):
         return value in rules.get("choices", (value,))
-    if value is None or isinstance(value, bool):
-        return True
-    return all(test(value, rules[rule]) for rule, (_, test) in BOUNDS.items() if rule in rules)
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return finite and all(
+        test(value, rules[rule]) for rule, (_, test) in BOUNDS.items() if rule in rules
+    )
 
 
-def convert(value: Any, hint: Any, rules: Rules, key: str, place: str = "") -> Any:
-    """`value` as the declared type, checked against its rules.
+def refusal(value: Any, hint: Any, rules: Rules, key: str, place: str = "") -> UserError:
+    """One line with the key, the value and what is allowed.
 
     Args:
-        key: the dotted key, for the message. place: where the value was set (a file and line), for the message; '' = the command line.
-
-    Raises:
-        UserError: one line with the key, the value and what is allowed.
+        place: file and line of the value; '': the command line.
     """
     origin = f" ({place})" if place else ""
-    try:
-        result = as_type(value, hint)
-        if _possible(result, rules):
-            return result
-        quotes = ""
-    except TypeError:
-        quotes = (
-            " (a number is text only in quotes)"
-            if isinstance(value, (int, float)) and str in arms(hint)
-            else ""
-        )
-    shown = (
-        {None: "null", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else repr(value)
-    )
-    hints = (
-        nearest(value, rules["choices"]) if isinstance(value, str) and "choices" in rules else ""
-    )
-    raise UserError(
-        f"{key}: {shown} given{origin}, allowed: {describe(hint, rules)}{quotes}{hints}"
-    )
+    shown = repr(value)
+    if value is None or isinstance(value, bool):
+        shown = {None: "null", True: "true", False: "false"}[value]
+    hints = ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and str in arms(hint):
+        hints = " (a number is text only in quotes)"
+    elif isinstance(value, str) and "choices" in rules:
+        hints = nearest(value, rules["choices"])
+    return UserError(f"{key}: {shown} given{origin}, allowed: {describe(hint, rules)}{hints}")

@@ -1,7 +1,7 @@
-"""The one schema of every command: what can be set, of which type, with which default, which values are possible, and what it means.
+"""The schema of every command: what can be set, its type, default, possible values and meaning.
 
-Every key has one line of meaning (`--help` prints it) and its rules (see comet_pl/config/rules.py). comet_pl/config/load.py fills these classes from
-the conf files and the command line. Neither imports torch or Lightning.
+`--help` prints the one line of meaning of each key. load.py fills these classes from the conf files
+and the command line; rules.py explains the rules. Neither torch nor Lightning is imported.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from comet_pl.parallel.schedule import SCHEDULES
-
 PARAMETERS = ("all", "memory", "lora", "memory+lora")
 PACKING = ("none", "documents", "shared")
 PLANS = ("fixed", "right_aligned", "random", "uniform", "sentence", "mixture")
 RECOMPUTE = ("none", "cell", "chunk")
+SCHEDULES = ("layer_level", "interleaved", "chunk_level")
 SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
 
 def key(default: Any, meaning: str, **rules: Any) -> Any:
-    """A dataclass field with its one-line meaning and the rules of its values (comet_pl/config/rules.py)."""
+    """A dataclass field with its one-line meaning and the rules of its values."""
     metadata = {"help": meaning, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -59,12 +58,12 @@ def _pair(values: list[float]) -> bool:
     return len(values) == 2
 
 
-def _devices(value: int | str | list[int]) -> bool:
-    if isinstance(value, int):
-        return value >= 1 or value == -1
+def _devices(value: Any) -> bool:
     if isinstance(value, str):
         return value == "auto" or all(part.strip().isdigit() for part in value.split(","))
-    return all(index >= 0 for index in value)
+    if isinstance(value, list):
+        return bool(value) and all(type(index) is int and index >= 0 for index in value)
+    return type(value) is int and (value >= 1 or value == -1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Keys of CometConfig (comet_pl/model/configuration_comet.py); notation of the paper in brackets."""
+    """Keys of CometConfig; the paper's notation in brackets."""
 
     chunk_size: int = key(64, "text tokens a chunk (C)", min=1)
     global_size: int = key(
@@ -102,7 +101,8 @@ class ModelConfig:
     )
     gate_bias: float | None = key(
         None,
-        "start value of a gate bias, > 0 keeps the old state at first; null: no bias, as the authors",
+        "start value of a gate bias, > 0 keeps the old state at first; null: no bias, as the "
+        "authors",
     )
     rollover: bool = key(
         True,
@@ -114,7 +114,8 @@ class ModelConfig:
 class BackboneConfig:
     path: str | None = key(
         None,
-        "folder or hub id of a pre-trained decoder or a CoMeT; null: from scratch, with the keys below",
+        "folder or hub id of a pre-trained decoder or a CoMeT; null: from scratch, with the keys "
+        "below",
     )
     model_type: str = key(
         "qwen3",
@@ -139,7 +140,8 @@ class BackboneConfig:
     )
     lookback: list[int] | None = key(
         None,
-        "from scratch, with qwen2: a start that looks things up; how far back each head of layer 1 looks; null: all drawn",
+        "from scratch, with qwen2: a start that looks things up; how far back each head of layer 1 "
+        "looks; null: all drawn",
         min=0,
         max=65536,
     )
@@ -183,7 +185,8 @@ class TextData:
     batch_size: int = key(4, "rows a batch", min=1)
     packing: str = key(
         "none",
-        "several texts in a row; documents: each with a memory of its own; shared: one memory, as the authors",
+        "several texts in a row; documents: each with a memory of its own; shared: one memory, as "
+        "the authors",
         choices=PACKING,
     )
     chunk_plan: str = key(
@@ -237,7 +240,8 @@ class AgentData(TextData):
     kind: str = key("agent", "which data: chooses the keys of this section")
     root: str | None = key(
         None,
-        "traces: a jsonl file, or a folder of them, plain, .xz, .gz or .zst; or one with train.* and validation.*",
+        "traces: a jsonl file, or a folder of them, plain, .xz, .gz or .zst; or one with train.* "
+        "and validation.*",
     )
     max_length: int = key(
         16384, "tokens of a row; a longer trace is unusable (see on_error)", min=1
@@ -285,16 +289,19 @@ class UserBehaviorData:
     )
     layout: str = key(
         "days",
-        "history: the day once above its events, in each of the lines, or lines that begin with item and day (then questions name numbers)",
+        "history: the day once above its events, in each of the lines, or lines that begin with "
+        "item and day (then questions name numbers)",
         choices=("days", "lines", "items"),
     )
     whole_words: bool = key(
         True,
-        "a tokenizer trained here: an item, day, time or price is one token where vocab_size allows; false: digit by digit",
+        "a tokenizer trained here: an item, day, time or price is one token where vocab_size "
+        "allows; false: digit by digit",
     )
     keep_events: float = key(
         1.0,
-        "training windows leave out events at random: the least share that is kept (next_item is then the next kept)",
+        "training windows leave out events at random: the least share that is kept (next_item is "
+        "then the next kept)",
         above=0,
         max=1,
     )
@@ -306,7 +313,8 @@ class UserBehaviorData:
     )
     new_days: list[int] | None = key(
         None,
-        "training windows have their events spread over a span of [least, most] days, within shift_days of the log; null: as they are",
+        "training windows have their events spread over a span of [least, most] days, within "
+        "shift_days of the log; null: as they are",
         min=1,
         max=MOST_DAYS,
         check=_least_most,
@@ -347,7 +355,8 @@ DATA_KINDS: dict[str, type] = {
 class TrainConfig:
     parameters: str = key(
         "all",
-        "what learns; memory: its modules and the rows of new tokens; lora: low-rank updates of the decoder",
+        "what learns; memory: its modules and the rows of new tokens; lora: low-rank updates of "
+        "the decoder",
         choices=PARAMETERS,
     )
     lora_rank: int = key(8, "with lora: rank of the updates", min=1)
@@ -382,7 +391,8 @@ class TrainConfig:
     )
     gate_pull: float = key(
         0.0,
-        "penalty gate_pull * (mean g - gate_target)^2, averaged over chunks and layers: pulls gates to a value; 0: off",
+        "penalty gate_pull * (mean g - gate_target)^2, averaged over chunks and layers: pulls "
+        "gates to a value; 0: off",
         min=0,
     )
     gate_target: float = key(
@@ -390,23 +400,27 @@ class TrainConfig:
     )
     gate_entropy: float = key(
         0.0,
-        "penalty -gate_entropy * mean of -g ln g - (1-g) ln(1-g), averaged likewise: keeps gates undecided; 0: off",
+        "penalty -gate_entropy * mean of -g ln g - (1-g) ln(1-g), averaged likewise: keeps gates "
+        "undecided; 0: off",
         min=0,
     )
     recompute: str = key(
         "none",
-        "less memory, more time; cell: its activations are computed again in the backward pass; chunk: all but the memory between chunks",
+        "less memory, more time; cell: its activations are computed again in the backward pass; "
+        "chunk: all but the memory between chunks",
         choices=RECOMPUTE,
         needs="none (once false), cell (once true), chunk",
     )
     offload: bool = key(False, "with recompute=chunk: the memory between chunks waits on the CPU")
     compile: bool = key(
         False,
-        "torch.compile of each layer, also in evaluation: minutes at the first step of each length, then less time",
+        "torch.compile of each layer, also in evaluation: minutes at the first step of each "
+        "length, then less time",
     )
     peak_tflops: float | None = key(
         None,
-        "what a device can do, 10^12 operations a second in this precision; then train/mfu is logged; null: unknown",
+        "what a device can do, 10^12 operations a second in this precision; then train/mfu is "
+        "logged; null: unknown",
         above=0,
     )
     max_skipped: int = key(
@@ -423,12 +437,14 @@ class EvalConfig:
     depths: int = key(11, "passkey: depths, evenly spaced from 0 to 1", min=1)
     examples: int | None = key(
         10,
-        "passkey: examples a cell; scrolls: questions a task (null: all); agent: traces; user_behavior: questions",
+        "passkey: examples a cell; scrolls: questions a task (null: all); agent: traces; "
+        "user_behavior: questions",
         min=1,
     )
     split: str = key(
         "validation",
-        "scrolls: questions to answer; test: those of the submission, scored only if answers are given",
+        "scrolls: questions to answer; test: those of the submission, scored only if answers are "
+        "given",
         choices=("validation", "test"),
     )
     budget: int = key(
@@ -446,7 +462,8 @@ class EvalConfig:
     )
     priming: int | None = key(
         None,
-        "scrolls, user_behavior: tokens of a prompt's last chunk, which the answer continues; null: as chunk_size leaves it",
+        "scrolls, user_behavior: tokens of a prompt's last chunk, which the answer continues; "
+        "null: as chunk_size leaves it",
         min=1,
     )
     batch_size: int = key(8, "scrolls, user_behavior: prompts generated at once", min=1)
@@ -454,16 +471,18 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """What is looked at while training, and written into the run's monitor/ folder and TensorBoard."""
+    """What is watched while training, for the run's monitor/ folder and TensorBoard."""
 
     gates: bool = key(
         True,
-        "mean, variance and half-life of each layer's gates, histograms, a heat-map, a warning of collapsed gates",
+        "mean, variance and half-life of each layer's gates, histograms, a heat-map, a warning of "
+        "collapsed gates",
     )
     gates_every: int = key(100, "with gates: steps between histograms", min=1)
     memory: bool = key(
         True,
-        "at validations: norms, effective rank and likeness of the memories, and who attends to them, on one text",
+        "at validations: norms, effective rank and likeness of the memories, and who attends to "
+        "them, on one text",
     )
     memory_every: int = key(
         1, "with memory: only at validations after a multiple of so many steps", min=1
@@ -496,7 +515,8 @@ class TrainerConfig:
     accelerator: str = key(
         "auto", "kind of device", choices=("auto", "cpu", "gpu", "cuda", "mps", "tpu")
     )
-    devices: int | str | list[int] = key(
+    # OmegaConf has no unions with lists; the check knows the types.
+    devices: Any = key(
         "auto",
         "how many, or which ([0,1])",
         check=_devices,
@@ -535,7 +555,8 @@ class StrategyConfig:
     pipeline_size: int | None = key(None, "ranks that share a text (P); null: all devices", min=1)
     sharding: str = key(
         "none",
-        "of weights and optimizer: zero2 over all ranks; zero3 over data-parallel ranks, layer by layer",
+        "of weights and optimizer: zero2 over all ranks; zero3 over data-parallel ranks, layer by "
+        "layer",
         choices=SHARDING,
     )
     schedule: str | None = key(
@@ -545,7 +566,8 @@ class StrategyConfig:
     )
     timeout: float = key(
         60.0,
-        "seconds within which a dead rank ends all others; longer than a rank may be too busy to answer",
+        "seconds within which a dead rank ends all others; longer than a rank may be too busy to "
+        "answer",
         above=0,
     )
     backend: str | None = key(

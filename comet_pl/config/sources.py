@@ -1,4 +1,4 @@
-"""Where the configuration's values come from: `key=value` arguments and conf files, each read into a Layer of unchecked values."""
+"""Where values come from: `key=value` arguments and conf files, each as a Layer, unchecked."""
 
 from __future__ import annotations
 
@@ -12,34 +12,41 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from comet_pl.config.rules import arms
+from comet_pl.config.rules import is_text
 from comet_pl.config.schema import DATA_KINDS, Config
 from comet_pl.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one source, unchecked. name: what to call the source in a message ('' = the command line)."""
+    """Values from one source."""
 
-    name: str
+    name: str  # of the source in a message; '': the command line
     values: dict[str, Any]
-    lines: dict[str, int] = field(default_factory=dict)
+    lines: dict[str, int] = field(default_factory=dict)  # of each dotted key
 
     def place(self, key: str) -> str:
+        """File and line of a key."""
         return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
+
+    def origin(self, key: str) -> str:
+        """The place in brackets; '' for the command line."""
+        place = self.place(key)
+        return f" ({place})" if place else ""
+
+    def without(self, section: str) -> Layer:
+        """The same layer, without a section."""
+        values = {name: value for name, value in self.values.items() if name != section}
+        return dataclasses.replace(self, values=values)
 
 
 def conf_names(conf_dir: Path, section: str = "") -> list[str]:
-    """The confs that can be named: conf=NAME or conf=FOLDER/NAME, or with section="backbone" backbone=NAME."""
+    """What conf= can name: NAME or FOLDER/NAME; with section="backbone" what backbone= can."""
     names = sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
-    folders = (
-        sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name))
-        if not section
-        else []
-    )
-    return names + [
-        f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)
-    ]
+    if not section:
+        folders = sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name))
+        names += [f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)]
+    return names
 
 
 def _is_section(folder: str) -> bool:
@@ -48,22 +55,25 @@ def _is_section(folder: str) -> bool:
 
 
 def read_arguments(argv: list[str]) -> dict[str, str]:
-    given = {}
+    """{key: text} of `key=text` arguments. Raises UserError."""
+    arguments = {}
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
             raise UserError(
-                f"{argument!r}: arguments are written key=value, without dashes, such as train.lr=1e-3 (--help lists the keys)"
+                f"{argument!r}: arguments are written key=value, without dashes, such as "
+                "train.lr=1e-3 (--help lists the keys)"
             )
         if not text.strip():
             raise UserError(f"{key}=: no value given; write {key}=null for none")
-        given[key] = text
-    return given
+        arguments[key] = text
+    return arguments
 
 
-def command_line_layer(given: dict[str, str]) -> Layer:
+def command_line_layer(arguments: dict[str, str]) -> Layer:
+    """Arguments as nested values. A key that takes only text has its text as it stands (007)."""
     values: dict[str, Any] = {}
-    for key, text in given.items():
+    for key, text in arguments.items():
         *path, leaf = key.split(".")
         inner = values
         for name in path:
@@ -72,35 +82,24 @@ def command_line_layer(given: dict[str, str]) -> Layer:
                 raise UserError(
                     f"{key}: given together with a value for the whole of {'.'.join(path)}"
                 )
-        inner[leaf] = _parse(key, text)
+        hints = hints_of(key)
+        plain = hints and all(map(is_text, hints)) and text not in ("null", "~")
+        inner[leaf] = text if plain and text[0] not in "'\"" else read_yaml(key, text)
     return Layer("", values)
 
 
-def _parse(key: str, text: str) -> Any:
-    """Where only text is expected it is taken as it stands (run.name=007); all else is read as yaml."""
-    hints = [set(arms(hint)) for hint in hints_of(key)]
-    if (
-        hints
-        and all(hint <= {str, type(None)} for hint in hints)
-        and text not in ("null", "~")
-        and text[0] not in "'\""
-    ):
-        return text
-    return read_yaml(key, text)
-
-
 def read_yaml(key: str, text: str) -> Any:
-    """The value that a text on the command line stands for, in OmegaConf's dialect of yaml; interpolations stay as they are.
+    """The value of a text in OmegaConf's dialect of yaml; interpolations stay as they are.
 
     Raises:
         UserError: malformed yaml.
     """
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index, call-overload]
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return values["value"]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{key}: {text!r} cannot be read: {getattr(error, 'problem', None) or in_a_line(error)}"
-        ) from None
+        why = getattr(error, "problem", None) or in_a_line(error)
+        raise UserError(f"{key}: {text!r} cannot be read: {why}") from None
 
 
 def in_a_line(error: Exception) -> str:
@@ -110,47 +109,43 @@ def in_a_line(error: Exception) -> str:
 
 
 def hints_of(key: str) -> list[Any]:
-    """The declared types of a dotted key: one, of a key of the data section one for each kind of data that has it; [] if it is unknown."""
-    return [
-        hint
-        for schema in _schemas(key)
-        for name, hint in get_type_hints(schema).items()
-        if name == key.split(".")[-1]
-    ]
-
-
-def _schemas(key: str) -> list[type]:
-    """The dataclasses that may hold a dotted key."""
-    section, dot, _ = key.rpartition(".")
-    if not dot:
-        return [Config]
+    """The declared types of a dotted key, one for each kind of data that has it; [] if unknown."""
+    section, dot, name = key.rpartition(".")
+    schemas: list[Any] = [Config]
     if section == "data":
-        return list(DATA_KINDS.values())
-    schema = get_type_hints(Config).get(section)
-    return [schema] if dataclasses.is_dataclass(schema) and isinstance(schema, type) else []
+        schemas = list(DATA_KINDS.values())
+    elif dot:
+        schema = get_type_hints(Config).get(section)
+        schemas = [schema] if dataclasses.is_dataclass(schema) else []
+    hints = [get_type_hints(schema) for schema in schemas]
+    return [types[name] for types in hints if name in types]
 
 
 def conf_layers(
     name: str, conf_dir: Path, asked_by: str = "", path: tuple[str, ...] = ()
 ) -> Iterator[Layer]:
-    """The layers of conf/<name>.yaml: those of its `defaults:` in order, then its own; 'backbone/small' holds that section's keys."""
+    """The layers of conf/<name>.yaml: those of its `defaults:` in order, then its own.
+
+    'backbone/small' holds that section's keys.
+    """
     section, _, stem = name.rpartition("/")
     if not _is_section(section):
         section, stem = "", name
     option = section or "conf"
     if name in path:
         raise UserError(f"{asked_by}: defaults go round in a circle: {' -> '.join([*path, name])}")
-    if stem not in conf_names(conf_dir, section):
+    if stem not in (known := conf_names(conf_dir, section)):
         where = f" ({asked_by})" if asked_by else ""
-        names = conf_names(conf_dir, section)
         raise UserError(
-            f"{option}={stem}: no such conf{where}{nearest(stem, names)}; there are: {', '.join(names) or 'none'}"
+            f"{option}={stem}: no such conf{where}{nearest(stem, known)}; there are: "
+            f"{', '.join(known) or 'none'}"
         )
     layer = read_file(conf_dir / f"{name}.yaml", f"{conf_dir.name}/{name}.yaml")
     defaults = layer.values.pop("defaults", None) or []
     if not isinstance(defaults, list) or not all(isinstance(item, str) for item in defaults):
         raise UserError(
-            f"{layer.place('defaults')}: defaults: a list of confs is needed, such as [backbone/small]"
+            f"{layer.place('defaults')}: defaults: a list of confs is needed, such as "
+            "[backbone/small]"
         )
     for item in defaults:
         yield from conf_layers(item, conf_dir, layer.place("defaults"), (*path, name))
@@ -159,21 +154,21 @@ def conf_layers(
         layer = Layer(layer.name, {section: layer.values}, lines)
     if "conf" in layer.values:
         raise UserError(
-            f"{layer.place('conf')}: conf is chosen on the command line; use defaults: to build on another conf"
+            f"{layer.place('conf')}: conf is chosen on the command line; use defaults: to build on "
+            "another conf"
         )
     yield layer
 
 
 def read_file(file: Path, name: str) -> Layer:
-    """One conf file, called `name` in messages."""
+    """One conf file, called `name` in messages. Raises UserError."""
     try:
         text = file.read_text(encoding="utf-8")
         node = yaml.compose(text)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{name}:{node.start_mark.line + 1}: lines of 'key: value' are needed")
-        values: Any = OmegaConf.to_container(
-            OmegaConf.create(text)
-        )  # OmegaConf's dialect: 1e-3 is a number, a key given twice an error
+        # OmegaConf's dialect: 1e-3 is a number, a key given twice an error.
+        values: Any = OmegaConf.to_container(OmegaConf.create(text))
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -182,9 +177,8 @@ def read_file(file: Path, name: str) -> Layer:
         ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"{name}{f':{mark.line + 1}' if mark else ''}: malformed yaml: {getattr(error, 'problem', None) or error}"
-        ) from None
+        line, why = f":{mark.line + 1}" if mark else "", getattr(error, "problem", None) or error
+        raise UserError(f"{name}{line}: malformed yaml: {why}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{name}: {in_a_line(error)}") from None
     return Layer(name, {str(key): value for key, value in values.items()}, dict(_lines(node, "")))

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
     from comet_pl import CometForCausalLM
 
+# Every key of a .ckpt -> (who writes it, what it holds). Lightning's trainer writes its own.
+KEYS = {
+    "state_dict": ("lightning", "the module's weights; those of the model begin with model."),
+    "optimizer_states": ("lightning", "AdamW's moments, by parameter"),
+    "lr_schedulers": ("lightning", "steps of the learning rate's course"),
+    "loops": ("lightning", "counters of the fit loop, and the loader's place in the data"),
+    "callbacks": ("lightning", "state of callbacks/checkpoints.py and callbacks/gate_monitor.py"),
+    "epoch": ("lightning", "passes over the data so far"),
+    "global_step": ("lightning", "optimizer steps so far"),
+    "pytorch-lightning_version": ("lightning", "for its own migrations"),
+    "MixedPrecision": ("lightning", "the loss scale, with trainer.precision=16-mixed"),
+    "comet": ("callbacks/checkpoints.py", "`checkpoint_content`: all but the weights"),
+    "random_states": ("callbacks/random_state.py", "Python's, NumPy's and torch's, of each rank"),
+    "skipped": ("comet_pl/training/lit_module.py", "steps without a finite norm: all, in a row"),
+}
 SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 
 
@@ -38,7 +53,7 @@ def checkpoint_content(
         "config": to_dict(config),
         "model": model.config.to_json_string(use_diff=False),
         "generation": model.generation_config.to_dict(),
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),  # type: ignore[attr-defined]
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": {**special, "chat_template": tokenizer.chat_template},
     }
 
@@ -99,7 +114,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if (path / "config.json").is_file():
         return path, path
     raise UserError(
-        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's config.json"
+        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's "
+        "config.json"
     )
 
 
@@ -158,7 +174,8 @@ def _from_checkpoint(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(
-            f"ckpt: the weights in {path} do not fit its own configuration: {' '.join(str(error).split())[:200]}"
+            f"ckpt: the weights in {path} do not fit its own configuration: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from None
     merge_adapters(model)
     if "generation" in content:
@@ -193,7 +210,8 @@ def _from_folder(
     off = config.model.global_size == 0 and config.model.compression_stride is None
     if kind(path, {}) == "decoder" and not off:
         raise UserError(
-            f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train it first "
+            f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train "
+            "it first "
             f"(python train.py backbone.path={path} ...), or switch both memories off"
         )
     given = {

@@ -1,4 +1,7 @@
-"""A run's folder, runs/<conf>/<name>/: config.yaml (resolved), TensorBoard events, checkpoints/, eval/, predictions/."""
+"""A run's folder, runs/<conf>/<name>/.
+
+It holds config.yaml (resolved), TensorBoard events, checkpoints/, monitor/, eval/, predictions/.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,23 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from comet_pl.config.load import to_dict
-from comet_pl.config.schema import Config
+from comet_pl.config.load import to_dict, upgraded
+from comet_pl.config.schema import DATA_KINDS, Config
 from comet_pl.errors import UserError
+from comet_pl.experiment.checkpoint import read_checkpoint
+from comet_pl.files import replacing
 
-NAME_VARIABLE = (
-    "COMET_RUN_NAME"  # how Lightning's other processes learn the name that the first one chose
-)
+# Lightning's other processes learn from it the name that the first one chose.
+NAME_VARIABLE = "COMET_RUN_NAME"
 FIXED = ("seed", "model", "backbone", "data", "train")
-# of the fixed sections; at most rounding changes
+# Of the fixed sections; at most rounding changes.
 FREE = (
     "data.num_workers",
     "train.recompute",
@@ -33,59 +38,85 @@ FREE = (
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, and what it goes on from. step: optimizer steps that the checkpoint has done."""
+    """Where a run writes, and what it resumes from."""
 
     path: Path
     config: Config  # with the name filled in
     checkpoint: Path | None = None
-    step: int = 0
+    step: int = 0  # optimizer steps that the checkpoint has done
     fresh: bool = True  # the folder is not there yet
+    saved: dict[str, Any] | None = None  # the checkpoint's key "comet"
 
     @property
     def checkpoints(self) -> Path:
+        """Their folder."""
         return self.path / "checkpoints"
 
     def create(self) -> None:
         """Makes the folder and writes config.yaml, atomically; rank 0 only."""
+        content = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
+            with replacing(self.path / "config.yaml") as beside:
+                beside.write_text(content, encoding="utf-8")
         except OSError as error:
-            raise UserError(
-                f"run.root: {self.path} cannot be made: {error.strerror or error}"
-            ) from None
-        file = self.path / "config.yaml"
-        beside = file.with_name(".config.yaml.part")
-        beside.write_text(
-            yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True),
-            encoding="utf-8",
-        )
-        os.replace(beside, file)
+            why = error.strerror or error
+            raise UserError(f"run.root: {self.path} cannot be made: {why}") from None
 
     def discard(self) -> None:
-        """Removes a folder that this run has made and never used, so that the mistake can be put right under the same name."""
+        """Removes a folder that this run has made and never used; its name is free again."""
         if self.fresh:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
+def folder_of(config: Config, name: str) -> Path:
+    """The run's folder."""
+    return Path(config.run.root).expanduser() / (config.conf or "custom") / name
+
+
+def saved_configuration(config: Config) -> dict[str, Any] | None:
+    """What the run that resumes was started with; None: there is none, or nothing resumes.
+
+    Raises:
+        UserError: config.yaml cannot be read.
+    """
+    if not config.resume or config.run.name is None:
+        return None
+    file = folder_of(config, config.run.name) / "config.yaml"
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        # Killed before it was written.
+        return None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        raise UserError(
+            f"{file}: cannot be read, so that it is unknown how this run was configured"
+        ) from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: not the configuration of a run")
+    return values
+
+
 def plan_run(config: Config, rank: int = 0) -> Run:
-    """The folder to write to and the checkpoint to go on from. Nothing is written.
+    """The folder to write to and the checkpoint to resume from. Nothing is written.
 
     Args:
         rank: of this process; others than 0 take what rank 0 has chosen.
 
     Raises:
-        UserError: the folder exists and resume is not true; or what is resumed was made with another configuration.
+        UserError: the folder exists and resume is not true; or what is resumed was made with
+            another configuration.
     """
     chosen = config.run.name or (os.environ.get(NAME_VARIABLE) if rank else None)
     if chosen is None and rank > 0:
         raise UserError(
-            "run.name: missing, and several processes were started from outside; give all of them the same run.name"
+            "run.name: missing, and several processes were started from outside; give all of them "
+            "the same run.name"
         )
-    folder = Path(config.run.root).expanduser() / (config.conf or "custom")
-    name = chosen or _time_stamp(folder)
+    name = chosen or _time_stamp(folder_of(config, ""))
     os.environ[NAME_VARIABLE] = name
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
-    path = folder / name
+    path = folder_of(config, name)
     exists = path.exists()
     if exists and not path.is_dir():
         raise UserError(f"run.name: {path} exists and is no folder")
@@ -93,21 +124,16 @@ def plan_run(config: Config, rank: int = 0) -> Run:
         raise UserError(
             f"run.name: {path} exists; give another run.name, or resume=true to go on with it"
         )
+    if not (exists and config.resume):
+        return Run(path, config, fresh=not exists)
+    if saved := saved_configuration(config):
+        _check_same(saved, path, config)
     checkpoint = path / "checkpoints" / "last.ckpt"
-    step = 0
-    if exists and config.resume:
-        _check_same(path / "config.yaml", config)
-        if checkpoint.exists():
-            from comet_pl.experiment.checkpoint import read_checkpoint
-
-            step = read_checkpoint(checkpoint, mmap=True)["global_step"]
-    return Run(
-        path,
-        config,
-        checkpoint if config.resume and checkpoint.exists() else None,
-        step,
-        fresh=not exists,
-    )
+    if not checkpoint.exists():
+        return Run(path, config, fresh=False)
+    content = read_checkpoint(checkpoint, mmap=True)
+    step, comet = content["global_step"], content["comet"]
+    return Run(path, config, checkpoint, step, fresh=False, saved=comet)
 
 
 def _time_stamp(folder: Path) -> str:
@@ -119,42 +145,36 @@ def _time_stamp(folder: Path) -> str:
     return name
 
 
-def _check_same(file: Path, config: Config) -> None:
-    """Refuses to go on with other numbers than the run was started with."""
-    try:
-        old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # killed before it was written
-        return
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        raise UserError(
-            f"{file}: cannot be read, so that it is unknown how this run was configured"
-        ) from None
-    if not isinstance(old, dict):
-        raise UserError(f"{file}: not the configuration of a run")
-    new = to_dict(config)
+def _check_same(saved: dict[str, Any], path: Path, config: Config) -> None:
+    """Raises UserError unless the run continues with the numbers that it was started with."""
+    new, old = to_dict(config), upgraded(saved)
+    defaults = to_dict(Config(data=DATA_KINDS[config.data.kind]()))
     for section in FIXED:
-        for key, before, now in _differences(section, old.get(section), new[section]):
+        before = old.get(section, defaults[section])
+        same_kind = section != "data" or before.get("kind") == config.data.kind
+        if isinstance(before, dict) and same_kind:
+            before = {**defaults[section], **before}
+        for key, was, now in _differences(section, before, new[section]):
             if key not in FREE:
                 raise UserError(
-                    f"{key}: {_shown(now)} given, but {file.parent} was started with {_shown(before)}; a resumed run keeps it"
+                    f"{key}: {_shown(now)} given, but {path} was started with {_shown(was)}; a "
+                    "resumed run keeps it"
                 )
 
 
-def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old, new) wherever two nested dicts differ; keys that only one of them has are no difference (another version's)."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        if old.get("kind") != new.get("kind"):
-            return [(f"{key}.kind", old.get("kind"), new.get("kind"))]
-        return [
-            found
-            for name in new
-            if name in old
-            for found in _differences(f"{key}.{name}", old[name], new[name])
-        ]
-    return [] if old == new else [(key, old, new)]
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, old, new) wherever two sections differ."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        if old != new:
+            yield key, old, new
+    elif old.get("kind") != new.get("kind"):
+        yield f"{key}.kind", old.get("kind"), new.get("kind")
+    else:
+        for name in new:
+            yield from _differences(f"{key}.{name}", old.get(name), new[name])
 
 
 def _shown(value: Any) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

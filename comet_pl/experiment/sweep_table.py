@@ -97,7 +97,8 @@ def choose(found: Sequence[Found], patterns: Sequence[str] | None) -> list[str]:
     for pattern in patterns:
         if not (matches := fnmatch.filter(known, pattern)):
             raise UserError(
-                f"sweep.metrics: {pattern!r} given, but no metric is called so{nearest(pattern, known)}: {', '.join(known)}"
+                f"sweep.metrics: {pattern!r} given, but no metric is called "
+                f"so{nearest(pattern, known)}: {', '.join(known)}"
             )
         chosen |= dict.fromkeys(matches)
     return list(chosen)

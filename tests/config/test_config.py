@@ -15,20 +15,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comet_pl.config.load import (
-    CONF_DIR,
-    DATA_KINDS,
-    BackboneConfig,
-    Config,
-    PasskeyData,
-    ScrollsData,
-    conf_names,
-    eval_paths,
-    from_dict,
-    help_text,
-    load,
-    to_dict,
-)
+from comet_pl.config.help import help_asked, help_text
+from comet_pl.config.load import CONF_DIR, eval_paths, from_dict, load, to_dict
+from comet_pl.config.schema import DATA_KINDS, BackboneConfig, Config, PasskeyData, ScrollsData
+from comet_pl.config.sources import conf_names
 from comet_pl.errors import UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -512,7 +502,7 @@ def test_help_shows_the_values_of_the_default_conf(conf):
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_load_prints_help_and_exits_with_success(flag: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as caught:
-        load(["conf=nonsense", flag])
+        help_asked(["conf=nonsense", flag])
     assert caught.value.code == 0 and "train.memory_lr_factor" in capsys.readouterr().out
 
 
@@ -538,7 +528,7 @@ def test_the_configuration_needs_neither_torch_nor_lightning():
     """Loaded without comet_pl/__init__.py (which offers the model), help and errors come without the heavy imports."""
     code = (
         "import sys, types; package = types.ModuleType('comet_pl'); package.__path__ = ['comet_pl']; sys.modules['comet_pl'] = package\n"
-        "from comet_pl.config.load import help_text, load\n"
+        "from comet_pl.config.help import help_text\nfrom comet_pl.config.load import load\n"
         "load(['conf=scrolls']); help_text()\n"
         "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from callbacks.passkey_heatmap import PasskeyHeatmap
-from comet_pl.config.load import PasskeyData
+from comet_pl.config.schema import PasskeyData
 from comet_pl.errors import UserError
 from data.passkey import (
     ANSWER,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from comet_pl.config.load import ScrollsData
+from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
 from data.chat_template import encode

@@ -1,0 +1,93 @@
+"""One training from its configuration to its evaluation: build, fit, and how it ends."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+import lightning
+from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from comet_pl import build
+from comet_pl.config.schema import Config
+from comet_pl.errors import OnAllRanks, TrainingStopped, UserError
+from comet_pl.evaluation import evaluate
+from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
+from comet_pl.experiment.run_folder import Run, plan_run
+from comet_pl.training.trainable import count_parameters, describe, merge_adapters
+
+
+def run_session(config: Config, argv: list[str]) -> None:
+    """Trains, then evaluates if eval.after_fit is true.
+
+    Args:
+        argv: what the command was given, for the line that says how to resume.
+
+    Raises:
+        UserError: in one line, whatever the user or the machine did.
+        SystemExit: the training was stopped (128 + signal), or another rank reports the mistake.
+    """
+    build.check_device(config)
+    run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
+    config = run.config
+    seed_everything(config.seed, verbose=False)
+    tokenizer = restore_tokenizer(run.saved) if run.saved else build.build_tokenizer(config)
+    data = build.build_data(config, tokenizer)
+    model = build.build_model(config, tokenizer)
+    trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
+    if trainer.is_global_zero:
+        run.create()
+        start = f"goes on from step {run.step}" if run.checkpoint else "starts"
+        print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
+        if config.train.compile:
+            print(
+                "train.compile: the first step of each length takes minutes, and a stop waits for "
+                "it",
+                flush=True,
+            )
+    try:
+        trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
+    except (TrainingStopped, SystemExit, UserError, MisconfigurationException) as error:
+        end(error, trainer, run, argv)
+    if not trainer.is_global_zero:
+        return
+    print(
+        f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard "
+        f"--logdir {run.path}"
+    )
+    if config.eval.after_fit:
+        # With sharding this process holds a part of the weights only.
+        if config.strategy.sharding != "none":
+            model, _, _ = build.load_checkpoint(run.checkpoints / "last.ckpt", [])
+        merge_adapters(model)
+        model.to(build.device_of(config))  # type: ignore[arg-type]
+        evaluate(model, tokenizer, config, run.path)
+
+
+def end(error: BaseException, trainer: lightning.Trainer, run: Run, argv: list[str]) -> None:
+    """Raises what an interrupted fit ends with."""
+    if isinstance(error, TrainingStopped):
+        keys = [argument for argument in argv if not argument.startswith(("resume=", "run.name="))]
+        name = f"run.name={run.config.run.name}"
+        again = shlex.join(["python", "train.py", *keys, name, "resume=true"])
+        if trainer.is_global_zero:
+            print(
+                f"stopped after step {error.step}, saved in {run.checkpoints / 'last.ckpt'}; go on "
+                f"with: {again}"
+            )
+        sys.exit(128 + error.number)
+    if isinstance(error, SystemExit):
+        # Before the first step Lightning itself ends on Ctrl-C, with status 1.
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise error
+    if trainer.global_step == 0 and trainer.is_global_zero:
+        run.discard()
+    if not trainer.is_global_zero and isinstance(error, (MisconfigurationException, OnAllRanks)):
+        sys.exit(2)  # rank 0 reports it
+    if isinstance(error, UserError):
+        raise error
+    # Lightning's: limits of which no batch is left.
+    raise UserError(f"trainer: {str(error).splitlines()[0]}") from None

@@ -24,6 +24,7 @@ from slots_in_full import SlotsInFull
 
 from comet_pl import CometForCausalLM
 from comet_pl.analysis import flops
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 from comet_pl.training import chunk_checkpointing as recompute
 from comet_pl.training.text_reader import read_windows
 from comet_pl.training.windows import IGNORED, Window, count_targets, cut_windows
@@ -106,7 +107,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         "loss": losses[-1],
         "grad_norm": float(norm),
         "operations": flops.training_step(
-            model.config, [flops.Row.of(model.config, job["length"])]
+            model.config,
+            [ChunkPlan(tuple(fixed_chunks(job["length"], model.config.chunk_size)))],
+            job["length"] - 1,
         ).total,  # nothing counts twice
         "product_rate": product_rate("cpu", torch.float32, job["clock"]),
     }

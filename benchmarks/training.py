@@ -36,6 +36,7 @@ from shapes import Shape
 from comet_pl.analysis import flops
 from comet_pl.config.schema import RECOMPUTE
 from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.model.chunk_layout import ChunkPlan
 
 HERE = Path(__file__).resolve().parent
 SHAPES = {
@@ -153,11 +154,12 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
 def floor(shape: Shape) -> float:
     """The least that a step of RATIO_CHUNKS chunks can take of the same with slots in full, if both run at the same speed."""
     config = shape.comet()
-    row = flops.Row.of(config, RATIO_CHUNKS * shape.chunk)
-    return (
-        flops.training_step(config, [row]).total
-        / flops.training_step(config, [row], slots="in_full").total
+    plan = ChunkPlan((shape.chunk,) * RATIO_CHUNKS)
+    ours, in_full = (
+        flops.training_step(config, [plan], plan.tokens - 1, slots=slots).total
+        for slots in flops.SLOTS
     )
+    return ours / in_full
 
 
 def verdict(found: list[dict[str, Any]], flat_from: int) -> dict[str, Any]:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from itertools import accumulate, pairwise
 from typing import Any
 
 import lightning
 import torch
 
-from comet_pl.analysis.flops import Learning, Row, training_step
+from comet_pl.analysis.flops import training_step
+from comet_pl.model.chunk_layout import ChunkPlan
 from comet_pl.training.lit_module import CometModule
-from comet_pl.training.windows import IGNORED, Window
 
 
 class Throughput(lightning.Callback):
-    """Real tokens (no padding) read a second since the last logged step, of all ranks; validations do not count as time.
+    """Speed since the last logged step, of all ranks; validations do not count as time.
 
-    train/padding: share of the step's columns that hold no token, on the first rank.
-
-    train/tflops: 10^12 operations a second of all ranks together, those of the matrix products that the model needs (comet_pl/analysis/flops.py):
-    nothing is counted for padding, masked pairs or recomputation. train/mfu: its share of what the devices could do, if train.peak_tflops
-    says how much that is.
-
-    memory/peak_gb: 10^9 bytes, at most so far: of GPU memory that torch has handed out, or else of the process.
+    train/tokens_per_s: real tokens, without padding.
+    train/padding: share of the step's columns that hold no token, on rank 0.
+    train/tflops: 10^12 operations a second of the matrix products that the model needs, as
+        comet_pl/analysis/flops.py counts a training step: no padding, masked pairs, recomputation.
+    train/mfu: tflops as a share of train.peak_tflops times the devices, if that is set.
+    memory/peak_gb: 10^9 bytes, at most so far: of GPU memory that torch has handed out, or of the
+        process.
     """
 
     def __init__(self) -> None:
@@ -41,13 +40,8 @@ class Throughput(lightning.Callback):
         self.since = time.monotonic()
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: CometModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:  # type: ignore[override]
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.monotonic()
         self.seconds, self.since = self.seconds + now - self.since, now
         self.tokens += int(batch["attention_mask"].sum())
@@ -60,8 +54,8 @@ class Throughput(lightning.Callback):
                 "train/tokens_per_s": rate,
                 "train/tflops": tflops,
                 "memory/peak_gb": peak_bytes(pl_module.device) / 1e9,
+                "train/padding": 1 - float(batch["attention_mask"].float().mean()),
             }
-            values["train/padding"] = 1 - float(batch["attention_mask"].float().mean())
             if pl_module.settings.peak_tflops is not None:
                 values["train/mfu"] = tflops / (pl_module.settings.peak_tflops * trainer.world_size)
             pl_module.record(values)
@@ -70,34 +64,24 @@ class Throughput(lightning.Callback):
 
 def step_operations(module: CometModule) -> int:
     """Operations of the optimizer step that the module has just made."""
-    settings, config = module.settings, module.model.config
-    learning = Learning(settings.parameters, settings.lora_rank)
-    return sum(
-        training_step(config, training_rows(windows), settings.bptt_chunks, learning).total
-        for windows in module.windows
-    )
+    settings, total = module.settings, 0
+    rank = settings.lora_rank if "lora" in settings.parameters else 0
+    for windows in module.windows:
+        plans = [_whole(parts) for parts in zip(*(w.plans for w in windows), strict=True)]
+        targets = sum(window.targets for window in windows)
+        total += training_step(module.model.config, plans, targets, lora_rank=rank).total
+    return total
 
 
-def training_rows(windows: list[Window]) -> list[Row]:
-    """The rows of a micro-batch in numbers."""
-    labelled = [(window.shift_labels != IGNORED).tolist() for window in windows]
-    rows = []
-    for b in range(len(windows[0].plans) if windows else 0):
-        sizes: list[int] = []
-        targets: list[int] = []
-        resets: list[bool] = []
-        for window, marks in zip(windows, labelled, strict=True):
-            plan = window.plans[b]
-            ends = accumulate(plan.sizes, initial=0)
-            targets += [sum(marks[b][begin:end]) for begin, end in pairwise(ends)]
-            sizes += plan.sizes
-            resets += plan.resets or [False] * len(plan.sizes)
-        rows.append(Row(sizes, targets, resets, windows[0].plans[b].stride))
-    return rows
+def _whole(parts: tuple[ChunkPlan, ...]) -> ChunkPlan:
+    """A row's plan from its windows'."""
+    sizes = sum((part.sizes for part in parts), ())
+    resets = sum((part.resets or () for part in parts), ())
+    return ChunkPlan(sizes, resets or None, parts[0].stride)
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory in use so far: GPU memory allocated by torch, or the process's resident memory."""
+    """Most memory in use so far: GPU memory allocated by torch, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,14 +1,15 @@
-"""How many bytes decoding must at least move, from the configuration alone: the weights once a step, and the keys and values that it sees.
+"""How many bytes decoding one row must at least move, from the configuration alone.
 
-One row; elements are counted and multiplied by `itemsize`, the bytes of one. What is small beside these (activations, norms, gates,
-adapters, rows of the embedding) is left out.
+A step reads all weights once, and the keys and values that its tokens see. Activations, norms,
+gates, adapters and rows of the embedding are small beside these and left out. Elements are counted
+and multiplied by `itemsize`, the bytes of one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from comet_pl.analysis.flops import full_attention, heads, plan_sizes, start
+from comet_pl.analysis.flops import heads, layer_weights, plan_sizes, start
 from comet_pl.model.chunk_layout import Segment, plan_row
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def decoding_bytes(config: CometConfig, itemsize: int = 2, with_head: bool = True) -> float:
-    """Bytes a token that decoding one row must at least move with full memory, the mean over a cycle of C tokens.
+    """Bytes a decoded token with full memory, the mean over a cycle of C tokens.
 
-    A step reads all weights once, and the keys and values of every column that it sees; it writes those of its own tokens. A compression
-    token goes along with the text token after it. A chunk's closing (readout tokens, memory update) is one more step; the next token then
-    reads the slots and writes their keys and values.
+    A step also writes the keys and values of its own tokens. A compression token enters with the
+    text token after it. The end of a chunk (readout tokens, memory update) is one more step; the
+    next token then reads the slots and writes their keys and values.
     """
-    backbone, m = config.backbone_config, config.global_size
+    backbone, layers = config.backbone_config, config.backbone_config.num_hidden_layers
     _, keys = heads(backbone)
     clock, elements = start(config, full=True), 0
     segments: list[Segment] = []
@@ -32,38 +33,31 @@ def decoding_bytes(config: CometConfig, itemsize: int = 2, with_head: bool = Tru
         new, clock = plan_row(clock, 1, **plan_sizes(config))
         segments += new
     for segment in [*segments, Segment(clock, 0, 0, closes=True)]:
-        first, last = segment.span(m)
-        columns = segment.before.memory + last
-        elements += _weights(
-            backbone, with_head and not segment.closes
-        ) + backbone.num_hidden_layers * 2 * keys * (columns + last - first)
+        memory = segment.before.memory
+        first, last = segment.span(config.global_size)
+        elements += _weights(backbone, with_head and not segment.closes)
+        elements += layers * 2 * keys * (memory + last + last - first)
         if segment.before.fill == 0:
-            elements += (
-                backbone.num_hidden_layers
-                * segment.before.memory
-                * (backbone.hidden_size + 2 * keys)
-            )
+            elements += layers * memory * (backbone.hidden_size + 2 * keys)
     return elements * itemsize / config.chunk_size
 
 
 def full_attention_bytes(
     backbone: PretrainedConfig, context: int, itemsize: int = 2, with_head: bool = True
 ) -> int:
-    """Bytes that decoding a token after `context` others must at least move in a plain decoder: weights once, keys and values of all."""
-    _, keys = heads(backbone)
-    return (
-        _weights(backbone, with_head) + backbone.num_hidden_layers * 2 * keys * (context + 1)
-    ) * itemsize
+    """Bytes of decoding a token after `context` others in a plain decoder."""
+    columns = backbone.num_hidden_layers * 2 * heads(backbone)[1] * (context + 1)
+    return (_weights(backbone, with_head) + columns) * itemsize
 
 
 def decoding_floor(config: CometConfig, context: int = 1024, with_head: bool = False) -> float:
-    """The least that the time of a decoded token can be, as a multiple of a plain decoder's after `context` tokens, if bytes decide."""
-    return decoding_bytes(config, 1, with_head) / full_attention_bytes(
-        config.backbone_config, context, 1, with_head
-    )
+    """The least time of a decoded token, as a multiple of a plain decoder's after `context` tokens,
+    if bytes decide."""
+    plain = full_attention_bytes(config.backbone_config, context, 1, with_head)
+    return decoding_bytes(config, 1, with_head) / plain
 
 
 def _weights(backbone: PretrainedConfig, with_head: bool) -> int:
-    """Elements of the matrices that a step reads; of the embedding it reads rows, which is nothing."""
-    once = full_attention(backbone, 1, logits=int(with_head))
-    return (once.linear + once.head) // 2
+    """Elements of the matrices that a step reads."""
+    head = backbone.hidden_size * backbone.vocab_size if with_head else 0
+    return backbone.num_hidden_layers * layer_weights(backbone)[0] + head

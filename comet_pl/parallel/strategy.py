@@ -18,6 +18,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from comet_pl.config.schema import SHARDING
@@ -27,7 +28,7 @@ from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
-from comet_pl.parallel.watchdog import Watch, default_store
+from comet_pl.parallel.watchdog import Watch
 from comet_pl.training.optimization import sum_gradients
 from comet_pl.training.text_reader import TextReader
 from comet_pl.training.windows import Window
@@ -147,7 +148,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         on_this_node = range(first, first + self.num_processes)
         advice = "Go on from the last checkpoint with resume=true."
         self.watch = Watch(
-            default_store(),
+            _get_default_store(),
             self.global_rank,
             self.world,
             self.silence,

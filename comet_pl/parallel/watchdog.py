@@ -1,42 +1,37 @@
-"""Ends the processes of a distributed run when one of them dies, hangs or fails, with one line that names it.
+"""Ends all processes of a distributed run when one dies, hangs or fails; one line names it.
 
-A rank that is gone leaves the others inside a collective or a receive that may last for ever. Their main threads cannot look up from there;
-other threads can. Each rank counts its beats in the run's store and reads everyone's. Who stays silent for too long is named there, once
-for all, and every rank ends itself.
+The others of a lost rank wait in collectives that may never return. A thread of each rank therefore
+keeps a connection to rank 0 and sends a heartbeat over it; rank 0 tells all who is lost. A store's
+calls would have no time limit. Rank 0 listens on a port of its own, as gloo and NCCL do.
 """
 
 from __future__ import annotations
 
 import os
+import selectors
 import socket
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from torch.distributed import PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _get_default_store
-
-SHORT_SILENCE = 4  # beats; enough where a communication error says that some rank is gone
-NOBODY = "-"  # is lost; an empty value is never answered by torch's older store backend
-LEFT = -1  # in place of a rank's count of beats: it has ended, its silence means nothing
+from torch.distributed import PrefixStore, Store
 
 
 class Watch:
-    """Ends this process (exit code 1) when another rank of the run is gone. All ranks make theirs equally often.
+    """Ends this process (exit code 1) when another rank of the run is lost.
 
-    A rank is gone when its beats stop for timeout / 2, or when it has not started within `timeout`; a few beats are enough during
-    explain(). So no rank may hold the interpreter's lock for timeout / 2 at a stretch. Silence counts only while we listen: this process
-    may be stopped, the whole run suspended and continued, the store held up.
+    A rank is lost when its connection breaks, when its heartbeat stops for timeout / 2 (so none may
+    hold the interpreter's lock for that long), or when it does not start within `timeout`. Silence
+    counts only while this process runs: a run that is suspended as a whole continues.
 
     Args:
-        store: all ranks' store, by a connection of our own: default_store().
-        rank, world: this rank of how many, over all nodes.
+        store: of the process group; only start() uses it.
         timeout: seconds from a rank's end to everyone's.
-        speakers: the ranks of this node; the lowest that is left prints. A rank that was given up by mistake prints a line of its own.
-        advice: the line's last words: what the user can do.
+        speakers: the ranks of this node; the lowest that is left prints the line, and a lost rank
+            that wakes prints it too.
+        advice: the line's last words.
     """
 
     def __init__(
@@ -48,288 +43,146 @@ class Watch:
         speakers: Sequence[int],
         advice: str = "",
     ):
-        self.store, self.rank, self.timeout, self.speakers, self.advice = (
-            store,
-            rank,
-            timeout,
-            speakers,
-            advice,
-        )
+        self.store, self.rank, self.timeout = store, rank, timeout
+        self.speakers, self.advice = speakers, advice
         self.beat = min(1.0, timeout / 10)
-        self.host = (
-            None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-        )  # the rank whose process holds the store
-        self.keys = [f"beats/{number}" for number in range(world)]
+        self.name = f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})"
+        # Seconds listened so far; those at which a rank was last heard and at which explain() came.
+        self.now, self.asked = 0.0, -1e9
+        self.heard = dict.fromkeys(range(1, world) if rank == 0 else [0], 0.0)
         self.names: dict[int, str] = {}
-        self.clock = self.answered = (
-            0.0  # seconds that this process has run since start(); when the store last answered
-        )
-        self.listened = (
-            0.0  # seconds that we have listened to the others, at most two beats an answer
-        )
-        self.beats, self.heard = (
-            [0] * world,
-            [0.0] * world,
-        )  # each rank's count, and `listened` when it last moved
-        self.slept = self.woke = (
-            0.0  # for how long this process was last stopped; `listened` when it went on
-        )
-        self.asked: float | None = None  # `listened` at explain()
-        self.line: socket.socket | None = None
+        self.connections: dict[socket.socket, bytes] = {}
+        self.ranks: dict[socket.socket, int] = {}
         self.leaving = self.ending = False
-        self.reason = ""
-        self.next_beat, self.lock = threading.Event(), threading.Lock()
-        self.talker, self.ticker = (
-            threading.Thread(target=run, daemon=True) for run in (self._talk, self._tick)
-        )
+        self.lock, self.selector = threading.Lock(), selectors.DefaultSelector()
 
     def start(self) -> None:
-        """Publishes host and pid, begins to beat and to look. Returns at once."""
-        self.talker.start()
-        self.ticker.start()
+        """Finds rank 0 and starts the heartbeat."""
+        # A store may serve several watches, one after the other.
+        key = f"watch/{self.store.add(f'watch/starts/{self.rank}', 1)}"
+        store = self.store
+        while isinstance(store, PrefixStore):
+            store = store.underlying_store
+        if self.rank == 0:
+            dual = socket.has_dualstack_ipv6()
+            family = socket.AF_INET6 if dual else socket.AF_INET
+            self.server = socket.create_server(("", 0), family=family, dualstack_ipv6=dual)
+            self.selector.register(self.server, selectors.EVENT_READ, self.server)
+            self.store.set(key, str(self.server.getsockname()[1]))
+        else:
+            # The store, a launcher's too, lies on rank 0's node.
+            address = getattr(store, "host", "localhost"), int(self.store.get(key))
+            with suppress(OSError):
+                self._add(socket.create_connection(address, self.timeout / 2))
+        threading.Thread(target=self._run, daemon=True).start()
 
     def stop(self) -> None:
-        """The regular end, after a barrier and before the process group's: our silence means nothing from now on.
-
-        The store ends with its host, so the host waits until the others have stopped too, for timeout / 2 at most.
-        """
-        self._depart("")
+        """Ends the watch regularly: after a barrier, before the process group is destroyed."""
+        self._leave("left")
 
     def fail(self, reason: str) -> None:
-        """This rank ends by an error of its own, which it prints itself: tells the others. The watch no longer ends this process."""
-        self._depart(f"failed: {textwrap.shorten(reason, 300, placeholder=' ...')}")
+        """Tells the others why this rank ends; its own process is left alone from then on."""
+        self._leave(f"lost {self.rank} {self.name} failed: {' '.join(reason.split())[:300]}")
 
     def explain(self) -> None:
-        """After a communication error: finds out which rank is gone and ends this process.
+        """Finds the lost rank after a communication error and ends this process.
 
-        Returns after ten beats (a beat: timeout / 10, at most 1 s) if all others go on answering or have ended regularly.
+        Returns after ten beats (a beat: timeout / 10, at most 1 s) if no rank is lost.
         """
-        began = self.asked = self.listened
-        while self.talker.is_alive() and (
-            self.listened - began < (2 * SHORT_SILENCE + 2) * self.beat
-            or self._silent(2 * self.beat)
-        ):
-            time.sleep(self.beat / 4)
-        self.asked = None
+        self.asked = self.now
+        self._say("ask")
+        for _ in range(0 if self.leaving else 10):
+            time.sleep(self.beat)
 
-    # ---- two threads: one talks to the store, the other never waits for it
+    # ---- the thread
 
-    def _talk(self) -> None:
-        try:
-            self._introduce()
-            while self._turn():
-                self._exchange()
-                self._judge()
-            if self.reason:
-                self._tell(self.rank, f"{self._who(self.rank)} {self.reason}")
-            self._leave(self.rank, SHORT_SILENCE * self.beat if self.reason else self.timeout / 2)
-        except RuntimeError:  # torch.distributed's: the connection is closed
-            self._end(*self._verdict(self.host, "is gone"))
-
-    def _turn(self) -> bool:
-        """Waits for the next beat, before which the ticker has looked whether the store is there; False: it is time to leave."""
-        self.next_beat.wait()
-        self.next_beat.clear()
-        return not self.leaving
-
-    def _tick(self) -> None:
-        """Keeps the clock, and an eye on the store's host: no call to the store returns while that is stopped."""
-        last = time.monotonic()
-        while self.talker.is_alive():
-            hung_up = self._hung_up()
+    def _run(self) -> None:
+        last = spoken = time.monotonic()
+        while not self.leaving:
+            for key, _ in self.selector.select(self.beat / 2):
+                self._hear(key.data)
             elapsed, last = time.monotonic() - last, time.monotonic()
-            self.clock += min(elapsed, 2 * self.beat)
-            if elapsed > self.timeout / 2:
-                self.slept, self.woke = elapsed, self.listened
-            if hung_up:
-                self.line = None
-                self._end(*self._verdict(self.host, "is gone"))
-            elif self.clock - self.answered > (self._limit() if all(self.beats) else self.timeout):
-                # At first it is longer: the store looks up who connects, for 5 s each where no name server answers.
-                self._end(*self._verdict(self.host, self._silence(self.clock - self.answered)))
-            self.next_beat.set()
+            self.now += min(elapsed, 2 * self.beat)
+            if last >= spoken + self.beat:
+                spoken = last
+                self._say("beat")
+            # A few beats suffice where a communication error says that some rank is gone.
+            hurry = self.now < self.asked + 10 * self.beat
+            for rank, heard in sorted(self.heard.items(), key=lambda item: item[1]):
+                word, limit = ("answered", 2) if rank in self.names else ("started", 1)
+                silence = self.now - heard
+                if silence > (4 * self.beat if hurry else self.timeout / limit):
+                    self._lose(rank, "is gone" if hurry else f"has not {word} for {silence:.1f} s")
 
-    def _hung_up(self) -> bool:
-        """Waits for a beat, less until all have started, or until the connection to the store's host is closed."""
-        pause = self.beat if all(self.beats) else self.beat / 10
-        if self.line is None:
-            time.sleep(pause)
-            return False
-        try:
-            self.line.settimeout(pause)
-            return not self.line.recv(1)
-        except TimeoutError:
-            return False
-        except OSError:
-            return True
-
-    # ---- what is said to the store
-
-    def _introduce(self) -> None:
-        time_of_run = self.store.add(
-            f"watch/starts/{self.rank}", 1
-        )  # one store may see several watches, one after the other
-        self.store = PrefixStore(f"watch/{time_of_run}", self.store)
-        self.store.set(f"names/{self.rank}", f"pid {os.getpid()} on {socket.gethostname()}")
-        for number, key in enumerate(self.keys):
-            self.store.add(
-                key, int(number == self.rank)
-            )  # all keys: reading one that nobody has written would block
-        self.store.compare_set("lost", "", NOBODY)
-        if self.rank != self.host:
-            self.line = _connect(self.store, self.beat)
-
-    def _exchange(self) -> None:
-        """One beat, and everyone's."""
-        self.store.add(self.keys[self.rank], 1)
-        *beats, lost = self.store.multi_get([*self.keys, "lost"])
-        self.listened += min(self.clock - self.answered, 2 * self.beat)
-        self.answered = self.clock
-        for number, beat in enumerate(map(int, beats)):
-            if beat != self.beats[number]:
-                self.beats[number], self.heard[number] = beat, self.listened
-        if new := [
-            number for number, beat in enumerate(self.beats) if beat and number not in self.names
-        ]:
-            names = self.store.multi_get([f"names/{number}" for number in new])
-            self.names.update(zip(new, (name.decode() for name in names), strict=True))
-        if lost.decode() != NOBODY:
-            self._end_together(lost.decode())
-
-    def _judge(self) -> None:
-        """Names the rank that has been silent for longest, if that is too long; if none has, one that has never been heard."""
-        gone = self._silent(self._limit())
-        never = [number for number, beat in enumerate(self.beats) if not beat]
-        if gone:
-            culprit = min(gone, key=lambda number: self.heard[number])
-            what = self._silence(self.listened - self.heard[culprit])
-        elif never and self.listened > self.timeout:
-            culprit, what = never[0], f"has not started within {_seconds(self.timeout)}"
-        elif (
-            never
-            and self.asked is not None
-            and self.listened - self.asked > 2 * SHORT_SILENCE * self.beat
-        ):
-            culprit, what = never[0], "is gone"
-        else:
+    def _hear(self, connection: socket.socket) -> None:
+        if connection not in self.connections:
+            with suppress(OSError):
+                self._add(self.server.accept()[0])
             return
-        self._end_together(self._tell(*self._verdict(culprit, what)))
+        try:
+            data = connection.recv(65536)
+        except OSError:
+            data = b""
+        *lines, self.connections[connection] = (self.connections[connection] + data).split(b"\n")
+        for line in lines:
+            word, _, text = line.decode(errors="replace").partition(" ")
+            if word == "hello":
+                rank = self.ranks[connection] = int(text.split()[1])
+                self.names[rank] = text
+            elif word == "lost":
+                culprit, _, text = text.partition(" ")
+                self._end(int(culprit), text)
+            elif word == "ask":
+                self.asked = self.now
+            elif word == "left":
+                self.heard.pop(self.ranks.get(connection, self.rank), None)
+        rank = self.ranks.get(connection, self.rank)
+        if rank in self.heard:
+            self.heard[rank] = self.now
+        if not data:
+            self.selector.unregister(connection)
+            del self.connections[connection]
+            if rank in self.heard:
+                self._lose(rank, "is gone")
 
-    def _tell(self, culprit: int | None, sentence: str) -> str:
-        """Says who is lost. Returns what was said first, which holds for all."""
-        return self.store.compare_set("lost", NOBODY, f"{culprit} {sentence}").decode()
+    def _add(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.connections[connection] = b""
+        self.selector.register(connection, selectors.EVENT_READ, connection)
+        with suppress(OSError):
+            connection.send(f"hello {self.name}\n".encode())
 
-    def _leave(self, culprit: int, longest: float) -> None:
-        """The last word. The store's host stays until all but the culprit have said theirs, `longest` seconds at most."""
-        self.store.set(self.keys[self.rank], str(LEFT))
-        begin = self.clock
-        while self.rank == self.host and self.clock - begin < longest:
-            beats = map(int, self.store.multi_get(self.keys))
-            if all(beat == LEFT for number, beat in enumerate(beats) if number != culprit):
-                break
-            time.sleep(self.beat / 10)
-
-    # ---- what we know
-
-    def _silent(self, limit: float) -> list[int]:
-        """The others that have started and been silent for more than `limit` seconds."""
-        others = (number for number in range(len(self.keys)) if number != self.rank)
-        return [
-            number
-            for number in others
-            if self.beats[number] > 0 and self.listened - self.heard[number] > limit
-        ]
-
-    def _limit(self) -> float:
-        """Seconds of silence after which a rank is gone."""
-        return self.timeout / 2 if self.asked is None else SHORT_SILENCE * self.beat
-
-    def _silence(self, seconds: float) -> str:
-        return f"has not answered for {_seconds(seconds)}" if self.asked is None else "is gone"
-
-    def _verdict(self, culprit: int | None, what: str) -> tuple[int | None, str]:
-        """Whom to name, and the sentence: ourselves if we were stopped and have heard nobody since, for the others have given us up."""
-        last = max(
-            (heard for number, heard in enumerate(self.heard) if number != self.rank), default=0.0
-        )
-        if (
-            self.slept and last <= self.woke + 2 * self.beat
-        ):  # what they said before they ended may come in late
-            culprit, what = self.rank, f"did not run for {_seconds(self.slept)}"
-        return culprit, f"{self._who(culprit)} {what}"
-
-    def _who(self, number: int | None) -> str:
-        if number is None:
-            return "the launcher, which holds the run's store,"
-        return f"rank {number} ({self.names[number]})" if number in self.names else f"rank {number}"
+    def _say(self, line: str) -> None:
+        for connection in list(self.connections):
+            with suppress(OSError):
+                connection.send(f"{line}\n".encode())
 
     # ---- the end
 
-    def _depart(self, reason: str) -> None:
+    def _leave(self, line: str) -> None:
         with self.lock:
-            if not self.leaving:
-                self.reason, self.leaving = reason, True
-        self.next_beat.set()
-        if self.talker.ident is not None:
-            self.talker.join(
-                self.timeout / 2 + 2 * self.beat
-            )  # it takes longer only if the store does not answer
+            if not (self.leaving or self.ending):
+                self.leaving = True
+                self._say(line)
 
-    def _end_together(self, lost: str) -> None:
-        culprit, sentence = lost.split(" ", 1)
-        self._end(int(culprit), sentence, together=True)
+    def _lose(self, rank: int, what: str) -> None:
+        self._end(rank, f"{self.names.get(rank, f'rank {rank}')} {what}")
 
-    def _end(self, culprit: int | None, sentence: str, together: bool = False) -> None:
-        """Prints the line if that is up to us, and ends the process. Does nothing where that has begun or stop() or fail() was called."""
+    def _end(self, culprit: int, sentence: str) -> None:
+        """Tells all, prints the line if this rank speaks, ends the process."""
         with self.lock:
             if self.ending or self.leaving:
                 return
             self.ending = True
-        # Whatever blocks below, a pipe that nobody reads or the store, the process ends.
+        # The process ends even if a full pipe blocks what follows.
         threading.Timer(3 * self.beat, os._exit, [1]).start()
-        left = [
-            number
-            for number in self.speakers
-            if number != culprit and number not in self._silent(self._limit() - self.beat)
-        ]
-        if self.rank in (culprit, min(left, default=None)):
-            end = (
-                "the others have ended, and so does this process"
-                if culprit == self.rank
-                else "this run ends"
-            )
-            sys.stderr.write(
-                f"error: {sentence}; {end}. {self.advice}".rstrip() + "\n"
-            )  # one write: lines of ranks don't mix
+        self._say(f"lost {culprit} {sentence}")
+        if self.rank in (culprit, min(set(self.speakers) - {culprit}, default=None)):
+            own = "the others have ended, and so does this process"
+            end = own if culprit == self.rank else "this run ends"
+            # One write: lines of several ranks do not mix.
+            sys.stderr.write(f"error: {sentence}; {end}. {self.advice}".rstrip() + "\n")
             sys.stderr.flush()
-        if together and culprit is not None:
-            with suppress(RuntimeError):
-                self._leave(culprit, 2 * self.beat)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(1)
-
-
-def default_store() -> Store:
-    """The default process group's store by a connection of its own, which never waits behind the main thread's calls.
-
-    Raises:
-        ValueError: there is no process group.
-    """
-    return _get_default_store().clone()  # type: ignore[attr-defined]
-
-
-def _connect(store: Store, patience: float) -> socket.socket | None:
-    """A silent connection to the store's host. It tells of the host's death at once, and without the C++ stack that the store prints."""
-    while isinstance(store, PrefixStore):
-        store = store.underlying_store
-    if not isinstance(store, TCPStore):
-        return None
-    try:
-        return socket.create_connection((store.host, store.port), timeout=patience)
-    except OSError:
-        return None
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 10 else f"{value:.1f} s"

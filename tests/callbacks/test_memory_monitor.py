@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 
 from callbacks.memory_monitor import MemoryMonitor
 from comet_pl.analysis import memory
-from comet_pl.analysis.memory import (
-    attention_shares,
-    effective_rank,
-    picture,
-    read_memory,
-    slot_similarity,
-)
+from comet_pl.analysis.memory import effective_rank, picture, read_memory, slot_similarity
 from comet_pl.model import cell as backbone
+from comet_pl.model.probe import attention_shares
 from tests.support.models import memories, text, tiny
 
 

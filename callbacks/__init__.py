@@ -1,1 +1,1 @@
-"""Lightning callbacks: checkpoints, random state, progress bar, throughput, gate monitor, validation figures."""
+"""Lightning callbacks. comet_pl/build.py chooses them."""

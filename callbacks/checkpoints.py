@@ -1,7 +1,8 @@
-"""checkpoints/last.ckpt and best.ckpt, from which a killed run goes on as if it had never been killed.
+"""checkpoints/last.ckpt and best.ckpt, from which a killed run resumes as if never killed.
 
-Why not Lightning's ModelCheckpoint: under manual optimization it never saves by time, it saves between a step and its validation (a
-resumed run then leaves that validation out), and on Ctrl-C it may save half a step.
+Lightning's ModelCheckpoint does not do: under manual optimization it never saves by time, it saves
+between a step and its validation (a resumed run then leaves that validation out), and on Ctrl-C it
+may save half a step.
 """
 
 from __future__ import annotations
@@ -27,15 +28,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class RunCheckpoints(Checkpoint):
-    """Writes last.ckpt by steps and by minutes, at the end of fit and on Ctrl-C or SIGTERM; best.ckpt at the best validation so far.
+    """Writes last.ckpt by steps and by minutes, at the end of fit and on Ctrl-C or SIGTERM.
 
-    Both are written between two steps, after the validation that belongs to the last one, and after the logged values.
+    best.ckpt is that of the best validation so far. Both are written between two steps, after the
+    validation that belongs to the last one, and after the logged values.
 
     Args:
-        folder: where they go. content: goes into each under the key "comet", next to Lightning's own keys; plain types.
+        folder: where they go.
+        content: each checkpoint's key "comet", plain types.
 
     Raises:
-        TrainingStopped: out of fit, after a signal. UserError: checkpoint.monitor is not among the logged values.
+        TrainingStopped: out of fit, after a signal.
+        UserError: checkpoint.monitor is not among the logged values.
     """
 
     def __init__(self, folder: Path, settings: CheckpointConfig, content: dict[str, Any]):
@@ -54,67 +58,51 @@ class RunCheckpoints(Checkpoint):
         self.best = state_dict["best"]
 
     def on_save_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["comet"] = self.content
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.tells = trainer.is_global_zero
         try:
             self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        except ValueError:  # not the main thread: signals stay with whoever runs us
+        # outside the main thread, signals are left to the program that runs it
+        except ValueError:
             self.handlers = {}
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if not validation_follows(trainer):
             self._step_done(trainer)
 
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._keep_best(trainer)
             self._step_done(trainer)
 
-    def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        if trainer.global_step > self.saved_step:  # the data ended before max_steps did
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        # the data may end before max_steps
+        if trainer.global_step > self.saved_step:
             self._save(trainer, "last.ckpt")
 
-    def on_exception(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        exception: BaseException,
-    ) -> None:
-        """Nothing is saved: a step may be half done, or its batch read and lost."""
+    def on_exception(self, *_: Any) -> None:
+        """Saves nothing: a step may be half done, or its batch read and lost."""
         self._restore_handlers()
 
-    def teardown(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
-    ) -> None:
+    def teardown(self, *_: Any, stage: str = "") -> None:
         self._restore_handlers()
 
     def _step_done(self, trainer: lightning.Trainer) -> None:
-        """A step and its validation are over: the one moment at which the state is whole."""
+        """Saves or stops after a step and its validation: only then the state is whole."""
         step, settings = trainer.global_step, self.settings
-        due = (
-            step >= trainer.max_steps
-            or (settings.every_steps is not None and step % settings.every_steps == 0)
-            or (
-                settings.every_minutes is not None
-                and time.monotonic() - self.saved_at >= 60 * settings.every_minutes
-            )
-        )
+        due = step >= trainer.max_steps
+        if settings.every_steps is not None:
+            due |= step % settings.every_steps == 0
+        if settings.every_minutes is not None:
+            due |= time.monotonic() - self.saved_at >= 60 * settings.every_minutes
         number = self.signal
-        if trainer.world_size > 1:  # clocks and signals differ: one rank's wish is all ranks' deed
+        # clocks and signals differ: if any rank wants to save or stop, all do
+        if trainer.world_size > 1:
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
             numbers = torch.tensor(number or 0, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(numbers, reduce_op="max")) or None
@@ -126,17 +114,17 @@ class RunCheckpoints(Checkpoint):
     def _keep_best(self, trainer: lightning.Trainer) -> None:
         monitor, metrics = self.settings.monitor, trainer.callback_metrics
         if monitor not in metrics:
-            raise UserErrorOnAllRanks(
-                f"checkpoint.monitor: {monitor!r} given, allowed: a logged value, {', '.join(sorted(metrics))}"
-            )
+            allowed = f"allowed: a logged value, {', '.join(sorted(metrics))}"
+            raise UserErrorOnAllRanks(f"checkpoint.monitor: {monitor!r} given, {allowed}")
         value, sign = float(metrics[monitor]), 1 if self.settings.mode == "min" else -1
         if value == value and (self.best is None or sign * value < sign * self.best):
             self.best = value
             self._save(trainer, "best.ckpt")
 
     def _save(self, trainer: lightning.Trainer, name: str) -> None:
+        # logged values must not be younger than the checkpoint
         for logger in trainer.loggers:
-            logger.save()  # what was logged up to here must not be younger than the checkpoint
+            logger.save()
         trainer.save_checkpoint(self.folder / name)
         if name == "last.ckpt":
             self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
@@ -146,16 +134,13 @@ class RunCheckpoints(Checkpoint):
             raise KeyboardInterrupt
         self.signal = number
         if self.tells:
-            print(
-                "\nstopping after this step, with a checkpoint (once more: at once, without)",
-                flush=True,
-            )
+            line = "stopping after this step, with a checkpoint (once more: at once, without)"
+            print(f"\n{line}", flush=True)
 
     def _restore_handlers(self) -> None:
         for number, handler in self.handlers.items():
-            if (
-                signal.getsignal(number) == self._on_signal
-            ):  # else Lightning has put back what was there before its own
+            # unless Lightning has put back what was there before its own
+            if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
         self.handlers = {}
 
@@ -163,14 +148,13 @@ class RunCheckpoints(Checkpoint):
 def validation_follows(trainer: lightning.Trainer) -> bool:
     """At the end of a training batch: whether a validation comes before the next one."""
     loop = trainer.fit_loop
-    assert loop._data_fetcher is not None
-    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(
-        loop._data_fetcher
-    )
+    fetcher = loop._data_fetcher
+    assert fetcher is not None
+    return sum(trainer.num_val_batches) > 0 and loop.epoch_loop._should_check_val_fx(fetcher)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, then renames: a checkpoint is there whole or not at all. Reads tensors and plain types only."""
+    """Writes a checkpoint whole or not at all; reads tensors and plain types only."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None

@@ -1,4 +1,7 @@
-"""memory/<value>/layer_<i>, the figure memory/report and monitor/memory.png: what the memories hold, and who attends to them."""
+"""memory/<value>/layer_<i>, the figure memory/report and monitor/memory.png.
+
+They show what the memories hold and who attends to them.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,17 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from callbacks.figures import show_figure
 from comet_pl.analysis.memory import picture, read_memory
-from comet_pl.files import as_png, replace_file
 from comet_pl.training.lit_module import CometModule
 
 
 class MemoryMonitor(lightning.Callback):
-    """Reads the first text of a validation once more, with hooks on the cells; nothing of it is there at any other time.
+    """Reads the first text of a validation once more, with hooks on the cells for that time alone.
 
     Args:
-        folder: where the picture goes. every: only at validations after a multiple of so many steps.
+        folder: where the picture goes.
+        every: only validations after a multiple of so many steps count.
     """
 
     def __init__(self, folder: Path, every: int):
@@ -25,12 +29,7 @@ class MemoryMonitor(lightning.Callback):
         self.ids: Tensor | None = None
 
     def on_validation_batch_start(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         if batch_idx == 0 and trainer.global_step % self.every == 0:
             self.ids = batch["input_ids"][:1, batch["attention_mask"][0].bool()]
@@ -40,22 +39,11 @@ class MemoryMonitor(lightning.Callback):
         if ids is None:
             return
         if trainer.world_size > 1:
-            ids = trainer.strategy.broadcast(ids.cpu()).to(
-                pl_module.device
-            )  # weights in shards: all ranks have to do the same
+            # if the weights are in shards, all ranks have to do the same
+            ids = trainer.strategy.broadcast(ids.cpu()).to(pl_module.device)
         report = read_memory(pl_module.model, ids)
         if report is None or not trainer.is_global_zero:
             return
-        pl_module.record(
-            {
-                f"memory/{tag}/layer_{i}": value
-                for i, layer in enumerate(report.layers)
-                for tag, value in layer.items()
-            }
-        )
-        figure = picture(report)
-        replace_file(self.folder / "memory.png", as_png(figure), "run.root")
-        if pl_module.logger is not None:
-            pl_module.logger.experiment.add_figure(
-                "memory/report", figure, global_step=trainer.global_step
-            )  # type: ignore[attr-defined]
+        for i, layer in enumerate(report.layers):
+            pl_module.record({f"memory/{tag}/layer_{i}": value for tag, value in layer.items()})
+        show_figure(pl_module, "memory/report", picture(report), self.folder / "memory.png")

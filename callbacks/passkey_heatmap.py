@@ -1,4 +1,4 @@
-"""val/accuracy and the figure val/heatmap: how often a validation's passkeys are found, by depth and length."""
+"""val/accuracy and the figure val/heatmap: how often passkeys are found, by depth and length."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import lightning
 from torch import Tensor
 
+from callbacks.figures import show_figure
 from callbacks.predictions import Predictions
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
 from comet_pl.training.lit_module import CometModule
@@ -15,10 +16,13 @@ from data.passkey import DIGITS
 
 
 class PasskeyHeatmap(lightning.Callback):
-    """From the logits of validation_step, teacher-forced: with all digits before it right, a digit is right if it is also when generated.
+    """Scores the teacher-forced logits of validation_step.
+
+    A digit that is right after the right digits is also right when generated.
 
     Args:
-        train_length: tokens of a training example, for the figure's title. predictions: is told of each example.
+        train_length: tokens of a training example, for the figure's title.
+        predictions: gets each example.
     """
 
     def __init__(self, train_length: int, predictions: Predictions | None = None):
@@ -31,47 +35,36 @@ class PasskeyHeatmap(lightning.Callback):
         self.metric = PasskeyAccuracy().to(pl_module.device)
 
     def on_validation_batch_end(  # type: ignore[override]
-        self,
-        trainer: lightning.Trainer,
-        pl_module: CometModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if "length" in batch:
-            text = outputs["logits"][
-                ..., : pl_module.model.config.first_new_id
-            ]  # generation suppresses the new tokens
-            correct = exact_match(text, batch["labels"])[
-                : len(batch["depth"])
-            ]  # a rank that has no more to read has a row without a depth
+            # generation suppresses the new tokens
+            logits = outputs["logits"][..., : pl_module.model.config.first_new_id]
+            # a rank that has nothing left to read has a row without a depth
+            correct = exact_match(logits, batch["labels"])[: len(batch["depth"])]
             self.metric.update(batch["length"], batch["depth"], correct)
             if self.predictions:
                 facts = [{"length": batch["length"], "depth": depth} for depth in batch["depth"]]
-                self.predictions.add_likeliest(trainer, batch, text, correct.tolist(), facts)
+                self.predictions.add_likeliest(trainer, batch, logits, correct.tolist(), facts)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
         if not self.metric.update_called:
             return
         cells = self.metric.compute()
-        accuracy = sum(cell["accuracy"] * cell["n"] for cell in cells) / sum(
-            cell["n"] for cell in cells
-        )
+        count = sum(cell["n"] for cell in cells)
+        accuracy = sum(cell["accuracy"] * cell["n"] for cell in cells) / count
         pl_module.log("val/accuracy", accuracy, prog_bar=True, logger=False)
         pl_module.record({"val/accuracy": accuracy})
-        if trainer.is_global_zero and pl_module.logger is not None:
-            writer = pl_module.logger.experiment  # type: ignore[attr-defined]
-            writer.add_figure(
-                "val/heatmap", heatmap(cells, self.train_length), global_step=trainer.global_step
-            )
+        if trainer.is_global_zero:
+            show_figure(pl_module, "val/heatmap", heatmap(cells, self.train_length))
 
 
 def exact_match(logits: Tensor, labels: Tensor, digits: int = DIGITS) -> Tensor:
     """(B,) bool: are the first `digits` labelled tokens of each row the likeliest ones?
 
     Args:
-        logits: (B, n, V) of the last n columns. labels: (B, N) unshifted; every labelled token is among the last n - 1.
+        logits: (B, n, V) of the last n columns.
+        labels: (B, N) unshifted; every labelled token is among the last n - 1.
     """
     targets = labels[:, labels.shape[1] - logits.shape[1] + 1 :]
     labelled = targets != IGNORED

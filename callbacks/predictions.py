@@ -1,4 +1,4 @@
-"""val/predictions and monitor/predictions-<step>.jsonl: what a validation's examples were answered with."""
+"""val/predictions and monitor/predictions-<step>.jsonl: the answers to a validation's examples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHOWN = 16  # examples in TensorBoard; the file has all
 
 
 class Predictions(lightning.Callback):
-    """Writes what the callbacks that score a validation tell it; it predicts nothing itself, so it has to stand behind them.
+    """Writes the answers that the callbacks which score a validation add; it comes after them.
 
     Args:
         folder: where the files go.
@@ -39,7 +39,7 @@ class Predictions(lightning.Callback):
         score: float,
         facts: dict[str, Any],
     ) -> None:
-        """One answer; prompt: its tokens, facts: what else the file says of it."""
+        """Adds an answer; prompt: (n,) ids, facts: further keys in the file."""
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         answer = answer_of(tokenizer, name, prompt, prediction, references, score, **facts)
         self.answers.append(answer)
@@ -52,33 +52,28 @@ class Predictions(lightning.Callback):
         right: Sequence[bool],
         facts: Sequence[dict[str, Any]],
     ) -> None:
-        """The first len(right) rows of a batch, teacher-forced: at each labelled token the likeliest after the right ones before it. Up to
-        the first mistake this is what would be generated.
+        """Adds the first len(right) rows of a batch, teacher-forced.
+
+        Each labelled token is predicted after the right ones before it. Up to the first mistake
+        this is what would be generated.
 
         Args:
-            batch: input_ids, attention_mask and labels (B, N). logits: (B, n, V) of the last n columns; labels are among the last n - 1.
+            batch: input_ids, attention_mask and labels (B, N).
+            logits: (B, n, V) of the last n columns; labels are among the last n - 1.
         """
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         first = batch["labels"].shape[1] - logits.shape[1] + 1
         likeliest = logits[:, :-1].argmax(-1)
-        for row, (correct, more) in enumerate(zip(right, facts, strict=True)):
+        for row, (correct, keys) in enumerate(zip(right, facts, strict=True)):
             labelled = batch["labels"][row, first:] != IGNORED
-            wanted, given = batch["labels"][row, first:][labelled], likeliest[row][labelled]
+            reference, answer = (
+                str(tokenizer.decode(ids[labelled], skip_special_tokens=True)).strip()
+                for ids in (batch["labels"][row, first:], likeliest[row])
+            )
             before = batch["attention_mask"][row].bool()
             before[first + int(labelled.int().argmax()) :] = False
-            texts = [
-                str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-                for ids in (given, wanted)
-            ]
-            self.add(
-                trainer,
-                str(len(self.answers)),
-                batch["input_ids"][row][before].tolist(),
-                texts[0],
-                texts[1:],
-                float(correct),
-                more,
-            )
+            prompt, number = batch["input_ids"][row][before].tolist(), str(len(self.answers))
+            self.add(trainer, number, prompt, answer, [reference], float(correct), keys)
 
     def on_validation_epoch_start(self, *_: Any) -> None:
         self.answers = []
@@ -88,40 +83,29 @@ class Predictions(lightning.Callback):
     ) -> None:
         answers = self.answers
         if trainer.world_size > 1:
-            answers = [
-                one
-                for rank in range(trainer.world_size)
-                for one in trainer.strategy.broadcast(self.answers, src=rank)
-            ]
+            ranks = range(trainer.world_size)
+            parts = [trainer.strategy.broadcast(self.answers, src=rank) for rank in ranks]
+            answers = [answer for part in parts for answer in part]
         if not answers or not trainer.is_global_zero:
             return
-        replace_file(
-            self.folder / f"predictions-{trainer.global_step}.jsonl",
-            b"".join(map(as_json, answers)),
-            "run.root",
-        )
+        step = trainer.global_step
+        file = self.folder / f"predictions-{step}.jsonl"
+        replace_file(file, b"".join(map(as_json, answers)), "run.root")
         if pl_module.logger is not None:
             writer = pl_module.logger.experiment  # type: ignore[attr-defined]
-            writer.add_text(
-                "val/predictions", as_table(answers[:SHOWN]), global_step=trainer.global_step
-            )
+            writer.add_text("val/predictions", as_table(answers[:SHOWN]), global_step=step)
 
 
 def as_table(answers: Sequence[Answer]) -> str:
-    """Markdown, a line each answer; the texts show as they are, whatever signs they hold."""
+    """Markdown, a line each answer; signs that mean something in Markdown are escaped."""
+    signs = {ord(sign): f"&#{ord(sign)};" for sign in "|*_`[]\\~#"}
 
     def cell(text: str) -> str:
-        return html.escape(" ".join(text.split())).translate(
-            {ord(sign): f"&#{ord(sign)};" for sign in "|*_`[]\\~#"}
-        )
+        return html.escape(" ".join(text.split())).translate(signs)
 
     lines = ["| prompt's end | reference | prediction | score |", "|---|---|---|---|"]
-    for one in answers:
-        cells = [
-            one["prompt_end"],
-            " / ".join(one["references"]),
-            one["prediction"],
-            f"{one['score']:.4g}",
-        ]
+    for answer in answers:
+        cells = [answer["prompt_end"], " / ".join(answer["references"]), answer["prediction"]]
+        cells.append(f"{answer['score']:.4g}")
         lines.append(f"| {' | '.join(map(cell, cells))} |")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class StepProgress(TQDMProgressBar):
-    """Lightning's bar over optimizer steps instead of an epoch's batches. Where no terminal is: a line at each logged step."""
+    """Lightning's bar over optimizer steps; without a terminal, a line at each logged step."""
 
     BAR_FORMAT = (
         "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -34,11 +34,9 @@ class StepProgress(TQDMProgressBar):
         )
 
     def init_validation_tqdm(self) -> Tqdm:
-        return (
-            Tqdm(desc="validation", disable=True)
-            if not self.terminal
-            else super().init_validation_tqdm()
-        )
+        if self.terminal:
+            return super().init_validation_tqdm()
+        return Tqdm(desc="validation", disable=True)
 
     def on_train_epoch_start(self, *_: Any) -> None:
         """The bar spans all epochs."""
@@ -51,13 +49,10 @@ class StepProgress(TQDMProgressBar):
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             self.train_progress_bar.update(step - self.train_progress_bar.n)
         elif self.is_enabled and pl_module.logs_at(step):
-            print(
-                f"step {step}/{trainer.max_steps}",
-                *(f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items()),
-                flush=True,
-            )
+            values = (f"{k} {v}" for k, v in self.get_metrics(trainer, pl_module).items())
+            print(f"step {step}/{trainer.max_steps}", *values, flush=True)
 
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:  # type: ignore[override]
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: Any) -> dict[str, Any]:
         values = {name: float(value) for name, value in trainer.progress_bar_metrics.items()}
         shown = {
             "loss": "train/loss",

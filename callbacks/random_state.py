@@ -1,4 +1,4 @@
-"""All random states go into a checkpoint, each rank's own, and come back when training goes on."""
+"""Each rank's random states go into a checkpoint and come back when training resumes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class RandomState(lightning.Callback):
     """Python's, NumPy's and torch's (CPU and CUDA) random states, as plain types and tensors.
 
     Args:
-        seed: of the run; a fresh run's rank r draws from seed + r once the weights, which are alike on all ranks, are made.
+        seed: of the run. A fresh run's rank r draws from seed + r after the weights, which are the
+            same on all ranks.
     """
 
     def __init__(self, seed: int):
@@ -22,28 +23,19 @@ class RandomState(lightning.Callback):
         self.restored: list[dict[str, Any]] | None = None
 
     def on_save_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         mine = random_state()
-        checkpoint["random_states"] = [
-            trainer.strategy.broadcast(mine, src=rank) for rank in range(trainer.world_size)
-        ]
+        ranks = range(trainer.world_size)
+        checkpoint["random_states"] = [trainer.strategy.broadcast(mine, src=r) for r in ranks]
 
     def on_load_checkpoint(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        checkpoint: dict[str, Any],
+        self, trainer: lightning.Trainer, pl_module: Any, checkpoint: dict[str, Any]
     ) -> None:
         self.restored = checkpoint["random_states"]
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """The last moment before the first step: making the loaders may have drawn numbers."""
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Restores the states right before the first step: making the loaders may draw numbers."""
         if self.restored is not None and trainer.global_rank < len(self.restored):
             set_random_state(self.restored[trainer.global_rank])
         elif trainer.global_rank > 0:

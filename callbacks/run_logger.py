@@ -20,7 +20,8 @@ class RunLogger(TensorBoardLogger):
     """Lightning's TensorBoard logger, writing to `folder` itself.
 
     Args:
-        purge_step: events of earlier sessions from this step on are forgotten: they come again, so that no curve has doubles.
+        purge_step: earlier sessions' events from this step on are dropped; they come again, and no
+            curve has them twice.
     """
 
     def __init__(self, folder: Path, purge_step: int):
@@ -39,23 +40,18 @@ class RunLogger(TensorBoardLogger):
 
 
 class LogConfig(lightning.Callback):
-    """The resolved configuration as hyper-parameters and as text, when a run starts or goes on with another one."""
+    """The resolved configuration as hyper-parameters and as text, when a run starts."""
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run = config, run
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if not trainer.is_global_zero or trainer.logger is None or self.run.checkpoint is not None:
             return
         writer = trainer.logger.experiment  # type: ignore[attr-defined]
         values = to_dict(self.config)
-        writer.add_text(
-            "config",
-            f"```yaml\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}```",
-            global_step=0,
-        )
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        writer.add_text("config", f"```yaml\n{text}```", global_step=0)
         for summary in hparams(flatten(values), {self.config.checkpoint.monitor: 0}):
             writer.file_writer.add_summary(summary)
 
@@ -67,7 +63,6 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, bool | int | 
         if isinstance(value, dict):
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[prefix + name] = (
-                value if isinstance(value, (bool, int, float, str)) else str(value)
-            )
+            plain = isinstance(value, (bool, int, float, str))
+            flat[prefix + name] = value if plain else str(value)
     return flat

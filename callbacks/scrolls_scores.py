@@ -15,10 +15,11 @@ from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
 
 
 class ScrollsScores(lightning.Callback):
-    """Greedy answers to the first questions that are validated on, with all their references; dealt to the ranks.
+    """Scores greedy answers to the first validation questions, which are dealt to the ranks.
 
     Args:
-        settings: val_questions a task, max_new_tokens, batch_size. predictions: is told of each answer.
+        settings: val_questions a task, max_new_tokens, batch_size.
+        predictions: gets each answer.
     """
 
     def __init__(self, settings: EvalConfig, predictions: Predictions | None = None):
@@ -34,16 +35,16 @@ class ScrollsScores(lightning.Callback):
             mine = questions[trainer.global_rank :: trainer.world_size]
             longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
             metric = ScrollsScore(task).to(pl_module.device)
-            prompts = [module.validation.prompt(one) for one in mine]
+            prompts = [module.validation.prompt(question) for question in mine]
             engine = Engine(pl_module.model, module.tokenizer)
             texts = engine.answers(prompts, self.settings, longest)
-            metric.update(texts, [one.references for one in mine])
+            metric.update(texts, [question.references for question in mine])
             if self.predictions:
-                for one, prompt, text in zip(mine, prompts, texts, strict=True):
-                    score = scores(task, text, one.references)["scrolls_score"]
-                    self.predictions.add(
-                        trainer, one.id, prompt, text, one.references, score, {"task": task}
-                    )
+                for question, prompt, text in zip(mine, prompts, texts, strict=True):
+                    references = question.references
+                    score = scores(task, text, references)["scrolls_score"]
+                    answer = (question.id, prompt, text, references, score, {"task": task})
+                    self.predictions.add(trainer, *answer)
             score = metric.compute()["scrolls_score"]
             pl_module.log(f"val/{task}", score, logger=False)
             pl_module.record({f"val/{task}": score})

@@ -79,7 +79,7 @@ class Ring:
 
     @property
     def seconds(self) -> float:
-        """Time spent waiting for messages so far."""
+        """Spent waiting for messages so far."""
         return self.from_previous.seconds + self.gradient_from_next.seconds
 
     def flush(self) -> None:

@@ -103,58 +103,59 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
 
     def check(self) -> None:
         """Raises UserError for what cannot be run."""
-        size, world = self.pipeline_size, self.world
-        if world % size:
-            divisors = [str(n) for n in range(1, world + 1) if world % n == 0]
-            raise UserError(
-                f"strategy.pipeline_size: {size} given, but trainer.devices x trainer.num_nodes is "
-                f"{world}; allowed: {', '.join(divisors)}"
-            )
-        for key, value, allowed in (
-            ("sharding", self.sharding, SHARDING),
-            ("schedule", self.schedule, SCHEDULES),
-        ):
-            if value not in allowed:
-                raise UserError(f"strategy.{key}: {value!r} given, allowed: {', '.join(allowed)}")
-        if self.sharding == "zero3" and self.data_size == 1 and world > 1:
-            raise UserError(
-                "strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size "
-                f"{size} of {world} devices leaves one; allowed: zero2 (shards over all "
-                "ranks), none, or a smaller strategy.pipeline_size"
-            )
-        if self.sharding == "zero3" and self.schedule == "chunk_level":
-            raise UserError(
-                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: "
-                "layer_level, interleaved"
-            )
-        if self.sharding != "none" and self._start_method != "popen":
-            raise UserError(
-                f"start_method: {self._start_method} given, but shards of weights cannot come back "
-                "from it; allowed: popen"
-            )
+        size, world, zero3 = self.pipeline_size, self.world, self.sharding == "zero3"
+        sizes = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         backend, device = self._get_process_group_backend(), self.root_device.type
-        if (backend, device) in (("nccl", "cpu"), ("gloo", "cuda")):
-            only = {"cpu": "gloo", "cuda": "nccl"}[device]
-            raise UserError(
-                f"strategy.backend: {backend} cannot send tensors of a {device} device; "
-                f"allowed: {only}"
-            )
+        only = {"cpu": "gloo", "cuda": "nccl"}.get(device, backend)
+        mistakes = (
+            (
+                world % size,
+                f"strategy.pipeline_size: {size} given, but trainer.devices x trainer.num_nodes is "
+                f"{world}; allowed: {sizes}",
+            ),
+            (
+                self.sharding not in SHARDING,
+                f"strategy.sharding: {self.sharding!r} given, allowed: {', '.join(SHARDING)}",
+            ),
+            (
+                self.schedule not in SCHEDULES,
+                f"strategy.schedule: {self.schedule!r} given, allowed: {', '.join(SCHEDULES)}",
+            ),
+            (
+                zero3 and self.data_size == 1 and world > 1,
+                "strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size "
+                f"{size} of {world} devices leaves one; allowed: zero2 (shards over all ranks), "
+                "none, or a smaller strategy.pipeline_size",
+            ),
+            (
+                zero3 and self.schedule == "chunk_level",
+                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: "
+                "layer_level, interleaved",
+            ),
+            (
+                self.sharding != "none" and self._start_method != "popen",
+                f"start_method: {self._start_method} given, but shards of weights cannot come back "
+                "from it; allowed: popen",
+            ),
+            (
+                {backend, only} == {"gloo", "nccl"},
+                f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: "
+                f"{only}",
+            ),
+        )
+        for mistake, line in mistakes:
+            if mistake:
+                raise UserError(line)
 
     def setup_environment(self) -> None:
         """Makes the process groups: all ranks, and the rings of neighbours."""
         self.check()
         super().setup_environment()
         first = self.node_rank * self.num_processes
-        on_this_node = range(first, first + self.num_processes)
+        speakers = range(first, first + self.num_processes)  # of this node
         advice = "Go on from the last checkpoint with resume=true."
-        self.watch = Watch(
-            _get_default_store(),
-            self.global_rank,
-            self.world,
-            self.silence,
-            speakers=on_this_node,
-            advice=advice,
-        )
+        place = _get_default_store(), self.global_rank, self.world
+        self.watch = Watch(*place, self.silence, speakers=speakers, advice=advice)
         self.watch.start()
         for thread in threading.enumerate():
             # Lightning's: it would kill this process before the watchdog has said why.
@@ -166,17 +167,15 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         self.pipeline = Pipeline(ring, self.global_rank % size, size, self.schedule)
 
     def configure_ddp(self) -> None:
-        """Gives every rank rank 0's weights, and shards them if that is asked for; no DDP
-        wrapper."""
+        """Gives every rank the weights of rank 0, and shards them. There is no DDP wrapper."""
         assert self.model is not None
         with torch.no_grad():
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 dist.broadcast(tensor, 0)
         if self.sharding != "none":
             module: Any = self.model
-            self.shards = Shards.over(
-                module.model, self.data_size, self.pipeline_size, self.sharding == "zero3"
-            )
+            mesh, layerwise = (self.data_size, self.pipeline_size), self.sharding == "zero3"
+            self.shards = Shards.over(module.model, *mesh, layerwise)
             assert self.pipeline is not None
             self.pipeline.shards = self.shards
 
@@ -236,8 +235,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
     # ---- the end
 
     def on_exception(self, exception: BaseException) -> None:
-        """Tells the other ranks that this one fails; first finds out whether it lost a
-        neighbour."""
+        """Finds out whether this rank lost a neighbour; tells the others that it fails."""
         if self.watch is None or isinstance(exception, (MisconfigurationException, OnAllRanks)):
             return
         self.failed = True

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
@@ -25,24 +24,10 @@ from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.model.observer import observing
-from comet_pl.training.text_reader import WindowReader
 from comet_pl.training.windows import IGNORED, Window
 
 RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]
 """torch's on the CPU; device numbers and theirs."""
-
-
-class ChunkReader(WindowReader):
-    """A WindowReader that keeps one chunk's activations. offload: see read_chunks."""
-
-    def __init__(self, strategy: Strategy, offload: bool):
-        super().__init__(strategy)
-        self.offload = offload
-
-    def read(
-        self, model: CometForCausalLM, windows: Sequence[Window], num_items: int
-    ) -> Iterator[Tensor | None]:
-        return read_chunks(model, windows, num_items, self.offload)
 
 
 def read_chunks(

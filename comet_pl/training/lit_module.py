@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning
@@ -17,7 +18,7 @@ from torchmetrics import SumMetric
 from comet_pl.config.schema import TrainConfig
 from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.training.chunk_checkpointing import ChunkReader
+from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.training.text_reader import TextReader, WindowReader
@@ -76,12 +77,11 @@ class CometModule(lightning.LightningModule):
 
     def setup(self, stage: str) -> None:
         strategy, data = self.trainer.strategy, self.trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(strategy, TextReader):
-            self.reader: TextReader = strategy
-        elif self.settings.recompute == "chunk":
-            self.reader = ChunkReader(strategy, self.settings.offload)
-        else:
-            self.reader = WindowReader(strategy)
+        by_chunk = partial(read_chunks, offload=self.settings.offload)
+        read = by_chunk if self.settings.recompute == "chunk" else None
+        self.reader: TextReader = (
+            strategy if isinstance(strategy, TextReader) else WindowReader(strategy, read)
+        )
         if isinstance(data, FiniteData):
             self.max_steps = min(self.max_steps, data.batches())
 

@@ -3,7 +3,7 @@ gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Protocol, runtime_checkable
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.training.optimization import sum_gradients
 from comet_pl.training.windows import Window
+
+Read = Callable[[CometForCausalLM, Sequence[Window], int], Iterator[Tensor | None]]
 
 
 @runtime_checkable
@@ -46,11 +48,16 @@ class TextReader(Protocol):
         ...
 
 
-class WindowReader(TextReader):
-    """One device, or Lightning's data-parallel ranks: each reads whole texts window by window."""
+class WindowReader:
+    """One device, or Lightning's data-parallel ranks: each reads whole texts window by window.
 
-    def __init__(self, strategy: Strategy):
+    Args:
+        read: TextReader.read; None: read_windows.
+    """
+
+    def __init__(self, strategy: Strategy, read: Read | None = None):
         self.ranks = strategy if isinstance(strategy, ParallelStrategy) else None
+        self.read = read or read_windows
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -59,18 +66,12 @@ class WindowReader(TextReader):
         layout = self.ranks.distributed_sampler_kwargs
         return layout["rank"], layout["num_replicas"]
 
-    def read(
-        self, model: CometForCausalLM, windows: Sequence[Window], num_items: int
-    ) -> Iterator[Tensor | None]:
-        return read_windows(model, windows, num_items)
-
     def block_backward_sync(self) -> AbstractContextManager[None]:
         # DDP would average in each window's backward, but ranks may have different numbers of them.
         return nullcontext() if self.ranks is None else self.ranks.block_backward_sync()
 
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
-        if self.shard[1] > 1:
-            assert self.ranks is not None
+        if self.ranks is not None and self.shard[1] > 1:
             sum_gradients(parameters, partial(self.ranks.reduce, reduce_op="sum"))
 
 

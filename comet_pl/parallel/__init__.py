@@ -1,1 +1,2 @@
-"""Layer-level pipeline parallelism: one sequence over many devices. Importing this package loads nothing."""
+"""Layer-level pipeline parallelism: one sequence over many devices. Importing this package loads
+nothing."""

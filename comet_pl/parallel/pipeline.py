@@ -149,8 +149,8 @@ class Desk:
 
 
 class RunTransport:
-    """The transport of a run (see comet_pl.model.traversal.Transport): memory comes from the run before and
-    goes to the run after."""
+    """The transport of a run (see comet_pl.model.traversal.Transport): memory comes from the run
+    before and goes to the run after."""
 
     def __init__(self, desk: Desk, run: Run, memories: list[LayerMemory]):
         self.desk, self.run, self.memories = desk, run, memories

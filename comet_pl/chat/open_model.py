@@ -94,8 +94,8 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
     Raises:
         UserError: no such key, or not one of its values.
     """
-    known = {field.name: field for field in fields(ModelConfig)}
-    keys = {}
+    known = [field.name for field in fields(ModelConfig)]
+    values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign:
@@ -107,11 +107,11 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
             reason = "or a conversation would grow without end"
             raise UserError(f"--set: rollover is always true here, {reason}")
         try:
-            parsed = yaml.safe_load(value)
+            values[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            parsed = value
-        keys[name] = getattr(filled(ModelConfig, {name: parsed}, "--set "), name)
-    return keys
+            values[name] = value
+    settings = filled(ModelConfig, values, "--set ")
+    return {name: getattr(settings, name) for name in values}
 
 
 Loaded = tuple[CometForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]

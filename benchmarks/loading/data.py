@@ -1,121 +1,44 @@
-"""What it costs to get data to the model: tokens a second, memory while streaming, time to the first batch.
+"""What it costs to get data to the model: tokens a second, memory while streaming, first batch."""
 
-    python benchmarks/data.py --root FOLDER --gigabytes 1    the real run; FOLDER/<task>/train.jsonl[.xz|.gz|.zst] as of SCROLLS
-    python benchmarks/data.py                                generated rows only, 0.1 GB
-    python benchmarks/data.py --small                        1 MB, half a minute: a look, no measurement
-
-1. Tokenise and pack: our cached path against plain datasets.load_dataset and .map(num_proc) of the same rows with the same tokenizer, each
-   from an empty cache, in turn, --rounds times; the ratio is that of the times, its median over the rounds. Ours also writes the template
-   and labels, cuts and packs.
-2. Memory while all batches of an epoch are streamed (data.streaming=true), of the rows in --root and of a generated file: above what the
-   process has after its imports and the tokenizer. "All processes" adds up the workers too, shared pages once, sampled as it runs.
-3. Seconds from the start of the data module to the first batch: streamed, and out of a cache that is there.
-
-Each measurement runs in a process of its own (measure_data.py). Results: benchmarks/results/data*.json and .png.
-"""
-
-from __future__ import annotations
-
-import argparse
 import itertools
 import json
-import os
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-import data_report
 import numpy as np
-import report
-from measure_data import proportional, training_files
-from measure_decode import USUAL_MODEL
-from perplexity import load_tokenizer
+from matplotlib.figure import Figure
 
+from benchmarks.inference.decoders import USUAL_MODEL, load_tokenizer
+from benchmarks.loading import feeding
+from benchmarks.loading.feeding import training_files
+from benchmarks.shared import processes, report
+from benchmarks.shared.options import ROOT, Options
+from benchmarks.shared.rates import turns
+from benchmarks.shared.report import Result, texts
 from comet_pl.config.schema import ScrollsData
-from comet_pl.errors import Parser, UserError, run_cli
+from comet_pl.errors import UserError, run_cli
 from comet_pl.progress import Bar
 from data.haystack import sentences
 from data.jsonl import Complaints, read
-from data.scrolls import texts
+from data.scrolls import texts as training_texts
 from data.tokenizer import train_tokenizer
 
-HERE = Path(__file__).resolve().parent
 LIMIT = 1024  # MiB above the baseline that streaming may take
-EVERY = 0.25  # seconds between two looks at the processes
-SIZES: dict[str | None, dict[str, Any]] = {
-    None: {"gigabytes": 0.1, "max_length": 32768, "window": 1024},
-    "small": {"gigabytes": 0.001, "max_length": 2048, "window": 64},
-}
-CHARACTERS = {
-    None: 50_000,
-    "small": 2_000,
-}  # of a generated document, in the middle; QMSum's have 56,000
+CHARACTERS = {None: 50_000, "small": 2_000}  # of a generated document, the median
 VOCABULARY = 4096  # of a tokenizer trained on the rows
+SIDES = {"ours": "ours: cut, labelled, packed too", "plain": "plain `datasets.map`"}
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    usual = SIZES[None]
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--small", dest="size", action="store_const", const="small", help="little data, short rows"
-    )
-    parser.add_argument(
-        "--root",
-        metavar="FOLDER",
-        help="rows to measure with, as <task>/train.jsonl[.xz|.gz|.zst] (default: generated)",
-    )
-    parser.add_argument(
-        "--gigabytes",
-        type=float,
-        metavar="X",
-        help=f"10^9 bytes of generated rows (default: {usual['gigabytes']})",
-    )
-    parser.add_argument(
-        "--model",
-        metavar="FOLDER",
-        help="of the tokenizer (default: models/smollm2_135m; else one trained on the rows)",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=2, metavar="N", help="worker processes; 0: none (default: 2)"
-    )
-    parser.add_argument(
-        "--max-length",
-        type=int,
-        metavar="N",
-        help=f"tokens of a row (default: {usual['max_length']})",
-    )
-    parser.add_argument(
-        "--window", type=int, metavar="N", help=f"data.shuffle_window (default: {usual['window']})"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=1, metavar="N", help="of the throughput (default: 1)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=HERE / "results",
-        metavar="DIR",
-        help="default: benchmarks/results",
-    )
-    options = parser.parse_args(argv)
-    for name, value in SIZES[options.size].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    for name, least in (("workers", 0), ("max_length", 16), ("window", 1), ("rounds", 1)):
-        if getattr(options, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')}: {getattr(options, name)} given, a whole number >= {least} is needed"
-            )
-    if not 0 < options.gigabytes < float("inf"):
-        raise UserError(f"--gigabytes: {options.gigabytes} given, a number > 0 is needed")
+def parse(argv: list[str]) -> Namespace:
+    parser = Options("loading.data", __doc__, workers=0, max_length=16)
+    text = "rows to measure with, as <task>/train.jsonl[.xz|.gz|.zst] (default: generated)"
+    parser.add_argument("--root", metavar="FOLDER", help=text)
+    text = "of the tokenizer (default: models/smollm2_135m; else one trained on the rows)"
+    parser.add_argument("--model", metavar="FOLDER", help=text)
+    options = parser.settle(argv)
     if options.root is not None:
         try:
             files = training_files(options.root)
@@ -124,46 +47,42 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if not files:
             raise UserError(f"--root: {options.root} has no <task>/train.jsonl[.xz|.gz|.zst]")
     if not Path("/proc/self/smaps_rollup").exists():
-        raise UserError("the memory of processes is read in /proc, which this system does not have")
-    report.make_folder(options.out)
+        raise UserError("this system has no /proc, where the memory of processes is read")
     return options
 
 
-# ---- rows, tokenizer
-
-
 def generate(path: Path, size: float, characters: int) -> None:
-    """A file of at least `size` bytes: SCROLLS rows of filler, always the same; documents of about `characters`, thrice that at most."""
-    known = sentences()
+    """Writes at least `size` bytes of SCROLLS rows of filler, always the same; documents of about
+    `characters`, at most thrice that."""
+    known, written = sentences(), 0
     path.parent.mkdir(parents=True)
-    written = 0
     with path.open("wb") as file:
         for number in itertools.count():
             if written >= size:
                 return
             random = np.random.default_rng([0, number])
             length = characters * min(3.0, random.lognormal(0, 0.5))
-            few = [
-                known[k] for k in random.integers(len(known), size=int(length / 20)).tolist()
-            ]  # a sentence has more than 20
-            ends = np.cumsum([len(one) for one in few])
-            document = "".join(few[: int(np.searchsorted(ends, length)) + 1])
+            # A sentence has more than 20 characters.
+            drawn = random.integers(len(known), size=int(length / 20)).tolist()
+            ends = np.cumsum([len(known[k]) for k in drawn])
+            kept = drawn[: int(np.searchsorted(ends, length)) + 1]
+            document = "".join(known[k] for k in kept)
             row = {
                 "id": str(number),
                 "pid": f"{number}_0",
                 "input": f"What happened?\n\n{document}",
-                "output": few[0].strip(),
+                "output": known[drawn[0]].strip(),
             }
             written += file.write(json.dumps(row).encode() + b"\n")
 
 
 def text_size(root: str) -> dict[str, int]:
-    """rows, and bytes of their texts; the files are then in the system's memory, for whoever reads them next."""
+    """Rows, and bytes of their texts. The files are then in the system's memory for all readers."""
     sizes = [len(row["input"].encode()) + len(row["output"].encode()) for row in _rows(root)]
     return {"rows": len(sizes), "bytes": sum(sizes)}
 
 
-def _rows(root: str) -> Iterator[dict[str, Any]]:
+def _rows(root: str) -> Iterator[Result]:
     for path in training_files(root):
         for place, row in read(path, Complaints("raise")):
             if not (isinstance(row.get("input"), str) and isinstance(row.get("output"), str)):
@@ -171,199 +90,140 @@ def _rows(root: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def tokenizer_folder(options: argparse.Namespace, root: str, work: Path) -> tuple[str, str]:
+def tokenizer_folder(options: Namespace, root: str, work: Path) -> tuple[str, str]:
     """(folder, what it is)."""
-    folder = options.model or (
-        str(USUAL_MODEL) if USUAL_MODEL.is_dir() and options.size is None else None
-    )
+    usual = USUAL_MODEL.is_dir() and options.size is None
+    folder = options.model or (str(USUAL_MODEL) if usual else None)
     if folder is not None:
         load_tokenizer(folder)
-        return folder, Path(folder).name
-    train_tokenizer(texts(ScrollsData(root=root)), VOCABULARY).save_pretrained(work / "tokenizer")
-    return str(work / "tokenizer"), f"trained on the rows, {VOCABULARY} ids at most"
+        return folder, str(options.model or USUAL_MODEL.relative_to(ROOT))
+    few = itertools.islice(training_texts(ScrollsData(root=root)), 1000)
+    train_tokenizer(few, VOCABULARY).save_pretrained(work / "tokenizer")
+    return str(work / "tokenizer"), f"{VOCABULARY} entries, trained on the rows"
 
 
-# ---- measurements in processes of their own
+def measure(job: Result, watched: bool = False) -> Result:
+    """The job in a fresh process. Workers are the parallelism on both sides."""
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    what = job["what"]
+    return processes.measure(getattr(feeding, what), job, what, watched, **quiet)
 
 
-def measure(job: dict[str, Any], watched: bool = False) -> dict[str, Any]:
-    """What measure_data.py finds. watched: with what was seen of its processes."""
-    quiet = {
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }  # workers are the parallelism, on both sides
-    command = [
-        sys.executable,
-        str(HERE / "measure_data.py"),
-        json.dumps(job | {"started": time.time()}),
-    ]
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | quiet)
-        try:
-            seen = watch(process) if watched else {}
-            process.wait()
-        finally:
-            if (
-                process.poll() is None
-            ):  # interrupted; workers, which ignore that, would outlive their parent
-                for pid in family(process.pid):
-                    os.kill(pid, signal.SIGKILL)
-        out.seek(0)
-        err.seek(0)
-        if process.returncode:
-            why = (err.read().strip().splitlines() or ["killed, most likely for want of memory"])[
-                -1
-            ].removeprefix("error: ")
-            raise UserError(
-                f"measuring {job['what']} ended with status {process.returncode}: {why}"
-            )
-        return json.loads(out.read().splitlines()[-1]) | seen
-
-
-def watch(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """Memory of a process and all below it until it ends, in MiB: the highest sums seen, and the curve of the second.
-
-    all_rss_mib counts a page once for each process that has it; all_mib once.
-    """
-    start, rss, processes, curve = time.perf_counter(), 0.0, 0, []
-    while process.poll() is None:
-        pids = family(process.pid)
-        curve.append((time.perf_counter() - start, sum(map(proportional, pids))))
-        rss, processes = max(rss, sum(map(resident_now, pids))), max(processes, len(pids))
-        time.sleep(EVERY)
-    thinned = curve[:: max(1, len(curve) // 300)]
-    return {
-        "all_rss_mib": rss,
-        "all_mib": max((mib for _, mib in curve), default=0.0),
-        "processes": processes,
-        "curve": thinned,
-    }
-
-
-def family(pid: int) -> list[int]:
-    """A process and those that it, or they, started."""
-    found = [pid]
-    for one in found:
-        try:
-            found += [
-                int(child)
-                for task in Path(f"/proc/{one}/task").iterdir()
-                for child in (task / "children").read_text().split()
-            ]
-        except OSError:  # it has ended
-            continue
-    return found
-
-
-def resident_now(pid: int) -> float:
-    """MiB; 0: it has ended."""
-    try:
-        return (
-            int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            * os.sysconf("SC_PAGE_SIZE")
-            / 2**20
-        )
-    except OSError:
-        return 0.0
-
-
-# ---- what was measured
-
-
-def benchmark(options: argparse.Namespace) -> dict[str, Any]:
+def benchmark(options: Namespace) -> Result:
     """All measurements, with what they depend on, and the verdict."""
-    machine = report.machine("cpu")
+    machine, memory, rounds = report.machine(), [], []
     with (
         tempfile.TemporaryDirectory(prefix="data-benchmark-") as folder,
         Bar(4 + 2 * options.rounds) as bar,
     ):
         work = Path(folder)
-
-        def done(name: str) -> None:
-            bar.add(1)
-            bar.name(name)
-
         bar.name("generates rows")
         generated = work / "generated" / "qmsum" / "train.jsonl"
         generate(generated, options.gigabytes * 1e9, CHARACTERS[options.size])
-        corpora = ({"given": options.root} if options.root else {}) | {
-            "generated": str(generated.parents[1])
-        }
+        corpora = {"given": options.root} if options.root else {}
+        corpora["generated"] = str(generated.parents[1])
         root = next(iter(corpora.values()))
-        sizes = {name: text_size(place) for name, place in corpora.items()}
+        sizes = {name: text_size(path) for name, path in corpora.items()}
         tokenizer, tokenizer_name = tokenizer_folder(options, root, work)
-        common = {
-            "tokenizer": tokenizer,
-            "workers": options.workers,
-            "max_length": options.max_length,
-            "batch_size": 2,
-        }
-        common |= {"root": root, "shuffle_window": options.window}
-
-        done("tokenises and packs")
-        rounds = []
+        own = {key: getattr(options, key) for key in ("workers", "max_length")}
+        common = {**own, "tokenizer": tokenizer, "batch_size": 2, "root": root}
+        common["shuffle_window"] = options.window
+        bar.add(1)
+        bar.name("tokenises and packs")
         for k in range(options.rounds):
-            found = {}
-            for what in ("ours", "plain")[:: -1 if k % 2 else 1]:
-                found[what] = measure({**common, "what": what, "cache": str(work / f"{what}-{k}")})
-                done("tokenises and packs")
-            rounds.append(found)
+            cell = {}
+            for what in turns(SIDES, k):
+                cell[what] = measure({**common, "what": what, "cache": str(work / f"{what}-{k}")})
+                bar.add(1)
+            rounds.append(cell)
         cache = str(work / "ours-0")
         first = measure({**common, "what": "first_batch", "cache": cache})
-        memory = []
-        for name, place in corpora.items():
-            done(f"streams {name} rows")
-            found = measure(
-                {**common, "what": "stream", "root": place, "cache": cache}, watched=True
-            )
-            memory.append({"corpus": name, **sizes[name], **found, **above(found)})
+        for name, path in corpora.items():
+            bar.name(f"streams {name} rows")
+            job = {**common, "what": "stream", "root": path, "cache": cache}
+            row = measure(job, watched=True)
+            memory.append({"corpus": name, **sizes[name], **row, **above(row)})
+            bar.add(1)
+    keys = ("gigabytes", "workers", "max_length", "window", "rounds")
+    met = all(row["highest_above_mib"] < LIMIT for row in memory)
     return {
         "machine": machine,
         "tokenizer": tokenizer_name,
         "corpora": sizes,
-        **{
-            name: getattr(options, name)
-            for name in ("gigabytes", "workers", "max_length", "window", "rounds")
-        },
+        **{key: getattr(options, key) for key in keys},
         "throughput": throughput(rounds, next(iter(sizes.values()))["bytes"]),
         "first_batch": first,
         "memory": memory,
-        "verdict": {
-            "limit_mib": LIMIT,
-            "met": all(one["highest_above_mib"] < LIMIT for one in memory),
-        },
+        "verdict": {"limit_mib": LIMIT, "met": met},
     }
 
 
-def throughput(rounds: list[dict[str, dict[str, Any]]], size: int) -> dict[str, Any]:
+def throughput(rounds: list[dict[str, Result]], size: int) -> Result:
     """Medians over the rounds; the ratios are those within a round, > 1: ours is faster."""
-    found: dict[str, Any] = {"rounds": rounds}
-    for what in ("ours", "plain"):
+    result: Result = {"rounds": rounds}
+    for what in SIDES:
         for unit, amount in (("tokens", rounds[0][what]["tokens"]), ("mb", size / 1e6)):
-            found[f"{what}_{unit}_per_s"] = statistics.median(
-                amount / one[what]["seconds"] for one in rounds
-            )
+            speeds = (amount / one[what]["seconds"] for one in rounds)
+            result[f"{what}_{unit}_per_s"] = statistics.median(speeds)
     for name, key in (("ratio", "seconds"), ("processor_ratio", "processor_seconds")):
-        found[name] = statistics.median(one["plain"][key] / one["ours"][key] for one in rounds)
-    return found
+        result[name] = statistics.median(one["plain"][key] / one["ours"][key] for one in rounds)
+    return result
 
 
-def above(found: dict[str, Any]) -> dict[str, float]:
-    """MiB above the baseline: of the main process, exact; of all processes, as often as they were looked at; the higher one."""
-    main, everyone = (
-        found["peak_mib"] - found["baseline_mib"],
-        found["all_mib"] - found["baseline_shared_mib"],
-    )
+def above(row: Result) -> dict[str, float]:
+    """MiB above the baseline: of the main process, exact; of all, as sampled; the higher one."""
+    main = row["peak_mib"] - row["baseline_mib"]
+    everyone = row["all_mib"] - row["baseline_shared_mib"]
     return {"above_mib": main, "all_above_mib": everyone, "highest_above_mib": max(main, everyone)}
+
+
+def section(result: Result) -> Iterator[str]:
+    through, first, corpora = (result[key] for key in ("throughput", "first_batch", "corpora"))
+    size = corpora.get("given", corpora["generated"])["bytes"] / 1e6
+    yield f"Rows of {size:,.0f} MB, {result['workers']} workers."
+    yield ""
+    rows: list[list[str]] = []
+    for what, name in SIDES.items():
+        rows.append([name, *texts(through, f"{what}_tokens_per_s:,.0f", f"{what}_mb_per_s:,.2f")])
+    yield from report.table(("tokenise and pack", "tokens/s", "MB/s"), rows)
+    rows = []
+    for row in result["memory"]:
+        size, *memory = texts(row, "bytes/1e6:,.0f", "above_mib:,.0f", "all_above_mib:,.0f")
+        rows.append([f"{row['corpus']}, {size} MB", *memory])
+    label = "memory while streaming, MiB above imports and tokenizer"
+    yield from report.table((label, "main process", "all processes"), rows)
+    yield f"- Time of plain `datasets.map` / ours: {through['ratio']:.2f}."
+    yield f"- First batch: streamed {first['streamed']:.1f} s, cached {first['cached']:.1f} s."
+
+
+def plot(result: Result) -> Figure:
+    """Throughput, memory of all processes while streaming, time to the first batch."""
+    rows = f"{result['workers']} workers, {result['max_length']:,} tokens a row"
+    title = f"{rows}, tokenizer: {result['tokenizer']}"
+    figure, (left, middle, right) = report.panels(title, (12, 3.8), 3, width_ratios=(1, 2, 1))
+    speeds = [result["throughput"][f"{what}_mb_per_s"] for what in SIDES]
+    bars = left.bar(["ours", "plain map"], speeds, color=["tab:blue", "tab:gray"])
+    left.bar_label(bars, fmt="%.2f")
+    left.set(ylabel="MB of text a second")
+    for row, colour in zip(reversed(result["memory"]), ("tab:orange", "tab:blue"), strict=False):
+        label = f"{row['corpus']}: {row['bytes'] / 1e6:,.0f} MB"
+        middle.plot(*zip(*row["curve"], strict=True), label=label, color=colour)
+    limit = max(row["baseline_shared_mib"] for row in result["memory"])
+    limit += result["verdict"]["limit_mib"]
+    middle.axhline(limit, color="black", linestyle=":", label="the limit, 1 GiB above the baseline")
+    middle.set(xlabel="seconds, from the first import on", ylim=(0, None))
+    middle.set(ylabel="MiB of all processes, streaming")
+    middle.legend(frameon=False, fontsize=8)
+    waits = [result["first_batch"][name] for name in ("streamed", "cached")]
+    bars = right.bar(["streamed", "warm cache"], waits, color=["tab:orange", "tab:blue"])
+    right.bar_label(bars, fmt="%.2g s")
+    right.set(ylabel="seconds to the first batch")
+    return figure
 
 
 def main(argv: list[str]) -> None:
     options = parse(argv)
-    result = {"command": " ".join(["python benchmarks/data.py", *argv]), **benchmark(options)}
-    name = "-".join(["data", *filter(None, [options.size])])
-    report.write_json(options.out / f"{name}.json", result)
-    report.write_plot(options.out / f"{name}.png", result, data_report.plot)
-    data_report.show(result)
+    report.publish(options, ("data", options.size), benchmark(options), section, plot=plot)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,92 @@
-"""What a step's messages tell: where each rank's time went, and how long the step would take on processors that nobody else uses.
-
-Legend: P ranks in a ring; memory goes from rank p to p + 1, gradients from p + 1 to p (mod P). Times in seconds.
+"""What a step's messages tell: where each rank's time went, and the step's time on processors that
+nobody else uses. Rank p sends memory to p + 1 and gradients to p - 1 (mod P). Times in seconds.
 """
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+PARTS = ("neighbour", "transfer", "sending", "flushing")
+
 
 class Event(NamedTuple):
-    """What a rank did with a message: start and end on the clock that all ranks share, and in processor time since its step began."""
+    """What a rank did with a message: start and end on the wall clock that all ranks share, and in
+    processor time since its step began.
 
-    kind: (
-        str  # send, receive (the wait for it), flush (the wait until all that was sent has arrived)
-    )
+    kind: send, receive (the wait for it), or flush (the wait until all that was sent has arrived).
+    """
+
+    kind: str
     link: str  # memory, gradient
     wall: tuple[float, float]
     processor: tuple[float, float]
 
 
 def sender(rank: int, link: str, ranks: int) -> int:
-    """Who sends what `rank` receives."""
+    """The rank that sends what `rank` receives."""
     return (rank + (-1 if link == "memory" else 1)) % ranks
 
 
 def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
-    """Of each rank, given its events in order: the time in which it did not compute.
+    """The time in which each rank did not compute, from its events in order.
 
     Returns:
-        neighbour: waiting for a message that its sender had yet to compute. transfer: waiting for one under way. sending: starting to send.
-        flushing: at the end, until all that was sent has arrived.
+        neighbour: waiting for a message whose sender had yet to compute it. transfer: waiting for
+        one under way. sending: starting to send. flushing: at the end, until all has arrived.
     """
-    sent: dict[tuple[int, str], list[float]] = {}
+    sent: dict[tuple[int, str], list[float]] = defaultdict(list)
     for rank, own in enumerate(events):
         for event in own:
             if event.kind == "send":
-                sent.setdefault((rank, event.link), []).append(event.wall[0])
-    found = []
+                sent[rank, event.link].append(event.wall[0])
+    result = []
     for rank, own in enumerate(events):
-        share, received = (
-            dict.fromkeys(("neighbour", "transfer", "sending", "flushing"), 0.0),
-            {"memory": 0, "gradient": 0},
-        )
+        share, received = dict.fromkeys(PARTS, 0.0), {"memory": 0, "gradient": 0}
         for event in own:
             start, end = event.wall
-            if event.kind == "send":
-                share["sending"] += end - start
-            elif event.kind == "flush":
-                share["flushing"] += end - start
-            else:
-                at = sent[sender(rank, event.link, len(events)), event.link][received[event.link]]
+            if event.kind == "receive":
+                source = sender(rank, event.link, len(events))
+                at = sent[source, event.link][received[event.link]]
                 received[event.link] += 1
-                there = min(max(at, start), end)
-                share["neighbour"] += there - start
-                share["transfer"] += end - there
-        found.append(share)
-    return found
+                ready = min(max(at, start), end)
+                share["neighbour"] += ready - start
+                share["transfer"] += end - ready
+            else:
+                share["sending" if event.kind == "send" else "flushing"] += end - start
+        result.append(share)
+    return result
 
 
 def longest_chain(
     events: Sequence[Sequence[Event]], totals: Sequence[float], transfer: float
 ) -> float:
-    """The longest chain of what waits for what, in processor time: the step's wall time if no other program took a processor.
+    """The longest chain of dependencies in processor time: the step's wall time if no other program
+    took a processor.
 
     Args:
-        events: of each rank, in order. totals: processor time of each rank. transfer: time of a message.
+        events: of each rank, in order.
+        totals: processor time of each rank.
+        transfer: time of a message.
     """
     clocks, spent, position = [0.0] * len(events), [0.0] * len(events), [0] * len(events)
-    sent: dict[tuple[int, str], list[float]] = {}
-    received: dict[tuple[int, str], int] = {}
+    sent: dict[tuple[int, str], list[float]] = defaultdict(list)
+    received: dict[tuple[int, str], int] = defaultdict(int)
 
     def advance(rank: int) -> bool:
         """Plays one event of a rank, if what it waits for has been sent."""
         event = events[rank][position[rank]]
         clock = clocks[rank] + event.processor[1] - spent[rank]
         if event.kind == "send":
-            sent.setdefault((rank, event.link), []).append(
-                clocks[rank] + event.processor[0] - spent[rank]
-            )
+            sent[rank, event.link].append(clocks[rank] + event.processor[0] - spent[rank])
         elif event.kind == "receive":
-            messages, k = (
-                sent.get((sender(rank, event.link, len(events)), event.link), []),
-                received.get((rank, event.link), 0),
-            )
+            messages = sent[sender(rank, event.link, len(events)), event.link]
+            k = received[rank, event.link]
             if k == len(messages):
                 return False
-            received[rank, event.link] = k + 1
+            received[rank, event.link] += 1
             clock = max(clock, messages[k] + transfer)
-        clocks[rank], spent[rank], position[rank] = clock, event.processor[1], position[rank] + 1
+        clocks[rank], spent[rank] = clock, event.processor[1]
+        position[rank] += 1
         return True
 
     moved = True
@@ -98,6 +96,5 @@ def longest_chain(
             while position[rank] < len(own) and advance(rank):
                 moved = True
     assert position == [len(own) for own in events], "a message is received that nobody sent"
-    return max(
-        clock + total - before for clock, total, before in zip(clocks, totals, spent, strict=True)
-    )
+    ends = zip(clocks, totals, spent, strict=True)
+    return max(clock + total - before for clock, total, before in ends)

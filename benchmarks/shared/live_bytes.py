@@ -1,6 +1,4 @@
-"""Bytes of the tensors that are alive, on any device, as an allocator without waste would count them."""
-
-from __future__ import annotations
+"""Bytes of the live tensors on any device, as an allocator without waste would count them."""
 
 import weakref
 from collections.abc import Iterable
@@ -12,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within `with LiveBytes(known) as live:`, live.now and live.peak count the storages of all tensors that operations make, once each.
+    """Counts in `now` and `peak` the storages of all tensors that operations make within its block.
 
-    Saved-tensor hooks would not do: checkpointing has hooks of its own, and what it recomputes and the arguments it keeps pass them by.
+    Saved-tensor hooks would not do: what checkpointing recomputes and keeps passes them by.
 
     Args:
         known: tensors that are not counted (weights, their gradients).
@@ -30,17 +28,16 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+                self._count(tensor.untyped_storage())
         return out
 
-    def _see(self, storage: Any) -> None:
+    def _count(self, storage: Any) -> None:
         key = storage._cdata
-        if key in self.sizes:
-            return
-        self.sizes[key] = storage.nbytes()
-        self.now += self.sizes[key]
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._gone, key)
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += self.sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, key)
 
-    def _gone(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         self.now -= self.sizes.pop(key)

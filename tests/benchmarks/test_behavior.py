@@ -1,72 +1,64 @@
-"""benchmarks/behavior.py: seeds side by side."""
-
-from __future__ import annotations
+"""Several seeds of conf=user_behavior."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import behavior
-
+from benchmarks import behavior
 from comet_pl.errors import UserError
 from comet_pl.metrics.behavior import BehaviorAccuracy
 
 
-def values(answers: list[str]) -> dict:
-    """Of four questions about days, all with the answer "b": one young, one 2-4k, two 4-8k tokens old."""
+def values(answers: str) -> dict:
+    """Four questions about days with the answer "b": one new, one 2-4k, two 4-8k tokens old."""
     metric = BehaviorAccuracy(sync_on_compute=False)
-    metric.update(
-        answers,
-        ["b"] * 4,
-        ["last_time", "last_time", "first_time", "first_time"],
-        [10, 3000, 5000, 8000],
-    )
+    kinds = ["last_time", "last_time", "first_time", "first_time"]
+    metric.update(list(answers), ["b"] * 4, kinds, [10, 3000, 5000, 8000])
     return metric.compute()
 
 
-def run(folder: Path, comet: list[str], last: list[str]) -> Path:
-    found = {
+def run(folder: Path, comet: str, last: str) -> str:
+    results = {
         "CoMeT": values(comet),
         "last 4k": values(last),
-        "ceilings": {"CoMeT": values(["b"] * 4), "last 4k": values(list("bbaa"))},
+        "ceilings": {"CoMeT": values("bbbb"), "last 4k": values("bbaa")},
     }
     (folder / "eval").mkdir(parents=True)
-    (folder / "eval" / "user_behavior.json").write_text(json.dumps(found))
-    return folder
+    (folder / "eval" / "user_behavior.json").write_text(json.dumps(results))
+    return str(folder)
 
 
 def test_mean_and_range_over_runs(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    runs = [
-        run(tmp_path / "x", list("bbab"), list("bbaa")),
-        run(tmp_path / "y", list("abbb"), list("aaaa")),
-    ]
-    behavior.main([*map(str, runs), "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "behavior.json").read_text())["methods"]
-    assert set(found) == {"CoMeT", "last 4k", "last 4k, no mistakes"}
-    assert found["CoMeT"]["old"] == {"mean": 0.75, "least": 0.5, "most": 1.0, "n": 4}
-    assert found["CoMeT"]["all"] == {"mean": 0.75, "least": 0.75, "most": 0.75, "n": 8}
-    assert found["last 4k"]["ages"] == {
-        "0": {"mean": 0.5, "least": 0.0, "most": 1.0, "n": 2},
-        "2048": {"mean": 0.5, "least": 0.0, "most": 1.0, "n": 2},
-        "4096": {"mean": 0.0, "least": 0.0, "most": 0.0, "n": 4},
+    runs = [run(tmp_path / "x", "bbab", "bbaa"), run(tmp_path / "y", "abbb", "aaaa")]
+    out = tmp_path / "out"
+    behavior.main([*runs, "--out", str(out)])
+    methods = json.loads((out / "behavior.json").read_text())["methods"]
+    spreads = {
+        "CoMeT old": methods["CoMeT"]["old"],
+        "CoMeT all": methods["CoMeT"]["all"],
+        **methods["last 4k"]["ages"],
+        "ceiling": methods["last 4k, no mistakes"]["kinds"]["last_time"],
     }
-    assert found["last 4k, no mistakes"]["kinds"]["last_time"]["mean"] == 1.0
-    assert (tmp_path / "out" / "behavior.png").stat().st_size > 1000
+    assert {name: tuple(spread.values()) for name, spread in spreads.items()} == {
+        "CoMeT old": (0.75, 0.5, 1.0, 4),
+        "CoMeT all": (0.75, 0.75, 0.75, 8),
+        "0": (0.5, 0.0, 1.0, 2),
+        "2048": (0.5, 0.0, 1.0, 2),
+        "4096": (0.0, 0.0, 0.0, 4),
+        "ceiling": (1.0, 1.0, 1.0, 4),
+    }
+    assert (out / "behavior.png").stat().st_size > 1000
     assert "75.0% (50% to 100%)" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_without_results_is_named(tmp_path):
-    with pytest.raises(
-        UserError,
-        match=r"x/eval/user_behavior.json: No such file or directory; python eval.py ckpt=.*x writes it",
-    ):
-        behavior.main([str(tmp_path / "x")])
-    folder = run(tmp_path / "y", list("bbab"), list("bbaa"))
-    (folder / "eval" / "user_behavior.json").write_text("[1]")
+    out = ["--out", str(tmp_path)]
+    missing = r"x/eval/user_behavior.json: No such file.*; python eval.py ckpt=.*x writes it"
+    with pytest.raises(UserError, match=missing):
+        behavior.main([str(tmp_path / "x"), *out])
+    folder = run(tmp_path / "y", "bbab", "bbaa")
+    Path(folder, "eval", "user_behavior.json").write_text("[1]")
     with pytest.raises(UserError, match="no results of an evaluation of user_behavior"):
-        behavior.main([str(folder)])
+        behavior.main([folder, *out])

@@ -81,7 +81,7 @@ def test_packages_are_the_folders_that_hold_code():
     listed = set(PYPROJECT["tool"]["setuptools"]["packages"])
     folders = {
         path.parent
-        for top in ("comet_pl", "data", "callbacks")
+        for top in ("comet_pl", "data", "callbacks", "benchmarks")
         for path in (ROOT / top).rglob("*.py")
     }
     assert listed == {".".join(folder.relative_to(ROOT).parts) for folder in folders}

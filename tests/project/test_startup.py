@@ -1,4 +1,4 @@
-"""A start loads what it needs: modules are counted here, seconds in benchmarks/startup.py."""
+"""A start loads what it needs; benchmarks/loading/startup.py counts the seconds."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.loading import startup
 from comet_pl.errors import UserError
 from tests.support.models import tiny
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import startup
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = [

@@ -3,14 +3,12 @@ boundaries."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.shared.live_bytes import LiveBytes
 from callbacks.gate_monitor import GateMonitor
 from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.config.schema import TrainConfig
@@ -22,10 +20,6 @@ from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets, cut_windows
 from tests.support.models import memories, tiny
 from tests.support.training import close, cuts, fit, gradients_of, norm_apart, ragged, scaler
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from live_bytes import LiveBytes
 
 
 def gradients(model, read, batch, bptt=None, seed=0, **options):

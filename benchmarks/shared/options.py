@@ -1,0 +1,94 @@
+"""The command line that the benchmarks share."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.shared.rates import clock_of
+from comet_pl.errors import Parser, UserError, os_errors
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+SIZES = yaml.safe_load((ROOT / "benchmarks" / "sizes.yaml").read_text())
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Options(Parser):
+    """A parser with --out, a flag for each size and an option for each number of sizes.yaml.
+
+    Args:
+        module: name below `benchmarks`; the command goes into the results.
+        least: of a whole number, if not 1.
+    """
+
+    def __init__(self, module: str, description: str | None, **least: int):
+        text = f"{description} benchmarks/README.md says more."
+        super().__init__(prog=f"python -m benchmarks.{module}", description=text)
+        self.numbers, self.least = SIZES["options"][module], least
+        sizes = [size for size in self.numbers if size != "usual"]
+        self.set_defaults(size=None)
+        flags = self.add_mutually_exclusive_group() if sizes else self
+        for size in sizes:
+            flags.add_argument(f"--{size}", dest="size", action="store_const", const=size)
+        for key, value in self.numbers["usual"].items():
+            several = isinstance(value, list)
+            value_type = int if value == "all" else type(value[0] if several else value)
+            kind = {"type": value_type, "nargs": "+" if several else None}
+            self.add_argument(flag(key), **kind, metavar="N", help=f"default: {value}")
+        text = "default: benchmarks/results"
+        self.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=text)
+
+    def settle(self, argv: list[str]) -> Namespace:
+        """The options with every default, `command`, and `given`: the numbers in argv. Makes the
+        folder of the results.
+
+        Raises:
+            UserError: an option that is unknown or out of bounds; the folder cannot be made.
+        """
+        options = self.parse_intermixed_args(argv)
+        options.command, options.given = " ".join([self.prog, *argv]), set()
+        for key, usual in {**self.numbers["usual"], **self.numbers.get(options.size, {})}.items():
+            value = getattr(options, key)
+            if value is None:
+                setattr(options, key, torch.get_num_threads() if usual == "all" else usual)
+                continue
+            options.given.add(key)
+            value, least = min(value) if isinstance(value, list) else value, self.least.get(key, 1)
+            if isinstance(value, float) and not 0 < value < float("inf"):
+                raise UserError(f"{flag(key)}: {value} given, a number > 0 is needed")
+            if isinstance(value, int) and value < least:
+                raise UserError(f"{flag(key)}: {value} given, a whole number >= {least} is needed")
+        with os_errors(f"--out: {options.out} cannot be made"):
+            options.out.mkdir(parents=True, exist_ok=True)
+        return options
+
+
+def flag(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def add_device(parser: Parser) -> None:
+    """Adds --device and --dtype."""
+    text = "auto: cuda where there is one (default: cpu)"
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help=text)
+    text = "default: float32 on cpu, bfloat16 on cuda"
+    parser.add_argument("--dtype", choices=DTYPES, help=text)
+
+
+def settle_device(options: Namespace) -> None:
+    """Puts the device and dtype in place of auto and None. Raises UserError without a GPU."""
+    present = torch.cuda.is_available()
+    if options.device == "cuda" and not present:
+        raise UserError("--device: cuda given, but torch sees no GPU here; use --device cpu")
+    if options.device == "auto":
+        options.device = "cuda" if present else "cpu"
+    options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+
+
+def conditions(options: Namespace) -> dict[str, Any]:
+    """What all measurements of a command share."""
+    clock = clock_of(options.device, options.threads)
+    return {key: getattr(options, key) for key in ("threads", "device", "dtype")} | {"clock": clock}

@@ -1,0 +1,116 @@
+"""What the command lines refuse, in one line."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.inference import decode, perplexity, prefill, reading
+from benchmarks.loading import data
+from benchmarks.pipeline import speedup
+from benchmarks.shared.options import ROOT, SIZES, Options
+from benchmarks.training import step
+from comet_pl.errors import UserError, run_cli
+
+README = str(ROOT / "README.md")
+WHOLE = "given, a whole number >="
+READ = ["conf=passkey", README, "--name", "a"]
+FOUR_B = ["--backbone", "qwen3_4b"]
+REFUSED = [
+    (prefill, ["--lengths", "4", "0"], f"--lengths: 0 {WHOLE} 1"),
+    (prefill, ["--rounds", "-1"], f"--rounds: -1 {WHOLE} 1"),
+    (prefill, ["--threads", "x"], "--threads: invalid int value: 'x'"),
+    (prefill, ["--device", "tpu"], "--device: invalid choice: 'tpu' (choose from"),
+    (prefill, ["--small", "--full"], "not allowed with"),
+    (prefill, ["--only-4b", "--lengths", "5"], "--only-4b: given with --lengths or"),
+    (prefill, ["--lenghts", "5"], "unrecognized arguments: --lenghts"),
+    (decode, ["--contexts", "0"], f"--contexts: 0 {WHOLE} 1"),
+    (decode, ["--global-size", "-1"], f"--global-size: -1 {WHOLE} 0"),
+    (decode, ["--pair", "--contexts", "5"], "--pair: given with --contexts"),
+    (decode, ["--backbone", "smollm2_135m", "--model", "x"], "not allowed with"),
+    (decode, ["--backbone", "x"], "--backbone: invalid choice: 'x' (choose from"),
+    (decode, [*FOUR_B, "--small"], "--backbone: qwen3_4b given with --small"),
+    (decode, [*FOUR_B, "--layers", "37"], "--layers: 37 given, 1 to 36 are allowed for qwen3_4b"),
+    (decode, ["--layers", "3"], "--layers: 3 given, --backbone NAME is needed with it"),
+    (decode, ["--out", f"{__file__}/x"], "cannot be made: Not a directory"),
+    (perplexity, [README, "--tokens", "1"], f"--tokens: 1 {WHOLE} 2"),
+    (perplexity, [README, "--chunk-size", "-1"], "--chunk-size: -1 given"),
+    (step, ["--pairs", "0"], f"--pairs: 0 {WHOLE} 1"),
+    (step, ["--pair", "5"], "unrecognized arguments: --pair"),
+    (speedup, ["--chunks", "1"], f"--chunks: 1 {WHOLE} 2"),
+    (reading, [*READ[:3], "a/b"], "--name: 'a/b' given, letters, digits, _ and - are allowed"),
+    (reading, [*READ, "--tokens", "0"], f"--tokens: 0 {WHOLE} 1"),
+    (reading, [*READ, "--minutes", "0"], "--minutes: 0.0 given, a number > 0"),
+    (reading, ["conf=passkey", "-", *READ[2:]], "-: a file on disk is needed"),
+    (reading, ["conf=passkey", "nowhere", *READ[2:]], "nowhere: cannot be read: No such file"),
+    (data, ["--workers", "-1"], f"--workers: -1 {WHOLE} 0"),
+    (data, ["--max-length", "3"], f"--max-length: 3 {WHOLE} 16"),
+    (data, ["--gigabytes", "0"], "--gigabytes: 0.0 given, a number > 0"),
+    (data, ["--gigabytes", "nan"], "--gigabytes: nan given"),
+    (data, ["--root", "/nowhere"], "--root: /nowhere is no folder"),
+    (data, ["--root", str(ROOT / "benchmarks")], "holds no <task>/<split>.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("module", "options", "message"), REFUSED)
+def test_refused_in_one_line(module, options, message, tmp_path):
+    options = options if "--out" in options else [*options, "--out", str(tmp_path)]
+    with pytest.raises(UserError) as caught:
+        getattr(module, "parse", module.main)(options)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_defaults_depend_on_the_size(tmp_path, monkeypatch):
+    usual = {"usual": {"lengths": [1, 2], "rounds": 3}, "small": {"lengths": [1]}}
+    monkeypatch.setitem(SIZES["options"], "x", usual)
+    for argv, lengths, given in (
+        ([], [1, 2], set()),
+        (["--small"], [1], set()),
+        (["--small", "--lengths", "4", "5"], [4, 5], {"lengths"}),
+    ):
+        options = Options("x", None).settle([*argv, "--out", str(tmp_path)])
+        assert (options.lengths, options.rounds, options.given) == (lengths, 3, given)
+        assert options.command.startswith(" ".join(["python -m benchmarks.x", *argv]))
+
+
+def test_the_gpu_where_there_is_one(monkeypatch, tmp_path):
+    auto, cuda = (["--device", device, "--out", str(tmp_path)] for device in ("auto", "cuda"))
+    for present, usual in (
+        (False, ("cpu", "float32", 65536)),
+        (True, ("cuda", "bfloat16", 262144)),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        options = prefill.parse(auto)
+        assert (options.device, options.dtype, options.full_attention_to) == usual
+        if not present:
+            with pytest.raises(UserError, match="--device: cuda given"):
+                prefill.parse(cuda)
+
+
+def test_without_the_usual_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(perplexity, "USUAL_MODEL", ROOT / "nowhere")
+    with pytest.raises(UserError, match="--model: nowhere is not there; `make smollm2` makes it"):
+        perplexity.parse(["book.txt", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "1", "input": "x"}\n', "train.jsonl:1: input and output are needed"),
+        ("{broken\n", "train.jsonl:1: malformed row: not JSON"),
+        (None, "has no <task>/train.jsonl"),
+    ],
+)
+def test_malformed_rows_are_named(content, message, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "qmsum" / ("train.jsonl" if content else "validation.jsonl")
+    rows.parent.mkdir()
+    rows.write_text(content or "{}\n")
+    argv = ["--small", "--gigabytes", "0.0001", "--root", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["data", *argv, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as caught:
+        run_cli(data.main)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and line.startswith("error: ") and message in line
+    assert not list(Path(tmp_path / "out").iterdir())

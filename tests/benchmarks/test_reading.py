@@ -33,7 +33,7 @@ def test_options_of_the_model_reach_a_confs_too(tmp_path):
     options = ["--set", "chunk_size=32", "--dtype", "bfloat16", "--device", "cpu"]
     reading.main([*ARGV, *options, "--tokens", "4096", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "reading-small.json").read_text())
-    assert (result["shape"]["chunk"], result["dtype"]) == (32, "bfloat16")
+    assert (result["shape"]["chunk_size"], result["dtype"]) == (32, "bfloat16")
     assert result["command"].endswith("--set chunk_size=32 --dtype bfloat16")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from callbacks.figures import show_figure
 from callbacks.predictions import Predictions
-from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap
+from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, mean
 from comet_pl.training.lit_module import CometModule
 from data.batches import IGNORED
 from data.passkey import DIGITS
@@ -51,8 +51,7 @@ class PasskeyHeatmap(lightning.Callback):
         if not self.metric.update_called:
             return
         cells = self.metric.compute()
-        count = sum(cell["n"] for cell in cells)
-        accuracy = sum(cell["accuracy"] * cell["n"] for cell in cells) / count
+        accuracy = mean(cells)
         pl_module.log("val/accuracy", accuracy, prog_bar=True, logger=False)
         pl_module.record({"val/accuracy": accuracy})
         if trainer.is_global_zero:

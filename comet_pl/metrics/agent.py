@@ -1,7 +1,8 @@
-"""How well a model takes an agent's next step, without an environment: the trace says what was said and called.
+"""How well a model takes an agent's next turn, judged by the trace and without an environment.
 
-A turn is scored by perplexity (teacher-forced), by F1 over its words, and, where the trace calls a tool, by the call (data/tool_calls.py): the tool's name, and
-name and arguments together. All of it by turn distance (data/agent_traces.py) and by the turn's number. Shares are between 0 and 1.
+A turn is scored by perplexity (teacher-forced), by F1 over its words, and, where the trace calls a
+tool, by the call (data/tool_calls.py): the tool's name, and name and arguments together. All scores
+are given by turn distance (data/agent_traces.py) and by the turn's number. Shares are from 0 to 1.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
-from torchmetrics import Metric
 
+from comet_pl.metrics.rows import RowMetric
 from comet_pl.metrics.scrolls import f1
 from data.tool_calls import parse_action
 
@@ -33,7 +33,7 @@ def same_json(one: Any, other: Any) -> bool:
 
 
 def judge(prediction: str, reference: str) -> tuple[float, bool, bool, bool]:
-    """Of one turn: (F1 of the words, whether the reference calls a tool, the tool is right, its arguments are right too)."""
+    """(F1 of the words, the reference calls a tool, it is the right tool, with its arguments)."""
     wanted, given = parse_action(reference), parse_action(prediction)
     if wanted is None or given is None or wanted[0] != given[0]:
         return f1(prediction, reference), wanted is not None, False, False
@@ -42,30 +42,22 @@ def judge(prediction: str, reference: str) -> tuple[float, bool, bool, bool]:
 
 def bucket(value: float) -> str:
     """The name of a value's bucket; NaN: NOWHERE."""
-    return (
-        NOWHERE
-        if math.isnan(value)
-        else [name for name, least in BUCKETS.items() if least <= value][-1]
-    )
+    if math.isnan(value):
+        return NOWHERE
+    return [name for name, least in BUCKETS.items() if least <= value][-1]
 
 
-class AgentScore(Metric):
-    """Scores of assistant turns, over all that it was given, by turn distance and by turn.
+class AgentScore(RowMetric):
+    """Scores of assistant turns, by turn distance and by turn.
 
-    compute() gives {"all": scores, "by_distance": {bucket: scores}, "by_turn": {bucket: scores}}, JSON-able, with buckets that hold
-    nothing left out. scores: {"turns", "tokens", "perplexity", "answered", "f1", "calls", "name", "action"}; turns were read, answered of
-    them predicted, and calls of these call a tool in the trace. f1 is over answered, name and action over calls. Where there is nothing to
-    divide by, or a loss is not finite, None.
+    compute() gives {"all": scores, "by_distance": {bucket: scores}, "by_turn": {bucket: scores}},
+    JSON-able, without empty buckets. scores: {"turns", "tokens", "perplexity", "answered", "f1",
+    "calls", "name", "action"}. turns were read, answered of them were predicted, and calls of these
+    call a tool in the trace. f1 is over answered, name and action over calls; None where there is
+    nothing to divide by, or a loss is not finite.
+
+    A row: distance (NaN: none), turn, loss, tokens, answered, f1, calls, name, action.
     """
-
-    full_state_update = False
-    rows: list[
-        Tensor
-    ]  # of each turn: distance, turn, loss, tokens, answered, f1, calls, name, action; NaN: no distance
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -79,9 +71,12 @@ class AgentScore(Metric):
         """One assistant turn.
 
         Args:
-            distance: see data/agent_traces.py; None: it needs nothing from before. turn: its number among the assistant's, from 1.
-            loss: summed over its tokens, the stop token included, in nats. tokens: how many. reference: its text. prediction: what was
-                generated instead; None: only the loss counts.
+            distance: see data/agent_traces.py; None: it needs nothing from before.
+            turn: its number among the assistant's, from 1.
+            loss: summed over its tokens, the stop token included, in nats.
+            tokens: how many.
+            reference: its text.
+            prediction: what was generated instead; None: only the loss counts.
         """
         known = torch.nan if distance is None else distance
         judged = (0.0, False, False, False) if prediction is None else judge(prediction, reference)
@@ -89,15 +84,9 @@ class AgentScore(Metric):
         self.rows.append(torch.tensor([row], dtype=torch.float64, device=self.device))
 
     def compute(self) -> dict[str, Any]:
-        gathered = (
-            self.rows if isinstance(self.rows, list) else [self.rows]
-        )  # of several ranks, it is one tensor
-        rows = [row for part in gathered for row in part.tolist()]
-        return {
-            "all": _scores(rows),
-            "by_distance": _grouped(rows, 0),
-            "by_turn": _grouped(rows, 1),
-        }
+        rows = self.gathered(9).tolist()
+        grouped = {"by_distance": _grouped(rows, 0), "by_turn": _grouped(rows, 1)}
+        return {"all": _scores(rows), **grouped}
 
 
 def _grouped(rows: Sequence[Sequence[float]], column: int) -> dict[str, Any]:
@@ -110,9 +99,8 @@ def _grouped(rows: Sequence[Sequence[float]], column: int) -> dict[str, Any]:
 
 
 def _scores(rows: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
-    _, _, loss, tokens, answered, score, calls, name, action = (
-        map(_sum, zip(*rows, strict=True)) if rows else [0.0] * 9
-    )
+    sums = map(_sum, zip(*rows, strict=True)) if rows else [0.0] * 9
+    _, _, loss, tokens, answered, score, calls, name, action = sums
     return {
         "turns": len(rows),
         "tokens": int(tokens),
@@ -126,7 +114,7 @@ def _scores(rows: Sequence[Sequence[float]]) -> dict[str, float | int | None]:
 
 
 def _sum(values: Sequence[float]) -> float:
-    """The same in whatever order several ranks' rows come."""
+    """A sum that does not depend on the order of the ranks' rows."""
     return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
@@ -147,30 +135,27 @@ def by_distance(values: dict[str, Any]) -> Figure:
     Args:
         values: AgentScore's, of at least one turn.
     """
-    found = values["by_distance"]
+    buckets = values["by_distance"]
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
     shares, perplexity = figure.subplots(1, 2)
-    places = range(len(found))
+    places = range(len(buckets))
+
+    def heights_of(key: str) -> list[float]:
+        return [torch.nan if scores[key] is None else scores[key] for scores in buckets.values()]
+
     for key, name in LINES.items():
-        heights = [torch.nan if scores[key] is None else scores[key] for scores in found.values()]
-        shares.plot(places, heights, marker="o", label=name)
+        shares.plot(places, heights_of(key), marker="o", label=name)
     shares.set_ylim(-0.03, 1.03)
     shares.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     shares.legend(frameon=False, fontsize=9)
-    heights = [
-        torch.nan if scores["perplexity"] is None else scores["perplexity"]
-        for scores in found.values()
-    ]
+    heights = heights_of("perplexity")
     perplexity.plot(places, heights, marker="o", color="black")
-    if max((height for height in heights if not math.isnan(height)), default=0) > 10 * min(
-        heights, default=1
-    ):
+    highest = max((height for height in heights if not math.isnan(height)), default=0)
+    if highest > 10 * min(heights, default=1):
         perplexity.set_yscale("log")
-    for axes, title, count in (
-        (shares, "next action", "calls"),
-        (perplexity, "perplexity", "turns"),
-    ):
-        axes.set_xticks(places, [f"{name}\n{scores[count]}" for name, scores in found.items()])
+    panels = ((shares, "next action", "calls"), (perplexity, "perplexity", "turns"))
+    for axes, title, count in panels:
+        axes.set_xticks(places, [f"{name}\n{scores[count]}" for name, scores in buckets.items()])
         axes.set_xlabel(f"turns since the needed argument, {count} below")
         axes.set_title(title, fontsize=11)
         axes.grid(axis="y", alpha=0.3)

@@ -1,7 +1,8 @@
-"""Accuracy on questions about a user's behaviour, by kind of question and by age of the evidence; table and picture of several methods.
+"""Accuracy on questions about a user's behaviour, by kind of question and by age of the evidence.
 
-The age is counted in tokens back, from the end of the history to the beginning of the oldest event that the answer needs. For a count, a
-most frequent item or a total these are all the events that it is made of.
+The age is counted in tokens back, from the end of the history to the beginning of the oldest event
+that the answer needs. A count, a most frequent item or a total needs all the events that it is
+made of.
 """
 
 from __future__ import annotations
@@ -13,10 +14,9 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from rich.table import Table
-from torch import Tensor
-from torchmetrics import Metric
 
-from comet_pl.metrics.passkey import short
+from comet_pl.metrics.passkey import mean, short
+from comet_pl.metrics.rows import RowMetric
 from data.behavior.questions import KINDS, age_class, class_bounds
 
 Values = dict[str, Any]
@@ -24,7 +24,7 @@ Values = dict[str, Any]
 
 
 def normalise(answer: str) -> str:
-    """Lower case, without surplus spaces and a full stop at the end: answers have one canonical form beyond that."""
+    """Lower case, without surplus spaces and a full stop at the end."""
     return " ".join(answer.lower().split()).rstrip(".").rstrip()
 
 
@@ -32,15 +32,8 @@ def exact_match(prediction: str, reference: str) -> bool:
     return normalise(prediction) == normalise(reference)
 
 
-class BehaviorAccuracy(Metric):
+class BehaviorAccuracy(RowMetric):
     """Share of right answers; see `compute`."""
-
-    full_state_update = False
-    rows: list[Tensor]
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.add_state("rows", [], dist_reduce_fx="cat")
 
     def update(
         self,
@@ -49,56 +42,44 @@ class BehaviorAccuracy(Metric):
         kinds: Sequence[str],
         ages: Sequence[int | None],
     ) -> None:
-        """One of each for every question; the age is None where no event is evidence (next_item).
+        """Adds questions; an age is None where no event is evidence (next_item).
 
         Raises:
             KeyError: a kind that is none of KINDS.
         """
         numbers = {kind: number for number, kind in enumerate(KINDS)}
-        found = [
+        questions = zip(predictions, references, kinds, ages, strict=True)
+        rows = [
             [
                 numbers[kind],
                 -1 if age is None else int(age_class(age)),
                 exact_match(prediction, reference),
             ]
-            for prediction, reference, kind, age in zip(
-                predictions, references, kinds, ages, strict=True
-            )
+            for prediction, reference, kind, age in questions
         ]
-        if found:
-            self.rows.append(torch.tensor(found, dtype=torch.int64, device=self.device))
+        if rows:
+            self.rows.append(torch.tensor(rows, dtype=torch.int64, device=self.device))
 
     def compute(self) -> Values:
-        """{"accuracy", "n", "kinds": {kind: {"accuracy", "n"}}, "ages": [{"from", "to", "accuracy", "n"}], "cells": [{"kind", "from", "to",
-        "accuracy", "n"}]}: accuracies from 0 to 1, from <= age < to in tokens. Only what was seen is listed, ages and cells leave out
-        questions without evidence, and without any question the accuracy is None."""
-        rows = (
-            self.rows
-            if isinstance(self.rows, Tensor)
-            else torch.cat([torch.zeros(0, 3, dtype=torch.int64), *map(Tensor.cpu, self.rows)])
-        )
-        table = rows.cpu().numpy()
+        """Accuracies from 0 to 1; ages with from <= age < to, in tokens.
+
+        {"accuracy", "n", "kinds": {kind: {"accuracy", "n"}}, "ages": [{"from", "to", "accuracy",
+        "n"}], "cells": [{"kind", "from", "to", "accuracy", "n"}]}. Only what was seen is listed;
+        ages and cells leave out questions without evidence. Without any question the accuracy is
+        None.
+        """
+        rows = self.gathered(3).numpy()
+        aged = rows[rows[:, 1] >= 0]
         names = list(KINDS)
-        aged = table[table[:, 1] >= 0]
-        cells = []
-        for kind, age in np.unique(aged[:, :2], axis=0).tolist():
-            cells.append(
-                {
-                    "kind": names[kind],
-                    **_bounds(age),
-                    **_share(aged[(aged[:, :2] == [kind, age]).all(1)]),
-                }
-            )
+        cells = [
+            {"kind": names[kind]} | _bounds(age) | _share(aged[(aged[:, :2] == [kind, age]).all(1)])
+            for kind, age in np.unique(aged[:, :2], axis=0).tolist()
+        ]
+        kinds, ages = (np.unique(part).tolist() for part in (rows[:, 0], aged[:, 1]))
         return {
-            **_share(table),
-            "kinds": {
-                names[kind]: _share(table[table[:, 0] == kind])
-                for kind in np.unique(table[:, 0]).tolist()
-            },
-            "ages": [
-                {**_bounds(age), **_share(aged[aged[:, 1] == age])}
-                for age in np.unique(aged[:, 1]).tolist()
-            ],
+            **_share(rows),
+            "kinds": {names[kind]: _share(rows[rows[:, 0] == kind]) for kind in kinds},
+            "ages": [_bounds(age) | _share(aged[aged[:, 1] == age]) for age in ages],
             "cells": cells,
         }
 
@@ -112,40 +93,34 @@ def _bounds(number: int) -> dict[str, int]:
 
 
 def older_than(values: Values, age: int) -> dict[str, Any]:
-    """{"accuracy", "n"} over all questions whose evidence is at least `age` tokens old; `age` has to be a class's first, such as 4,096."""
-    here = [cell for cell in values["ages"] if cell["from"] >= age]
-    total = sum(cell["n"] for cell in here)
-    return {
-        "accuracy": sum(cell["accuracy"] * cell["n"] for cell in here) / total if total else None,
-        "n": total,
-    }
+    """{"accuracy", "n"} over the questions whose evidence is at least `age` tokens old.
+
+    age: the first of a class, such as 4,096.
+    """
+    cells = [cell for cell in values["ages"] if cell["from"] >= age]
+    count = sum(cell["n"] for cell in cells)
+    return {"accuracy": mean(cells) if count else None, "n": count}
 
 
 def table(methods: Mapping[str, Values]) -> Table:
-    """A row each kind, then each age, then all; a column each method and, last, how many questions there are (of the first method).
+    """A row each kind, then each age, then all; a column each method and one with the questions.
 
     Args:
         methods: name -> compute()'s values, at least one.
     """
-    found = Table("")
-    for name in methods:
-        found.add_column(name, justify="right")
-    found.add_column("questions", justify="right")
-    first, *_ = methods.values()
+    result = Table("")
+    for name in (*methods, "questions"):
+        result.add_column(name, justify="right")
     for kind in _seen(methods, "kinds", KINDS):
-        found.add_row(
-            KINDS[kind],
-            *_cells(
-                [values["kinds"].get(kind) for values in methods.values()], first["kinds"].get(kind)
-            ),
-        )
-    found.add_section()
+        shares = [values["kinds"].get(kind) for values in methods.values()]
+        result.add_row(KINDS[kind], *_cells(shares))
+    result.add_section()
     for age in _seen(methods, "ages"):
-        cells = [_at(values, age) for values in methods.values()]
-        found.add_row(f"evidence {_label(age)} tokens back", *_cells(cells, cells[0]))
-    found.add_section()
-    found.add_row("all", *_cells(list(methods.values()), first))
-    return found
+        shares = [_at(values, age) for values in methods.values()]
+        result.add_row(f"evidence {_label(age)} tokens back", *_cells(shares))
+    result.add_section()
+    result.add_row("all", *_cells(list(methods.values())))
+    return result
 
 
 def curves(methods: Mapping[str, Values]) -> Figure:
@@ -175,9 +150,8 @@ def _seen(methods: Mapping[str, Values], part: str, order: Iterable[str] = ()) -
     """Kinds in their order, or (from, to) of ages in ascending order, of all methods together."""
     if part == "kinds":
         return [kind for kind in order if any(kind in values[part] for values in methods.values())]
-    return sorted(
-        {(cell["from"], cell["to"]) for values in methods.values() for cell in values[part]}
-    )
+    cells = (cell for values in methods.values() for cell in values[part])
+    return sorted({(cell["from"], cell["to"]) for cell in cells})
 
 
 def _at(values: Values, age: tuple[int, int]) -> dict[str, Any] | None:
@@ -188,9 +162,10 @@ def _label(age: tuple[int, int]) -> str:
     return f"{short(age[0])}-{short(age[1])}"
 
 
-def _cells(shares: Sequence[dict[str, Any] | None], counted: dict[str, Any] | None) -> list[str]:
+def _cells(shares: Sequence[dict[str, Any] | None]) -> list[str]:
+    """Accuracies, then the number of questions, which is the first method's."""
     shown = [
         "" if share is None or share["accuracy"] is None else f"{share['accuracy']:.1%}"
         for share in shares
     ]
-    return [*shown, f"{counted['n'] if counted else 0:,}"]
+    return [*shown, f"{shares[0]['n'] if shares[0] else 0:,}"]

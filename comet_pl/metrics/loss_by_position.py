@@ -1,7 +1,7 @@
 """Loss by position in the document, and its picture: does far context help?
 
-The position of a target is the chunk, counted from the document's first, of the token that it is predicted from: what lies in chunks
-before is known through the memory alone.
+The position of a target is the chunk, counted from the document's first, of the token that it is
+predicted from. What lies in earlier chunks is known through the memory alone.
 """
 
 from __future__ import annotations
@@ -35,34 +35,31 @@ class LossByPosition(Metric):
             self.add_state(name, torch.zeros(BUCKETS, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, places: Tensor, losses: Tensor, chunks: np.ndarray) -> None:
-        """places: (k,) flat columns in (B, N) that have a target. losses: (k,) of these. chunks: (B, N), see chunk_of_columns."""
-        # The exponent of x = f * 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7, ...
-        bucket = torch.from_numpy(
-            np.frexp(chunks.reshape(-1)[places.cpu().numpy()])[1].clip(max=BUCKETS - 1)
-        ).long()
-        self.total += (
-            torch.zeros(BUCKETS, dtype=torch.float64)
-            .index_add(0, bucket, losses.double().cpu())
-            .to(self.device)
-        )
+        """Adds targets.
+
+        Args:
+            places: (k,) flat columns in (B, N) that have a target.
+            losses: (k,) of these.
+            chunks: (B, N), see chunk_of_columns.
+        """
+        # The exponent of x = f 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7
+        _, exponents = np.frexp(chunks.reshape(-1)[places.cpu().numpy()])
+        bucket = torch.from_numpy(exponents.clip(max=BUCKETS - 1)).long()
+        sums = torch.zeros(BUCKETS, dtype=torch.float64)
+        self.total += sums.index_add(0, bucket, losses.double().cpu()).to(self.device)
         self.count += torch.bincount(bucket, minlength=BUCKETS).double().to(self.device)
 
     def compute(self) -> list[Bucket]:
         """All buckets up to the last one with a target; loss None: no target, or not finite."""
         total, count = self.total.tolist(), self.count.tolist()
         last = max((number for number, n in enumerate(count) if n), default=-1)
-        means = [
-            total[number] / count[number] if count[number] else np.nan for number in range(last + 1)
-        ]
-        return [
-            {
-                "from": 1 << number >> 1,
-                "to": (1 << number) - 1,
-                "loss": mean if np.isfinite(mean) else None,
-                "labels": int(count[number]),
-            }
-            for number, mean in enumerate(means)
-        ]
+        buckets = []
+        for number in range(last + 1):
+            mean = total[number] / count[number] if count[number] else np.nan
+            bounds = {"from": 1 << number >> 1, "to": (1 << number) - 1}
+            loss = mean if np.isfinite(mean) else None
+            buckets.append({**bounds, "loss": loss, "labels": int(count[number])})
+        return buckets
 
 
 def chunk_of_columns(
@@ -74,40 +71,42 @@ def chunk_of_columns(
     """(B, N) int: the chunk of each real column, from 0 on at its document's begin; 0 at padding.
 
     Args:
-        mask: (B, N), 0 = padding on any side. chunk_size: C, where no chunk_sizes are prescribed. chunk_sizes, resets: a list each row, as
-            the model takes them.
+        mask: (B, N), 0 = padding on any side.
+        chunk_size: C, where no chunk_sizes are prescribed.
+        chunk_sizes, resets: a list each row, as the model takes them.
     """
     real = mask.bool().cpu().numpy()
     chunks = np.zeros(real.shape, dtype=np.int64)
-    for row, here in enumerate(real):
-        sizes = (
-            fixed_chunks(int(here.sum()), chunk_size)
-            if chunk_sizes is None
-            else list(chunk_sizes[row])
-        )
+    for row, columns in enumerate(real):
+        if chunk_sizes is None:
+            sizes = fixed_chunks(int(columns.sum()), chunk_size)
+        else:
+            sizes = list(chunk_sizes[row])
         numbers = np.arange(len(sizes))
-        if resets is not None:  # a document's first chunk is number 0
+        # a document's first chunk is number 0
+        if resets is not None:
             numbers -= np.maximum.accumulate(np.where(resets[row], numbers, 0))
-        chunks[row, here] = np.repeat(numbers, sizes)
+        chunks[row, columns] = np.repeat(numbers, sizes)
     return chunks
 
 
 def name(bucket: Bucket) -> str:
     """0, 1, 2-3, 4-7, ..."""
-    return (
-        str(bucket["from"])
-        if bucket["to"] <= bucket["from"]
-        else f"{bucket['from']}-{bucket['to']}"
-    )
+    first, last = bucket["from"], bucket["to"]
+    return str(first) if last <= first else f"{first}-{last}"
 
 
 def curve(buckets: Sequence[Bucket]) -> Figure:
-    """Mean loss (y) by position in the document (x, log-spaced), with the number of targets; buckets without any are left out."""
-    seen = [(place, one) for place, one in enumerate(buckets) if one["loss"] is not None]
+    """Mean loss (y) by position in the document (x, log-spaced), with the number of targets.
+
+    Buckets without targets are left out.
+    """
+    losses = [(place, each["loss"]) for place, each in enumerate(buckets)]
+    seen = [(place, loss) for place, loss in losses if loss is not None]
     figure = Figure(figsize=(2.6 + 0.7 * max(4, len(buckets)), 3.4), layout="constrained", dpi=100)
     axes = figure.subplots()
-    axes.plot([place for place, _ in seen], [one["loss"] for _, one in seen], marker="o")
-    axes.set_xticks(range(len(buckets)), [f"{name(one)}\n{one['labels']:,}" for one in buckets])
+    axes.plot([place for place, _ in seen], [loss for _, loss in seen], marker="o")
+    axes.set_xticks(range(len(buckets)), [f"{name(each)}\n{each['labels']:,}" for each in buckets])
     axes.set_xlabel("chunk of the document, number of targets below")
     axes.set_ylabel("mean loss")
     axes.grid(axis="y", alpha=0.3)

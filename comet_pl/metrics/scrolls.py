@@ -1,6 +1,7 @@
 """The official scores of the SCROLLS tasks, all in percent, and ZeroSCROLLS' squality.
 
-    gov_report, summ_screen_fd, qmsum, squality   geometric mean of ROUGE-1, ROUGE-2 and ROUGE-L, each averaged over the examples first
+    gov_report, summ_screen_fd, qmsum, squality   geometric mean of ROUGE-1, ROUGE-2 and ROUGE-L,
+                                                  each averaged over the examples first
     qasper, narrative_qa                          F1 over the answer's words, as SQuAD counts it
     quality, contract_nli                         exact match, as SQuAD normalises answers
 
@@ -8,9 +9,10 @@ Of several references the best counts, for each metric on its own.
 
     python -m comet_pl.metrics.scrolls TASK predictions.json references.jsonl [--allow-missing]
 
-prints the scores as JSON. The predictions are {id: text}; the references are SCROLLS rows with id and output, plain or compressed
-(.xz, .gz, .zst); rows that share an id are references of one question. As with the official scorer, the ids of both must be the same.
---allow-missing, which it has not, scores questions without a prediction as answered with nothing, and counts them.
+prints the scores as JSON. The predictions are {id: text}; the references are SCROLLS rows with id
+and output, plain or compressed (.xz, .gz, .zst); rows that share an id are references of one
+question. As with the official scorer, the ids of both must be the same. --allow-missing scores
+questions without a prediction as answered with nothing, and counts them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import csv
 import io
 import json
-import os
 import re
 import string
 from collections import Counter
@@ -33,7 +34,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
 
-from comet_pl.errors import Parser, UserError, nearest, run_cli
+from comet_pl.errors import Parser, UserError, nearest, os_errors, run_cli
+from comet_pl.files import replacing
 from data import jsonl
 from data.scrolls import SCROLLS
 
@@ -55,8 +57,11 @@ PAPER = {
     "narrative_qa": ("f1", 22.6, 22.1),
     "quality": ("exact_match", 56.0, 64.2),
 }
-"""Task -> (metric, the paper's CoMeT, its full attention), in percent: Qwen3-4B-Instruct-2507, memories of about 3k slots (arXiv
-2602.01766). For QuALITY the paper names no metric: ours is the task's official one."""
+"""Task -> (metric, the paper's CoMeT, its full attention), in percent.
+
+Qwen3-4B-Instruct-2507 with memories of about 3k slots (arXiv 2602.01766). For QuALITY the paper
+names no metric: ours is the task's official one.
+"""
 PAPER_AVERAGES = {
     "full attention": 42.23,
     "CoMeT": 40.10,
@@ -71,9 +76,7 @@ PAPER_AVERAGES = {
 
 def normalise(answer: str) -> str:
     """SQuAD's: lower case, without punctuation, articles and surplus spaces."""
-    answer = "".join(
-        character for character in answer.lower() if character not in string.punctuation
-    )
+    answer = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
 
@@ -97,9 +100,7 @@ def _rouge(prediction: str, references: Sequence[str]) -> list[float]:
 
 
 def _best(metric: Callable[[str, str], float]) -> Callable[[str, Sequence[str]], list[float]]:
-    return lambda prediction, references: [
-        max(metric(prediction, reference) for reference in references)
-    ]
+    return lambda prediction, references: [max(metric(prediction, ref) for ref in references)]
 
 
 _SCORE = {"rouge1": _rouge, "f1": _best(f1), "exact_match": _best(exact_match)}
@@ -115,14 +116,12 @@ def _summary(task: str, values: Sequence[float]) -> dict[str, float]:
     product = 1.0
     for value in values:
         product *= value
-    return {
-        "scrolls_score": product ** (1 / len(values)),
-        **dict(zip(METRICS[task], values, strict=True)),
-    }
+    named = dict(zip(METRICS[task], values, strict=True))
+    return {"scrolls_score": product ** (1 / len(values)), **named}
 
 
 class ScrollsScore(Metric):
-    """Scores of one task: {"scrolls_score", the task's metrics, "n"}, over all predictions that it was given.
+    """Scores of one task over all its predictions: {"scrolls_score", the task's metrics, "n"}.
 
     Args:
         task: a key of METRICS.
@@ -135,20 +134,16 @@ class ScrollsScore(Metric):
     def __init__(self, task: str, **kwargs: Any):
         super().__init__(**kwargs)
         self.task = task
-        self.add_state(
-            "total", torch.zeros(len(METRICS[task]), dtype=torch.float64), dist_reduce_fx="sum"
-        )
+        zeros = torch.zeros(len(METRICS[task]), dtype=torch.float64)
+        self.add_state("total", zeros, dist_reduce_fx="sum")
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
-        """One prediction, and one or more references for it, an example."""
+        """Adds examples: each has one prediction and one or more references."""
         for prediction, answers in zip(predictions, references, strict=True):
-            values = scores(self.task, prediction, answers)
-            self.total += torch.tensor(
-                [values[name] for name in METRICS[self.task]],
-                dtype=torch.float64,
-                device=self.total.device,
-            )
+            example = scores(self.task, prediction, answers)
+            values = [example[name] for name in METRICS[self.task]]
+            self.total += torch.tensor(values, dtype=torch.float64, device=self.total.device)
             self.count += 1
 
     def compute(self) -> dict[str, float]:
@@ -162,81 +157,59 @@ def average(tasks: dict[str, dict[str, float]]) -> float:
 
 
 def beside_paper(values: Mapping[str, Any]) -> Table:
-    """A row each task, in percent: our scores, and what the paper reports, with its metric; last the averages.
+    """A row each task, in percent: our scores and the paper's, with its metric; then the averages.
 
     Args:
-        values: what eval/scrolls.json holds; {}: no task was scored.
+        values: the content of eval/scrolls.json; {}: no task was scored.
     """
     averages = ", ".join(f"{name} {value:.2f}" for name, value in PAPER_AVERAGES.items())
     caption = f"The paper's averages, over its own tasks and metrics: {averages}"
-    table = Table(
-        "task",
-        "SCROLLS score",
-        "questions",
-        "in detail",
-        "the paper's CoMeT",
-        "its full attention",
-        caption=caption,
-    )
-    for task, found in values.items():
+    columns = ("task", "SCROLLS score", "questions", "in detail")
+    table = Table(*columns, "the paper's CoMeT", "its full attention", caption=caption)
+    for task, own in values.items():
         if task != "average":
-            detail = ", ".join(
-                f"{name} {value:.2f}"
-                for name, value in found.items()
-                if name not in ("scrolls_score", "n")
-            )
+            names = [name for name in own if name not in ("scrolls_score", "n")]
+            detail = ", ".join(f"{name} {own[name]:.2f}" for name in names)
             metric, *theirs = PAPER.get(task, ("",))
-            table.add_row(
-                task,
-                f"{found['scrolls_score']:.2f}",
-                str(found["n"]),
-                detail,
-                *(f"{metric} {value:.1f}" for value in theirs),
-            )
+            paper = [f"{metric} {value:.1f}" for value in theirs]
+            table.add_row(task, f"{own['scrolls_score']:.2f}", str(own["n"]), detail, *paper)
     table.add_section()
-    own = f"{values['average']:.2f}" if "average" in values else ""
-    table.add_row(
-        "average",
-        own,
-        "",
-        "",
-        *(f"{PAPER_AVERAGES[name]:.2f}" for name in ("CoMeT", "full attention")),
-    )
+    average = f"{values['average']:.2f}" if "average" in values else ""
+    paper = [f"{PAPER_AVERAGES[name]:.2f}" for name in ("CoMeT", "full attention")]
+    table.add_row("average", average, "", "", *paper)
     return table
 
 
-# -- files ------------------------------------------------------------------------------------------------------------------------------
+# -- files
 
 
 def score_files(
     task: str, predictions: Path, references: Path, allow_missing: bool = False
 ) -> dict[str, float]:
-    """What ScrollsScore computes, of files; with allow_missing also "missing", the number of questions without a prediction.
+    """ScrollsScore's values of files; with allow_missing also "missing".
+
+    missing: the number of questions without a prediction.
 
     Raises:
-        UserError: no such task; a file that cannot be read or is not what the module says; ids that are in one file only.
+        UserError: no such task; a file that cannot be read or is not what the module says; ids that
+            are in one file only.
     """
     if task not in METRICS:
-        raise UserError(
-            f"TASK: {task!r} given{nearest(task, METRICS)}, allowed: {', '.join(METRICS)}"
-        )
-    wanted, given = read_references(references), read_predictions(predictions)
-    missing, unknown = (
-        [one for one in wanted if one not in given],
-        [one for one in given if one not in wanted],
-    )
+        hint = nearest(task, METRICS)
+        raise UserError(f"TASK: {task!r} given{hint}, allowed: {', '.join(METRICS)}")
+    answers, texts = read_references(references), read_predictions(predictions)
+    missing = [name for name in answers if name not in texts]
+    unknown = [name for name in texts if name not in answers]
     if unknown:
-        hint = nearest(unknown[0], missing)
-        raise UserError(
-            f"{predictions}: {len(unknown)} of {len(given)} ids are not in {references}; the first: {unknown[0]!r}{hint}"
-        )
+        ids = f"{len(unknown)} of {len(texts)} ids are not in {references}"
+        first = f"{unknown[0]!r}{nearest(unknown[0], missing)}"
+        raise UserError(f"{predictions}: {ids}; the first: {first}")
     if missing and not allow_missing:
-        raise UserError(
-            f"{predictions}: {len(missing)} of {len(wanted)} ids of {references} are missing; the first: {missing[0]!r} "
-            "(--allow-missing scores them as answered with nothing)"
-        )
+        ids = f"{len(missing)} of {len(answers)} ids of {references} are missing"
+        remedy = "(--allow-missing scores them as answered with nothing)"
+        raise UserError(f"{predictions}: {ids}; the first: {missing[0]!r} {remedy}")
     metric = ScrollsScore(task, sync_on_compute=False)
-    metric.update([given.get(one, "") for one in wanted], list(wanted.values()))
+    metric.update([texts.get(name, "") for name in answers], list(answers.values()))
     return metric.compute() | ({"missing": len(missing)} if allow_missing else {})
 
 
@@ -248,34 +221,26 @@ def read_predictions(path: Path) -> dict[str, str]:
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(
-                name for name, count in Counter(name for name, _ in pairs).items() if count > 1
-            )
-            raise UserError(
-                f"{path}: {twice!r} is there twice; one prediction for each id is needed"
-            )
-        return found
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                needed = "one prediction for each id is needed"
+                raise UserError(f"{path}: {name!r} is there twice; {needed}")
+        return dict(pairs)
 
+    needed = "predictions {id: text} are needed"
     try:
-        given = json.loads(path.read_bytes(), object_pairs_hook=once)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        with os_errors(f"{path}: cannot be read"):
+            texts = json.loads(path.read_bytes(), object_pairs_hook=once)
     except UserError:
         raise
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {error}; predictions {{id: text}} are needed") from None
-    if not isinstance(given, dict):
-        raise UserError(
-            f"{path}: a {type(given).__name__} given, predictions {{id: text}} are needed"
-        )
-    for name, text in given.items():
+        raise UserError(f"{path}: not JSON: {error}; {needed}") from None
+    if not isinstance(texts, dict):
+        raise UserError(f"{path}: a {type(texts).__name__} given, {needed}")
+    for name, text in texts.items():
         if not isinstance(text, str):
-            raise UserError(
-                f"{path}: {name!r}: {text!r:.40} given, predictions {{id: text}} are needed"
-            )
-    return given
+            raise UserError(f"{path}: {name!r}: {text!r:.40} given, {needed}")
+    return texts
 
 
 def read_references(path: Path) -> dict[str, list[str]]:
@@ -284,22 +249,22 @@ def read_references(path: Path) -> dict[str, list[str]]:
     Raises:
         UserError: it cannot be read, has no rows, or one without id or output.
     """
-    found: dict[str, list[str]] = {}
+    answers: dict[str, list[str]] = {}
     for place, row in jsonl.rows(path):
         if isinstance(row, str):
             raise UserError(f"{place}: malformed row: {row}")
         for name in ("id", "output"):
             if not isinstance(row.get(name), str):
-                given = f"{row[name]!r:.40} given" if name in row else "missing"
-                raise UserError(f"{place}: malformed row: {name}: {given}, text is needed")
-        found.setdefault(row["id"], []).append(row["output"])
-    if not found:
+                shown = f"{row[name]!r:.40} given" if name in row else "missing"
+                raise UserError(f"{place}: malformed row: {name}: {shown}, text is needed")
+        answers.setdefault(row["id"], []).append(row["output"])
+    if not answers:
         raise UserError(f"{path}: no rows; references {{id, output}} are needed")
-    return found
+    return answers
 
 
 def submission_csv(predictions: Mapping[str, Mapping[str, str]], path: Path) -> None:
-    """Writes what the benchmark's site takes, at once, whole: a line with Task, ID and Prediction for each answer to a test question.
+    """Writes the benchmark site's file: Task, ID and Prediction for each answer to a test question.
 
     Args:
         predictions: {task: {id: text}}, for each task of SCROLLS.
@@ -309,44 +274,30 @@ def submission_csv(predictions: Mapping[str, Mapping[str, str]], path: Path) -> 
     """
     for task in predictions:
         if task not in SCROLLS:
-            raise UserError(
-                f"{path}: {task!r} is no task of a submission{nearest(task, SCROLLS)}, allowed: {', '.join(SCROLLS)}"
-            )
-    if lacking := [task for task in SCROLLS if not predictions.get(task)]:
-        raise UserError(
-            f"{path}: no predictions for {', '.join(lacking)}; a submission needs all of {', '.join(SCROLLS)}"
-        )
+            reason = f"{task!r} is no task of a submission{nearest(task, SCROLLS)}"
+            raise UserError(f"{path}: {reason}, allowed: {', '.join(SCROLLS)}")
+    if lacking := ", ".join(task for task in SCROLLS if not predictions.get(task)):
+        needed = f"a submission needs all of {', '.join(SCROLLS)}"
+        raise UserError(f"{path}: no predictions for {lacking}; {needed}")
     text = io.StringIO()
-    lines = csv.writer(text)  # it ends lines with \r\n, and so quotes an answer with either of them
+    # it ends lines with \r\n, and so quotes an answer with either of them
+    lines = csv.writer(text)
     lines.writerow(["Task", "ID", "Prediction"])
     lines.writerows(
         [task, name, answer] for task in SCROLLS for name, answer in predictions[task].items()
     )
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(
-            text.getvalue().encode("utf-8", "replace")
-        )  # half a surrogate pair becomes "?"
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+    with os_errors(f"{path}: cannot be written"), replacing(path) as beside:
+        # half a surrogate pair becomes "?"
+        beside.write_bytes(text.getvalue().encode("utf-8", "replace"))
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(
-        prog="python -m comet_pl.metrics.scrolls",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m comet_pl.metrics.scrolls", description=__doc__)
     parser.add_argument("task", metavar="TASK", help=", ".join(METRICS))
     parser.add_argument("predictions", type=Path, help="JSON file {id: text}")
     parser.add_argument("references", type=Path, help="SCROLLS rows, .jsonl[.xz|.gz|.zst]")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="questions without a prediction count as answered with nothing",
-    )
+    missing = "questions without a prediction count as answered with nothing"
+    parser.add_argument("--allow-missing", action="store_true", help=missing)
     return parser.parse_args(argv)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning
 
 from callbacks.predictions import Predictions
@@ -11,7 +9,8 @@ from comet_pl.config.schema import EvalConfig
 from comet_pl.evaluation.generation import Engine
 from comet_pl.metrics.scrolls import ScrollsScore, scores
 from comet_pl.training.lit_module import CometModule
-from data.scrolls import MAX_NEW_TOKENS, ScrollsDataModule, tasks
+from data.scrolls import ScrollsBatches
+from data.scrolls_rows import MAX_NEW_TOKENS, tasks
 
 
 class ScrollsScores(lightning.Callback):
@@ -26,17 +25,17 @@ class ScrollsScores(lightning.Callback):
         self.settings, self.predictions = settings, predictions
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
-        module: Any = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(module, ScrollsDataModule)
-        for task in tasks(module.data):
-            questions = module.validation.questions(task, self.settings.val_questions)
+        source = trainer.datamodule.source  # type: ignore[attr-defined]
+        assert isinstance(source, ScrollsBatches)
+        for task in tasks(source.data):
+            questions = source.validation.questions(task, self.settings.val_questions)
             if not questions:
                 continue
             mine = questions[trainer.global_rank :: trainer.world_size]
             longest = self.settings.max_new_tokens or MAX_NEW_TOKENS[task]
             metric = ScrollsScore(task).to(pl_module.device)
-            prompts = [module.validation.prompt(question) for question in mine]
-            engine = Engine(pl_module.model, module.tokenizer)
+            prompts = [source.validation.prompt(question) for question in mine]
+            engine = Engine(pl_module.model, source.tokenizer)
             texts = engine.answers(prompts, self.settings, longest)
             metric.update(texts, [question.references for question in mine])
             if self.predictions:

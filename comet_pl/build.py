@@ -97,7 +97,7 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     more = AGENT_TOKENS if isinstance(data, AgentData) else ()
     whole_words = isinstance(data, UserBehaviorData) and data.whole_words
     return train_tokenizer(
-        _data_module(data).texts(data), config.backbone.vocab_size, more, whole_words
+        _batches(data).texts(data), config.backbone.vocab_size, more, whole_words
     )
 
 
@@ -164,6 +164,8 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
     Raises:
         UserError: the data cannot be read or are impossible.
     """
+    from data.datamodule import DataModule
+
     more: dict[str, Any] = {
         "seed": config.seed,
         "accumulate": config.train.accumulate,
@@ -176,25 +178,25 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
             "stride": model.compression_stride,
             "max_epochs": config.trainer.max_epochs,
         }
-    return _data_module(config.data)(config.data, tokenizer, **more)
+    return DataModule(_batches(config.data)(config.data, tokenizer, **more))
 
 
-def _data_module(data: PasskeyData | ScrollsData | AgentData | UserBehaviorData) -> Any:
+def _batches(data: PasskeyData | ScrollsData | AgentData | UserBehaviorData) -> Any:
     if isinstance(data, PasskeyData):
-        from data.passkey import PasskeyDataModule
+        from data.passkey import PasskeyBatches
 
-        return PasskeyDataModule
+        return PasskeyBatches
     if isinstance(data, AgentData):
-        from data.agent_traces import AgentDataModule
+        from data.agent_traces import AgentBatches
 
-        return AgentDataModule
+        return AgentBatches
     if isinstance(data, UserBehaviorData):
-        from data.user_behavior import UserBehaviorDataModule
+        from data.user_behavior import UserBehaviorBatches
 
-        return UserBehaviorDataModule
-    from data.scrolls import ScrollsDataModule
+        return UserBehaviorBatches
+    from data.scrolls import ScrollsBatches
 
-    return ScrollsDataModule
+    return ScrollsBatches
 
 
 def build_module(config: Config, model: CometForCausalLM) -> CometModule:

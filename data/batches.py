@@ -1,42 +1,73 @@
-"""What every kind of data shares: right-padded batches, and a loader that resumes exactly."""
+"""What every data.kind shares: padded batches, loaders that resume exactly, and shards."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # label of a token without loss
+IGNORED = -100
+"""The label of a token without loss."""
+Pair = tuple[np.ndarray, np.ndarray]
+"""(ids, labels) of a row, each (n,) int64; labels unshifted."""
+
+
+class Shard(NamedTuple):
+    """The rows of one rank: every world-th one, from row `rank` on."""
+
+    rank: int = 0
+    world: int = 1
+
+
+ALL = Shard()
+
+
+class Batches:
+    """The batches of a data.kind; data/datamodule.py hands them to Lightning."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_steps: int
+
+    def train_loader(self, shard: Shard = ALL) -> Any:
+        """Batches of the whole training, with state_dict and load_state_dict."""
+        raise NotImplementedError
+
+    def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
+        """The same batches whenever it is iterated."""
+        raise NotImplementedError
+
+    def count(self, shard: Shard = ALL) -> int:
+        """Batches of the whole training on each rank, at most max_steps."""
+        return self.max_steps
+
+    def finish(self) -> None:
+        """Says what is known only after the training."""
 
 
 def length_at(data: Any, step: int) -> int:
-    """Tokens of a training example at an optimizer step, by data.length_schedule and data.train_length."""
-    return [
-        length
-        for start, length in data.length_schedule or [[0, data.train_length]]
-        if start <= step
-    ][-1]
+    """Tokens of a training example at a step, by data.length_schedule and data.train_length."""
+    schedule = data.length_schedule or [[0, data.train_length]]
+    return [length for start, length in schedule if start <= step][-1]
 
 
 def say(line: str) -> None:
-    """Prints a line about the data, on the first rank only; Lightning knows the ranks, if loaded."""
+    """Prints a line about the data, on the first rank only, as far as Lightning is loaded."""
     if not getattr(rank_zero_only, "rank", 0):
         print(line, flush=True)
 
 
-def pad_rows(
-    rows: Sequence[tuple[np.ndarray, np.ndarray]], pad_token: int, left: bool = False
-) -> dict[str, Tensor]:
-    """(ids, labels) pairs, each (n,) -> input_ids, attention_mask, labels, each (B, longest) int64, padded on the right (or left).
+def pad_rows(rows: Sequence[Pair], pad_token: int, left: bool = False) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels, each (B, longest) int64, padded on the right (or left).
 
-    No pairs make the batch of `nothing`.
+    No rows make the batch of `nothing`.
     """
     if not rows:
         return nothing()
@@ -53,13 +84,10 @@ def pad_rows(
 
 
 def nothing() -> dict[str, Tensor]:
-    """One token without a label, (1, 1): a batch that can be read, but does not count."""
+    """One token without a label, (1, 1): a batch for the model that does not count."""
     token = torch.zeros(1, 1, dtype=torch.int64)
-    return {
-        "input_ids": token,
-        "attention_mask": torch.ones_like(token),
-        "labels": torch.full_like(token, IGNORED),
-    }
+    mask, labels = torch.ones_like(token), torch.full_like(token, IGNORED)
+    return {"input_ids": token, "attention_mask": mask, "labels": labels}
 
 
 class Rows(Protocol):
@@ -71,18 +99,21 @@ class Rows(Protocol):
 
 
 class ResumableLoader:
-    """Training batches, all full, in an order that is a pure function of (seed, epoch); stopped anywhere and resumed, the rest comes as if
-    never stopped. The last batch of an epoch is filled up with the epoch's first rows.
+    """Full training batches in an order that is a pure function of (seed, epoch).
 
-    Its state is (epoch, position): how many rows of the epoch all ranks together have been given, whatever worker processes have prepared
-    beyond; so the order goes on where it was even if the number of ranks changes. The next epoch begins when its first batch is asked for:
-    until then more rows, as a larger max_steps brings them, go on with this one. The state is the same on all ranks. Lightning saves and
-    restores it with its checkpoints. Torch's global random state is left alone, so that resuming within an epoch draws no number more.
+    Stopped anywhere and resumed, it yields the batches that an uninterrupted loader yields. The
+    first rows of an epoch fill its last batch. Lightning saves and restores the state, which is the
+    same on all ranks: the epoch, and the number of its rows that all ranks have received. Rows that
+    worker processes have prefetched do not count, and the number of ranks may change on resuming.
+    An epoch ends when the first batch of the next one is asked for, so a dataset that has grown
+    continues the epoch. Iterating draws no number from torch's global random state.
 
     Args:
-        dataset: rows by index. batch_size: rows a batch on each rank. collate: list of rows -> batch.
+        dataset: rows by index.
+        batch_size: rows of a batch on each rank.
+        collate: list of rows -> batch.
         seed: of the order; None: the rows' own order, in every epoch.
-        rank, world: this data-parallel rank, of how many; each batch of rows is dealt to them in turn.
+        shard: each batch's rows are dealt to the ranks in turn.
     """
 
     def __init__(
@@ -92,37 +123,38 @@ class ResumableLoader:
         collate: Callable[[list[Any]], Any],
         seed: int | None = None,
         num_workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        shard: Shard = ALL,
     ):
         self.dataset, self.batch_size, self.collate, self.seed = dataset, batch_size, collate, seed
-        self.num_workers, self.rank, self.world = num_workers, rank, world
+        self.num_workers, self.shard = num_workers, shard
         self.epoch = self.position = 0
 
+    @property
+    def step(self) -> int:
+        """Rows of a batch on all ranks together."""
+        return self.batch_size * self.shard.world
+
     def __len__(self) -> int:
-        """Batches of a whole epoch, on each rank."""
-        return -(-len(self.dataset) // (self.batch_size * self.world))
+        """Batches of a whole epoch on each rank."""
+        return -(-len(self.dataset) // self.step)
 
     def __iter__(self) -> Iterator[Any]:
-        """The rest of the current epoch; if nothing is left of it, the next one."""
+        """The rest of the current epoch; the next epoch if nothing is left."""
         if self.position >= len(self.dataset):
             self.epoch, self.position = self.epoch + 1, 0
-        for batch in loader(self.dataset, self._batches(), self.collate, self.num_workers):
-            self.position += self.batch_size * self.world
+        for batch in loader(self.dataset, self._numbers(), self.collate, self.num_workers):
+            self.position += self.step
             yield batch
 
-    def _batches(self) -> Iterator[list[int]]:
+    def _numbers(self) -> Iterator[list[int]]:
         """This rank's row numbers of each batch that is left of the epoch."""
-        count, step = len(self.dataset), self.batch_size * self.world
-        order = (
-            range(count)
-            if self.seed is None
-            else np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
-        )
-        for start in range(self.position, count, step):
-            yield [
-                order[place % count] for place in range(start + self.rank, start + step, self.world)
-            ]
+        count, (rank, world) = len(self.dataset), self.shard
+        order: Sequence[int] = range(count)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(count).tolist()
+        for start in range(self.position, count, self.step):
+            places = range(start + rank, start + self.step, world)
+            yield [order[place % count] for place in places]
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
@@ -135,18 +167,16 @@ def validation_loader(
     dataset: Rows,
     batch_size: int,
     collate: Callable[[list[Any]], Any],
-    rank: int = 0,
-    world: int = 1,
+    shard: Shard = ALL,
 ) -> DataLoader[Any]:
-    """Each row once, in the rows' own order, from the first one on whenever it is iterated.
+    """Each row once, in the rows' own order, whenever it is iterated.
 
-    All ranks get equally many batches, so that none waits for another for ever. The last ones may be shorter, or empty: `collate` then
-    gets no rows and has to make something that does not count.
+    All ranks get the same number of batches, so no rank waits for another's collective. The last
+    batches may be short or empty: `collate` gets no rows and makes a batch that does not count.
     """
-    count, step = len(dataset), batch_size * world
-    batches = [
-        range(start + rank, min(start + step, count), world) for start in range(0, count, step)
-    ]
+    count, step = len(dataset), batch_size * shard.world
+    starts = range(0, count, step)
+    batches = [range(start + shard.rank, min(start + step, count), shard.world) for start in starts]
     return loader(dataset, batches, collate)
 
 
@@ -162,16 +192,13 @@ def loader(
         collate_fn=collate,
         num_workers=num_workers,
         worker_init_fn=start_worker,
-        generator=torch.Generator().manual_seed(
-            0
-        ),  # or each epoch would draw a number from the global one
+        # without a generator each epoch draws a number from the global one
+        generator=torch.Generator().manual_seed(0),
     )
 
 
 def start_worker(worker: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = (
-        "false"  # or tokenizers, forked, warns and switches it off itself
-    )
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes: the main one saves, and needs the rows of this step
+    # otherwise tokenizers warns of the fork and switches its threads off
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Ctrl-C reaches all processes: the main one still needs this step's rows to save
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Rows of jsonl files, plain or compressed, one at a time; a malformed row is named by file and line."""
+"""Rows of jsonl files, plain or compressed, one at a time; complaints name file and line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from comet_pl.errors import UserError
 
 
 class _Zstd(io.RawIOBase):
-    """Unpacks a .zst file of one or more frames; unlike zstandard.open it notices a file that was cut off."""
+    """Unpacks a .zst file of one or more frames; unlike zstandard.open it notices a cut file."""
 
     def __init__(self, path: Path):
         self.file, self.ready = path.open("rb"), memoryview(b"")
@@ -28,9 +28,8 @@ class _Zstd(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self.ready:
             ended = self.frame is None or self.frame.eof
-            data = (self.frame.unused_data if self.frame and ended else b"") or self.file.read(
-                1 << 14
-            )
+            data = self.frame.unused_data if self.frame and ended else b""
+            data = data or self.file.read(1 << 14)
             if not data:
                 if ended:
                     return 0
@@ -46,18 +45,19 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
-Open = Callable[[Path], IO[bytes]]
-OPEN: dict[str, Open] = {
+OPEN: dict[str, Callable[[Path], IO[bytes]]] = {
     "": lambda path: path.open("rb"),
     ".xz": lambda path: io.BufferedReader(lzma.LZMAFile(path)),
-    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),  # type: ignore[arg-type]
+    ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
     ".zst": lambda path: io.BufferedReader(_Zstd(path)),
 }
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
 Row = dict[str, Any]
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row | str]]:
-    """('path:line', row) of every line that is not blank; instead of a row, what is wrong with the line.
+    """('path:line', row) of every line that is not blank; a text instead of a row says what is
+    wrong with the line.
 
     Args:
         path: its ending says how it is compressed, one of OPEN; any other: not at all.
@@ -71,7 +71,7 @@ def rows(path: Path) -> Iterator[tuple[str, Row | str]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}:{number}", _parse(line)
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError) as error:
+    except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read after line {number}: {reason}") from None
 
@@ -86,11 +86,9 @@ def _parse(line: bytes) -> Row | str:
         return f"not JSON: {error}"
     except RecursionError:
         return "not JSON: nested too deep"
-    return (
-        row
-        if isinstance(row, dict)
-        else f"a JSON object is needed, but this is a {type(row).__name__}"
-    )
+    if isinstance(row, dict):
+        return row
+    return f"a JSON object is needed, but this is a {type(row).__name__}"
 
 
 class UnusableRow(UserError):
@@ -98,7 +96,7 @@ class UnusableRow(UserError):
 
 
 class Complaints:
-    """What happens to rows that cannot be used: the first one raises, or they are skipped, counted and shown.
+    """Handles unusable rows: the first one raises, or they are skipped, counted and shown.
 
     Args:
         on_error: raise | skip.
@@ -108,10 +106,10 @@ class Complaints:
         self.on_error, self.count, self.first = on_error, 0, ""
 
     def add(self, place: str, reason: str, remedy: str = "") -> None:
-        """A row is left out.
+        """Leaves a row out.
 
         Args:
-            remedy: what else would help, for a row that is not malformed.
+            remedy: what else helps, for a row that is not malformed.
 
         Raises:
             UnusableRow: on_error is raise.
@@ -125,16 +123,15 @@ class Complaints:
         self.count += 1
 
     def summary(self) -> str | None:
-        """One line about what was skipped, or None."""
-        return (
-            f"{self.count} unusable row{'s' * (self.count > 1)} skipped; the first: {self.first}"
-            if self.count
-            else None
-        )
+        """One line about the skipped rows, or None."""
+        if not self.count:
+            return None
+        plural = "s" * (self.count > 1)
+        return f"{self.count} unusable row{plural} skipped; the first: {self.first}"
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can spell halves of characters, which can neither be tokenised nor written."""
+    """JSON can spell halves of characters, which can be neither tokenised nor written."""
     return text.isascii() or text == text.encode(errors="ignore").decode()
 
 
@@ -148,7 +145,8 @@ def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
     """('path:line', row) of every line that is not blank.
 
     Raises:
-        UserError: the file cannot be read or unpacked. UnusableRow: a line is no JSON object, and complaints raise.
+        UserError: the file cannot be read or unpacked.
+        UnusableRow: a line is no JSON object, and complaints raise.
     """
     for place, row in rows(path):
         if isinstance(row, dict):

@@ -1,9 +1,11 @@
-"""Passkey retrieval: a 5-digit key at some depth of a haystack, the question for it at the end.
+"""Passkey retrieval: a 5-digit key at some depth of a haystack, and the question for it at the end.
 
-    ... filler ... The pass key is 48213 . Remember it . ... filler ... What is the pass key ? The pass key is 48213<|end|>
+    ... filler ... The pass key is 48213 . Remember it . ... filler ... What is the pass key ?
+    The pass key is 48213<|end|>
 
-An example is a pure function of (seed, split, index, length), and a training example's length one of the step, so that training resumes
-exactly. The loss is on the five digits and the stop token. Digits are single tokens, whatever the tokenizer.
+An example is a pure function of (seed, split, index, length). A training example's length is a
+function of the step, so training resumes exactly. The loss is on the five digits and the stop
+token. Each digit is one token, whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -19,42 +21,53 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.schema import PasskeyData
-from comet_pl.errors import UserError
-from data.batches import IGNORED, ResumableLoader, length_at, nothing, validation_loader
+from comet_pl.errors import UserError, os_errors
+from data.batches import (
+    ALL,
+    IGNORED,
+    Batches,
+    ResumableLoader,
+    Shard,
+    length_at,
+    nothing,
+    validation_loader,
+)
 from data.chat_template import encode
-from data.datamodule import ShardedDataModule
 from data.haystack import sentences
 from data.tokenizer import stop_token
 
 KEY_BEGIN, KEY_END = " The pass key is ", " . Remember it ."
 QUESTION = " What is the pass key ? The pass key is "
 DIGITS = 5
-ANSWER = DIGITS + 1  # the digits and the stop token: every example's labelled tokens
+ANSWER = DIGITS + 1
+"""Labelled tokens of an example: the digits and the stop token."""
 SPLITS = {"train": 0, "validation": 1, "evaluation": 2}
 KEY_TEXTS = 4096
-PIECE = 100_000  # characters of a haystack file tokenised at once
+PIECE = 100_000
+"""Characters of a haystack file that are tokenised at once."""
 
 
 def texts(data: PasskeyData) -> Iterator[str]:
-    """What a from-scratch tokenizer is trained on: the haystack, and enough keys and questions that their words become tokens."""
-    yield from sentences() if data.haystack is None else _pieces(Path(data.haystack))
+    """What a tokenizer from scratch is trained on: the haystack, and keys with their questions."""
+    yield from _haystack(data)
     for number in range(KEY_TEXTS):
         yield f"{KEY_BEGIN}{number * 7919 % 10**DIGITS:0{DIGITS}}{KEY_END}{QUESTION}"
 
 
 def even_depths(count: int) -> list[float]:
-    """Evenly spaced from 0 (the haystack's begin) to 1 (its end); a single one lies in the middle."""
+    """Evenly spaced from 0 (the haystack's begin) to 1 (its end); a single one is the middle."""
     return np.linspace(0, 1, count).tolist() if count > 1 else [0.5]
 
 
 class PasskeyExamples:
-    """Builds examples of one split.
+    """Examples of one split.
 
     Args:
-        seed: 0 <= seed < 2**32. split: train, validation or evaluation; their random numbers are disjoint.
+        seed: 0 <= seed < 2**32.
+        split: train, validation or evaluation; their random numbers are disjoint.
 
     Raises:
-        UserError: the haystack cannot be read; the tokenizer lacks digits or an end.
+        UserError: the haystack cannot be read; the tokenizer lacks digits or a stop token.
     """
 
     def __init__(
@@ -66,87 +79,67 @@ class PasskeyExamples:
         self.key_begin, self.key_end, self.question = (
             np.array(encode(tokenizer, text)) for text in (KEY_BEGIN, KEY_END, QUESTION)
         )
-        pieces = [
-            encode(tokenizer, text)
-            for text in (sentences() if data.haystack is None else _pieces(Path(data.haystack)))
-        ]
+        pieces = [encode(tokenizer, text) for text in _haystack(data)]
         self.filler = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32)
         self.ends = np.cumsum([len(piece) for piece in pieces])  # of each sentence, in filler
         self.key_length = len(self.key_begin) + DIGITS + len(self.key_end)
         self.min_length = self.key_length + len(self.question) + ANSWER
 
     def check(self, lengths: Sequence[int], key: str, wrap: bool = False) -> None:
-        """Refuses lengths that are too short for key and question, and unless `wrap`, longer than the haystack file can fill.
+        """Refuses lengths without room for key and question, and unless `wrap`, lengths that the
+        haystack file cannot fill.
 
         Args:
-            key: where the lengths come from, for the message.
+            key: of the configuration, for the message.
 
         Raises:
             UserError
         """
         if min(lengths) < self.min_length:
             raise UserError(
-                f"{key}: {min(lengths)} given, allowed: >= {self.min_length} tokens (key, question and answer)"
+                f"{key}: {min(lengths)} given, allowed: >= {self.min_length} tokens "
+                "(key, question and answer)"
             )
-        needed = max(lengths) - self.min_length
-        if self.data.haystack is None or needed <= len(self.filler):
+        needed, size = max(lengths) - self.min_length, len(self.filler)
+        if self.data.haystack is None or needed <= size or (wrap and size):
             return
-        if not wrap or not len(self.filler):
-            raise UserError(
-                f"data.haystack: {self.data.haystack} has {len(self.filler)} tokens, "
-                f"but {key} = {max(lengths)} needs {needed} tokens of filler; give a longer file or a smaller length"
-            )
+        raise UserError(
+            f"data.haystack: {self.data.haystack} has {size} tokens, but {key} = {max(lengths)} "
+            f"needs {needed} tokens of filler; give a longer file or a smaller length"
+        )
 
     def repeats(self, length: int) -> bool:
         """Whether an example is longer than the haystack file, which then starts over."""
         return self.data.haystack is not None and length - self.min_length > len(self.filler)
 
     def row(self, index: int, length: int, depth: float | None = None) -> np.ndarray:
-        """Example `index`: (length,) int64 ids.
+        """(length,) int64 ids of example `index`.
 
         Args:
-            depth: where the key stands, from 0 (begin) to 1 (just before the question); None: uniformly random. Generated filler moves it
-                to the nearest end of a sentence.
+            depth: of the key, from 0 (begin) to 1 (just before the question); None: uniformly
+                random. In generated filler the key moves to the nearest end of a sentence.
         """
-        random = np.random.Generator(
-            np.random.Philox(key=[self.stream, index], counter=[0, 0, 0, length])
-        )
-        key = self.digits[random.integers(0, 10, DIGITS)]
+        key, counter = [self.stream, index], [0, 0, 0, length]
+        random = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        digits = self.digits[random.integers(0, 10, DIGITS)]
         depth = random.random() if depth is None else depth
-        size = length - self.min_length
-        filler, place = (
-            self._text(random, size, depth)
-            if self.data.haystack
-            else self._sentences(random, size, depth)
-        )
-        parts = (
-            filler[:place],
-            self.key_begin,
-            key,
-            self.key_end,
-            filler[place:],
-            self.question,
-            key,
-            [self.stop],
-        )
+        fill = self._text if self.data.haystack else self._sentences
+        filler, place = fill(random, length - self.min_length, depth)
+        remembered = [self.key_begin, digits, self.key_end]
+        parts: list[Any] = [filler[:place], *remembered, filler[place:], self.question, digits, [self.stop]]
         return np.concatenate(parts, dtype=np.int64, casting="same_kind")
 
     def batch(self, indices: Sequence[int], length: int, depths: Sequence[float]) -> dict[str, Any]:
-        """Examples of one length with given depths, as validation and evaluation read them."""
-        rows = [
-            self.row(index, length, depth) for index, depth in zip(indices, depths, strict=True)
-        ]
-        return {
-            **collate(rows),
-            "length": length,
-            "depth": list(depths),
-            "logits_to_keep": ANSWER + 1,
-        }
+        """Examples of one length at given depths, for validation and evaluation."""
+        pairs = zip(indices, depths, strict=True)
+        rows = [self.row(index, length, depth) for index, depth in pairs]
+        facts = {"length": length, "depth": list(depths), "logits_to_keep": ANSWER + 1}
+        return {**collate(rows), **facts}
 
     def _sentences(
         self, random: np.random.Generator, size: int, depth: float
     ) -> tuple[np.ndarray, int]:
-        """(size,) filler of random sentences, the last one cut, and the key's place: the end of a sentence."""
+        """(size,) filler of random sentences, the last one cut, and the key's place."""
         sizes = np.diff(self.ends, prepend=0)
         chosen = random.integers(0, len(sizes), size // int(sizes.min()) + 1)
         ends = np.cumsum(sizes[chosen])
@@ -158,19 +151,22 @@ class PasskeyExamples:
         return filler, int(places[np.abs(places - depth * size).argmin()])
 
     def _text(self, random: np.random.Generator, size: int, depth: float) -> tuple[np.ndarray, int]:
-        """(size,) filler from a random place of the file, which starts over at its end if it is shorter than that, and the key's place."""
+        """(size,) filler from a random place of the file, and the key's place.
+
+        A file with fewer tokens starts over at its end.
+        """
         start = int(random.integers(0, max(1, len(self.filler) - size + 1)))
         return self.filler.take(np.arange(start, start + size), mode="wrap"), round(depth * size)
 
 
 class TrainingRows:
-    """Rows by index; row index // rows_a_step belongs to that optimizer step and has its length."""
+    """Rows by index; row i is of step i // rows_a_step and has that step's length."""
 
     def __init__(self, examples: PasskeyExamples, rows_a_step: int, max_steps: int):
-        self.examples, self.rows_a_step, self.count = examples, rows_a_step, rows_a_step * max_steps
+        self.examples, self.rows_a_step, self.size = examples, rows_a_step, rows_a_step * max_steps
 
     def __len__(self) -> int:
-        return self.count
+        return self.size
 
     def __getitem__(self, index: int) -> np.ndarray:
         return self.examples.row(index, length_at(self.examples.data, index // self.rows_a_step))
@@ -181,16 +177,13 @@ class ValidationBatches:
 
     def __init__(self, examples: PasskeyExamples):
         data = examples.data
-        self.examples, depths = examples, even_depths(data.val_depths)
+        self.examples, depths, size = examples, even_depths(data.val_depths), data.batch_size
         cells = [
             (example * len(depths) + number, depth)
             for example in range(data.val_examples)
             for number, depth in enumerate(depths)
         ]
-        parts = [
-            cells[start : start + data.batch_size]
-            for start in range(0, len(cells), data.batch_size)
-        ]
+        parts = [cells[start : start + size] for start in range(0, len(cells), size)]
         self.batches = [(length, part) for length in validation_lengths(data) for part in parts]
 
     def __len__(self) -> int:
@@ -202,17 +195,11 @@ class ValidationBatches:
         return self.examples.batch(indices, length, depths)
 
     def only(self, batches: list[dict[str, Any]]) -> dict[str, Any]:
-        """The one batch, or one with no depth, for a rank that has no more to read."""
-        return (
-            batches[0]
-            if batches
-            else {
-                **nothing(),
-                "length": self.examples.data.train_length,
-                "depth": [],
-                "logits_to_keep": 1,
-            }
-        )
+        """The one batch; one without depths for a rank that has none left."""
+        if batches:
+            return batches[0]
+        length = self.examples.data.train_length
+        return {**nothing(), "length": length, "depth": [], "logits_to_keep": 1}
 
 
 def validation_lengths(data: PasskeyData) -> list[int]:
@@ -227,8 +214,8 @@ def collate(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": labels}
 
 
-class PasskeyDataModule(ShardedDataModule):
-    """Training batches of data.batch_size * accumulate rows, max_steps of them in one epoch; validation on a grid of lengths and depths.
+class PasskeyBatches(Batches):
+    """Training batches of data.batch_size * accumulate rows; validation on lengths x depths.
 
     Raises:
         UserError: lengths that are too short; a haystack that cannot be read or is too short.
@@ -244,60 +231,48 @@ class PasskeyDataModule(ShardedDataModule):
         max_steps: int,
         accumulate: int = 1,
     ):
-        super().__init__()
-        self.data, self.tokenizer, self.max_steps, self.rows = (
-            data,
-            tokenizer,
-            max_steps,
-            data.batch_size * accumulate,
-        )
+        self.data, self.tokenizer, self.max_steps = data, tokenizer, max_steps
+        self.rows = data.batch_size * accumulate
         self.training = PasskeyExamples(data, tokenizer, seed, "train")
         self.validation = PasskeyExamples(data, tokenizer, seed, "validation")
         lengths = [length for start, length in data.length_schedule or [] if start < max_steps]
-        self.training.check(
-            lengths or [data.train_length],
-            "data.length_schedule" if lengths else "data.train_length",
-        )
-        self.validation.check(
-            validation_lengths(data),
-            "data.val_lengths" if data.val_lengths else "data.train_length",
-        )
+        key = "data.length_schedule" if lengths else "data.train_length"
+        self.training.check(lengths or [data.train_length], key)
+        key = "data.val_lengths" if data.val_lengths else "data.train_length"
+        self.validation.check(validation_lengths(data), key)
 
-    def train_dataloader(self) -> ResumableLoader:
-        rows = TrainingRows(self.training, self.rows * self.world, self.max_steps)
-        return ResumableLoader(
-            rows,
-            self.rows,
-            collate,
-            num_workers=self.data.num_workers,
-            rank=self.rank,
-            world=self.world,
-        )
+    def train_loader(self, shard: Shard = ALL) -> ResumableLoader:
+        rows = TrainingRows(self.training, self.rows * shard.world, self.max_steps)
+        workers = self.data.num_workers
+        return ResumableLoader(rows, self.rows, collate, num_workers=workers, shard=shard)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         batches = ValidationBatches(self.validation)
-        return validation_loader(batches, 1, batches.only, self.val_rank, self.val_world)
+        return validation_loader(batches, 1, batches.only, shard)
 
 
 def _digit(tokenizer: PreTrainedTokenizerBase, digit: str) -> int:
     token = tokenizer.convert_tokens_to_ids(digit)
     if not isinstance(token, int) or token == tokenizer.unk_token_id:
         raise UserError(
-            f"backbone.path: its tokenizer has no token for the digit {digit}, which passkeys are written with"
+            f"backbone.path: its tokenizer has no token for the digit {digit}, "
+            "which passkeys are written with"
         )
     return token
 
 
+def _haystack(data: PasskeyData) -> list[str] | Iterator[str]:
+    return sentences() if data.haystack is None else _pieces(Path(data.haystack))
+
+
 def _pieces(path: Path) -> Iterator[str]:
-    """The text of a file in pieces of some lines, so that no tokenizer has to hold all of it at once."""
+    """A file's text in pieces of whole lines, small enough for a tokenizer's memory."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"data.haystack: {path} cannot be read: {error.strerror}") from None
+        with os_errors(f"data.haystack: {path} cannot be read"):
+            text = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.haystack: {path} is not a text file in UTF-8 ({error.reason} at byte {error.start})"
-        ) from None
+        reason = f"{error.reason} at byte {error.start}"
+        raise UserError(f"data.haystack: {path} is not a text file in UTF-8 ({reason})") from None
     start = 0
     while start < len(text):
         end = text.find("\n", start + PIECE) + 1 or len(text)

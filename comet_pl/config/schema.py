@@ -174,7 +174,7 @@ class PasskeyData:
 
 @dataclass(frozen=True)
 class TextData:
-    """What all data of texts share (data/text/datamodule.py)."""
+    """What all data of texts share (data/text/batches.py)."""
 
     kind: str = key("", "which data: chooses the keys of this section")
     max_length: int = key(

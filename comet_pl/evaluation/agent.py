@@ -25,7 +25,7 @@ def evaluate_agent(engine: Engine, config: Config, results: Results) -> dict[str
     data = config.data
     assert isinstance(data, AgentData)
     traces = validation_samples(
-        source_of(data, engine.tokenizer, "validation", 0), config.eval.examples
+        source_of(data, engine.tokenizer, "validation"), config.eval.examples
     )
     metric, values, answers = AgentScore(sync_on_compute=False), dict[str, Any](), list[Answer]()
     with Bar(sum(map(len, traces))) as bar:

@@ -10,8 +10,10 @@ from comet_pl.evaluation.results import Answer, Results, answer_of
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves, exact_match, older_than, table
 from comet_pl.metrics.passkey import short
 from comet_pl.progress import Bar
+from data.behavior.baselines import bm25_events, last_events
+from data.behavior.questions import Question
 from data.chat_template import encode
-from data.user_behavior import Behavior, log_of
+from data.user_behavior import behavior_of
 
 
 def evaluate_behavior(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
@@ -22,23 +24,14 @@ def evaluate_behavior(engine: Engine, config: Config, results: Results) -> dict[
     """
     data = config.data
     assert isinstance(data, UserBehaviorData)
-    questions = Behavior(
-        log_of(data),
-        engine.tokenizer,
-        config.seed,
-        "test",
-        data.train_length,
-        config.eval.examples or 1,
-        data.kinds,
-        data.action,
-        data.layout,
-    )
+    count = config.eval.examples or 1
+    questions = behavior_of(data, engine.tokenizer, config.seed, "test", count)
     asked = [questions.question(number) for number in range(len(questions))]
     budget = config.eval.budget
     methods = {
-        "CoMeT": questions.window,
-        f"last {short(budget)}": lambda question: questions.truncate(question, budget),
-        f"BM25 {short(budget)}": lambda question: questions.retrieve(question, budget),
+        "CoMeT": Question.events,
+        f"last {short(budget)}": lambda question: last_events(questions, question, budget),
+        f"BM25 {short(budget)}": lambda question: bm25_events(questions, question, budget),
     }
     values, ceilings, predictions = dict[str, Any](), dict[str, Any](), dict[str, list[Answer]]()
     references = [question.answer for question in asked]

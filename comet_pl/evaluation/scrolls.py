@@ -23,7 +23,8 @@ from comet_pl.metrics.scrolls import (
 from comet_pl.progress import Bar
 from data.batches import IGNORED, pad_rows
 from data.chat_template import encode
-from data.scrolls import MAX_NEW_TOKENS, SCROLLS, Corpus, Example, tasks
+from data.scrolls import Corpus, Example
+from data.scrolls_rows import MAX_NEW_TOKENS, SCROLLS, tasks
 from data.tokenizer import pad_token, stop_token
 
 

@@ -37,7 +37,7 @@ from torchmetrics import Metric
 from comet_pl.errors import Parser, UserError, nearest, os_errors, run_cli
 from comet_pl.files import replacing
 from data import jsonl
-from data.scrolls import SCROLLS
+from data.scrolls_rows import SCROLLS
 
 ROUGES = ["rouge1", "rouge2", "rougeL"]
 METRICS = {

@@ -1,33 +1,39 @@
 """Questions about a window of a user's history, with computed answers.
 
-The world of a question is the window: "the first purchase of X" is the first that the window shows, a month at its edge is what the window
-shows of it. X and Y are items, and all questions are about one action, such as purchase; other actions are distractors.
+The world of a question is the window: "the first purchase of X" is the first that the window shows,
+a month at its edge has the events that the window shows. X and Y are items. All questions are about
+one action, such as purchase; other actions are distractors.
 
-    kind           question                                            answer      evidence: the events that it needs
-    last_time      day of the last X                                   2011-05-31  that X
-    first_time     day of the first X                                  2011-05-31  that X
-    count          how many events are X, from one day to another      3           all of them; at least one
-    most_frequent  the item of the most events from one day to another  21495      all events of that item; at least two, and no tie
-    bought_after   any Y after the last X; as often yes as no          yes         the last X and the last Y, at different times
-    followed       the item right after the last or first X            21495       that X and the event after it, which is no X
-    total          quantity times price of all events in a month       1234.50     all of them
-    next_item      the item of the next event; the window ends there   21495       none: it is a prediction
+    kind           question                                answer      evidence: the needed events
+    last_time      day of the last X                       2011-05-31  that X
+    first_time     day of the first X                      2011-05-31  that X
+    count          number of X, from one day to another    3           all of them; at least one
+    most_frequent  item of most events, in some days       21495       all of that item; at least
+                                                                       two, and no tie
+    bought_after   any Y after the last X; as often yes    yes         the last X and the last Y, at
+                   as no                                               different times
+    followed       item right after the last or first X    21495       that X, and the event after
+                                                                       it, which is no X
+    total          quantity times price, over a month      1234.50     all events of the month
+    next_item      item of the next event, before which    21495       none: it is a prediction
+                   the window ends
 
-A question without such evidence in the window is never asked. To have near and far evidence in balance, the age class of the oldest needed
-event is drawn first, each class that has a candidate alike, and then one of its candidates. Before it only
-the answer is drawn where that can be balanced: yes and no are equally likely, and so are all counts up to 9 that the window allows.
+A question without such evidence in the window is never asked. To balance near and far evidence, the
+age class of the oldest needed event is drawn first, each class with a candidate alike, and then one
+of the class's candidates. Before that only the answer is drawn, if it can be balanced: yes and no
+are equally likely, and so are all counts up to 9 that the window allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import numpy as np
 
-from data.behavior.events import PRICE_UNITS, History, Log
+from data.behavior.answers import Query, solve
+from data.behavior.events import DAY, Log, days_of
 
 KINDS = {
     "last_time": "day of the last X",
@@ -42,30 +48,19 @@ KINDS = {
 """Kinds of questions; X and Y are an action on an item."""
 UNIT = 1024  # tokens; the age classes are 0-1k, 1-2k, 2-4k, 4-8k, ...
 MOST_COUNTED = 9
-MOST_DAYS = 30  # between a counted event and the window's first or last day, so that windows do not grow with the gaps
+MOST_DAYS = 30
+"""Between a counted event and the first or last day asked about; longer gaps widen them no more."""
 TRIES = 16
 
 
 def age_class(ages: Any) -> Any:
-    """0 for ages under 1,024 tokens, 1 under 2,048, 2 under 4,096, ...; of an int, or of an array of them."""
+    """0 for ages under 1,024 tokens, 1 under 2,048, 2 under 4,096, ...; of an int or an array."""
     return np.ceil(np.log2(np.asarray(ages) // UNIT + 1)).astype(int)
 
 
 def class_bounds(number: int) -> tuple[int, int]:
     """The first age of a class, and the first of the next one."""
     return (UNIT << number >> 1) if number else 0, UNIT << number
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is asked; items are numbers in the Log, days are datetime64[D], a month is its first day."""
-
-    kind: str
-    item: int = -1
-    other: int = -1
-    first_day: np.datetime64 | None = None
-    last_day: np.datetime64 | None = None
-    which: str = ""  # followed: last | first
 
 
 @dataclass(frozen=True)
@@ -78,131 +73,56 @@ class Question:
     end: int
     answer: str
     evidence: tuple[int, ...]  # events, in the history's numbering
-    age: (
-        int | None
-    )  # tokens from the oldest evidence's line to the history's end; None without evidence
+    age: int | None
+    """Tokens from the oldest evidence's line to the history's end; None without evidence."""
+
+    def events(self) -> np.ndarray:
+        """Numbers of the window's events."""
+        return np.arange(self.start, self.end)
 
 
 def wording(query: Query, log: Log, action: str, numbers: bool = False) -> str:
-    """The question as text. numbers: items are named by their numbers alone."""
+    """The question as text.
+
+    Args:
+        numbers: items are named by their numbers alone.
+    """
     name = log.items.__getitem__ if numbers else log.label
     item = name(query.item) if query.item >= 0 else ""
-    days = f"from {query.first_day} to {query.last_day}"
+    other = name(query.other)
+    days, which = f"from {query.first_day} to {query.last_day}", query.which
     return {
         "last_time": f"On which day is the last {action} of {item}?",
         "first_time": f"On which day is the first {action} of {item}?",
         "count": f"How many times is there a {action} of {item} {days}?",
         "most_frequent": f"Which item has the most {action} lines {days}?",
-        "bought_after": f"Is there a {action} of {name(query.other)} after the last {action} of {item}?",
-        "followed": f"Which item is in the next {action} after the {query.which} {action} of {item}?",
+        "bought_after": f"Is there a {action} of {other} after the last {action} of {item}?",
+        "followed": f"Which item is in the next {action} after the {which} {action} of {item}?",
         "total": f"What is the {action} total of {str(query.first_day)[:7]}?",
         "next_item": f"Which item is in the next {action}?",
     }[query.kind]
 
 
-# -- answers ----------------------------------------------------------------------------------------------------------------------------
-
-
-def solve(
-    query: Query, history: History, log: Log, events: np.ndarray
-) -> tuple[str, tuple[int, ...]] | None:
-    """(answer, evidence) from some events of the action asked about, as they stand; None if they do not say.
-
-    Args:
-        events: (n,) their numbers in the history, ascending.
-    """
-    items = history.item[events]
-    if query.kind in ("count", "most_frequent"):
-        days = history.time[events].astype("datetime64[D]")
-        events = events[(query.first_day <= days) & (days <= query.last_day)]
-        if query.kind == "count":
-            found = events[history.item[events] == query.item]
-            return str(len(found)), tuple(found.tolist())
-        kinds, counts = np.unique(history.item[events], return_counts=True)
-        best = kinds[counts == counts.max(initial=0)]
-        return (
-            (log.items[best[0]], tuple(events[history.item[events] == best[0]].tolist()))
-            if len(best) == 1
-            else None
-        )
-    if query.kind == "total":
-        events = events[
-            history.time[events].astype("datetime64[M]") == np.datetime64(str(query.first_day), "M")
-        ]
-        units = sum(
-            quantity * price
-            for quantity, price in zip(
-                history.quantity[events].tolist(), history.price[events].tolist(), strict=True
-            )
-        )
-        return (amount(units), tuple(events.tolist())) if len(events) else None
-    places = np.flatnonzero(items == query.item)
-    if not len(places):
-        return None
-    place = places[0] if query.kind == "first_time" or query.which == "first" else places[-1]
-    at = int(events[place])
-    if query.kind in ("last_time", "first_time"):
-        return str(history.time[at].astype("datetime64[D]")), (at,)
-    if query.kind == "followed":
-        return (
-            (log.items[items[place + 1]], (at, int(events[place + 1])))
-            if place + 1 < len(events)
-            else None
-        )
-    others = events[items == query.other]
-    if not len(others) or history.time[others[-1]] == history.time[at]:
-        return None
-    return ("yes" if others[-1] > at else "no"), tuple(sorted((at, int(others[-1]))))
-
-
-def oracle(query: Query, history: History, log: Log, events: np.ndarray) -> str:
-    """The best answer from the visible events: what a reader who makes no mistake can reach with them. Not an upper bound for next_item,
-    where it is the most frequent visible item (the latest of several), and not for what has to be guessed: '' otherwise.
-
-    Args:
-        events: as in `solve`; any selection of them.
-    """
-    items = history.item[events]
-    if query.kind == "next_item":
-        counts = np.bincount(items) if len(items) else np.zeros(1)
-        best = items[counts[items] == counts.max()] if len(items) else items
-        return log.items[best[-1]] if len(best) else ""
-    if query.kind == "bought_after" and query.item not in items:
-        return (
-            "yes" if query.other in items else "no"
-        )  # what is not in sight lies most likely further back
-    if query.kind == "bought_after" and query.other not in items:
-        return "no"
-    found = solve(query, history, log, events)
-    return found[0] if found else ""
-
-
-def amount(units: int) -> str:
-    """Money with two decimals, halves rounded away from zero."""
-    return str((Decimal(units) / PRICE_UNITS).quantize(Decimal("0.01"), ROUND_HALF_UP))
-
-
-# -- questions --------------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class _Window:
-    """The events of the action asked about, in order: their numbers, and for each its item, day, time and age in tokens."""
+    """The events of the action asked about, in order."""
 
-    events: np.ndarray
-    item: np.ndarray
+    item: np.ndarray  # (n,), and so are all below
     day: np.ndarray
     time: np.ndarray
-    age: np.ndarray
+    age: np.ndarray  # in tokens
     random: np.random.Generator
 
     def pick(self, places: np.ndarray, preferred: np.ndarray | None = None) -> int:
-        """An index into `places` (places in the window): first an age class, then one of its places, a preferred one if it has any."""
+        """An index into `places` (places in the window).
+
+        An age class is drawn first, then one of its places, a preferred one if there is any.
+        """
         classes = age_class(self.age[places])
-        here = np.flatnonzero(classes == self.random.choice(np.unique(classes)))
-        if preferred is not None and preferred[here].any():
-            here = here[preferred[here]]
-        return int(self.random.choice(here))
+        able = np.flatnonzero(classes == self.random.choice(np.unique(classes)))
+        if preferred is not None and preferred[able].any():
+            able = able[preferred[able]]
+        return int(self.random.choice(able))
 
     def ends(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Each item once: (items, place of its first event, of its last one, number of events)."""
@@ -218,45 +138,40 @@ def _time(kind: str, window: _Window) -> Query:
 
 def _count(kind: str, window: _Window) -> Query:
     order = np.argsort(window.item, kind="stable")  # each item's events together, in order of time
-    item, day = window.item[order], window.day[order]
-    begins = np.append(
-        True, (item[1:] != item[:-1]) | (day[1:] != day[:-1])
-    )  # no earlier event of this item on this day
-    n, possible = len(order), np.zeros((MOST_COUNTED, len(order)), dtype=bool)
-    for more in range(min(MOST_COUNTED, n)):  # events j to j + more are the counted ones
-        ends = np.append(begins[1:], True)[more:]
-        possible[more, : n - more] = begins[: n - more] & ends & (item[: n - more] == item[more:])
-    more = int(window.random.choice(np.flatnonzero(possible.any(1))))  # all counts alike
-    able = np.flatnonzero(possible[more])
+    item, day, n = window.item[order], window.day[order], len(order)
+    # no earlier event of this item on this day
+    begins = np.append(True, (item[1:] != item[:-1]) | (day[1:] != day[:-1]))
+    possible = np.zeros((MOST_COUNTED, n), dtype=bool)
+    for further in range(min(MOST_COUNTED, n)):  # events j to j + further are the counted ones
+        ends = np.append(begins[1:], True)[further:]
+        same = item[: n - further] == item[further:]
+        possible[further, : n - further] = begins[: n - further] & ends & same
+    further = int(window.random.choice(np.flatnonzero(possible.any(1))))  # all counts alike
+    able = np.flatnonzero(possible[further])
     j = int(able[window.pick(order[able])])
-    one = np.timedelta64(1, "D")
-    before = day[j - 1] + one if j and item[j - 1] == item[j] else window.day[0]
-    after = (
-        day[j + more + 1] - one
-        if j + more + 1 < n and item[j + more + 1] == item[j]
-        else window.day[-1]
-    )
+    k = j + further
+    before, after = window.day[0], window.day[-1]
+    if j and item[j - 1] == item[j]:
+        before = day[j - 1] + DAY
+    if k + 1 < n and item[k + 1] == item[j]:
+        after = day[k + 1] - DAY
     first = _day(window.random, max(before, day[j] - MOST_DAYS), day[j])
-    return Query(
-        kind,
-        int(item[j]),
-        first_day=first,
-        last_day=_day(window.random, day[j + more], min(after, day[j + more] + MOST_DAYS)),
-    )
+    last = _day(window.random, day[k], min(after, day[k] + MOST_DAYS))
+    return Query(kind, int(item[j]), first_day=first, last_day=last)
 
 
 def _most_frequent(kind: str, window: _Window) -> Query | None:
-    days = np.unique(window.day)
-    wanted = window.random.choice(np.unique(age_class(window.age)))
-    here = np.flatnonzero(age_class(window.age) == wanted)
+    days, classes = np.unique(window.day), age_class(window.age)
+    wanted = window.random.choice(np.unique(classes))
+    starts = np.flatnonzero(classes == wanted)
     for _ in range(TRIES):
-        first = window.day[window.random.choice(here)]
+        first = window.day[window.random.choice(starts)]
         last = window.random.choice(days[days >= first][:MOST_DAYS])
-        found = np.flatnonzero((first <= window.day) & (window.day <= last))
-        items, counts = np.unique(window.item[found], return_counts=True)
+        asked = np.flatnonzero((first <= window.day) & (window.day <= last))
+        items, counts = np.unique(window.item[asked], return_counts=True)
         best = items[counts == counts.max()]
-        oldest = found[window.item[found] == best[0]][0]
-        if len(best) == 1 and counts.max() > 1 and age_class(window.age[oldest]) == wanted:
+        oldest = asked[window.item[asked] == best[0]][0]
+        if len(best) == 1 and counts.max() > 1 and classes[oldest] == wanted:
             return Query(kind, first_day=first, last_day=last)
     return None
 
@@ -269,12 +184,10 @@ def _bought_after(kind: str, window: _Window) -> Query | None:
     old = earlier[window.pick(last[earlier])]
     later = np.flatnonzero(window.time[last] > window.time[last[old]])
     classes = age_class(window.age[last[later]])
-    new = window.random.choice(
-        later[classes == classes.max()]
-    )  # as old as can be: or the recent past alone would tell
-    x, y = (
-        (old, new) if window.random.random() < 0.5 else (new, old)
-    )  # the pair says nothing about the answer
+    # as old as possible: otherwise the recent past alone would tell
+    new = window.random.choice(later[classes == classes.max()])
+    # either order, so that the pair says nothing about the answer
+    x, y = (old, new) if window.random.random() < 0.5 else (new, old)
     return Query(kind, int(items[x]), int(items[y]))
 
 
@@ -291,7 +204,7 @@ def _followed(kind: str, window: _Window) -> Query | None:
 
 def _total(kind: str, window: _Window) -> Query:
     months, first = np.unique(window.day.astype("datetime64[M]"), return_index=True)
-    return Query(kind, first_day=months[window.pick(first)].astype("datetime64[D]"))
+    return Query(kind, first_day=days_of(months[window.pick(first)]))
 
 
 def _day(random: np.random.Generator, first: np.datetime64, last: np.datetime64) -> np.datetime64:
@@ -319,29 +232,27 @@ def ask(
     action: int,
     random: np.random.Generator,
 ) -> Question | None:
-    """A question of this kind about events start to end of a history; None if there is none, or if the draw found none.
+    """A question of this kind about events start to end of a history; None if the draw has none.
 
     Args:
-        ages: (end - start,) of the window's events, in tokens. action: number of the action asked about. random: decides everything.
+        ages: (end - start,) of the window's events, in tokens.
+        action: number of the action asked about.
+        random: decides everything.
     """
     history = log.histories[user]
     if kind == "next_item":
-        known = end < len(history) and history.action[end] == action
-        return (
-            Question(Query(kind), user, start, end, log.items[history.item[end]], (), None)
-            if known
-            else None
-        )
+        if end == len(history) or history.action[end] != action:
+            return None
+        return Question(Query(kind), user, start, end, log.items[history.item[end]], (), None)
     shown = np.flatnonzero(history.action[start:end] == action)
     if not len(shown):
         return None
     events = start + shown
     time = history.time[events]
-    window = _Window(
-        events, history.item[events], time.astype("datetime64[D]"), time, ages[shown], random
-    )
+    window = _Window(history.item[events], days_of(time), time, ages[shown], random)
     query = PROPOSE[kind](kind, window)
-    found = solve(query, history, log, events) if query else None
-    if query is None or found is None or not found[1]:
+    solution = solve(query, history, log, events) if query else None
+    if query is None or solution is None or not solution[1]:
         return None
-    return Question(query, user, start, end, *found, age=int(ages[found[1][0] - start]))
+    answer, evidence = solution
+    return Question(query, user, start, end, answer, evidence, int(ages[evidence[0] - start]))

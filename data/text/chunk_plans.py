@@ -1,15 +1,14 @@
-"""Into which chunks a text is cut, and at which stride it is compressed: the mixture that the authors trained on.
+"""Where a text is cut into chunks, and its stride: the mixture of the authors' training.
 
     fixed           C, C, ..., rest
     right_aligned   rest, C, ..., C
-    random          a random number of chunks, from ceil(n / C) to M / C, of random sizes from 4 to C
+    random          a random number of chunks, ceil(n / C) to M / C, of random sizes, 4 to C
     uniform         M / C chunks of nearly equal size
-    sentence        each time the longest chunk that ends where a sentence does
+    sentence        the longest chunk that ends with a sentence, again and again
     mixture         one of these, drawn by the text's length
 
-Legend: n tokens of the text, C chunk size, M max_length of a text, s compression stride. A plan is a list of sizes >= 1 that sum to n, each
-at most C. Whatever is random comes from the caller's generator, made from
-(seed, epoch, index).
+Legend: n tokens of the text, C chunk size, M max_length of a text, s compression stride. A plan is
+a list of sizes from 1 to C that sum to n. The caller makes the generator from (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -38,27 +37,29 @@ def chunk_plan(
 ) -> list[int]:
     """Sizes of the chunks of a text; [] if it has no tokens.
 
-    Where the five kinds do not fit a text: a text longer than M counts as one of M = n; a text of fewer than M / C tokens has chunks of one
-    token; random chunks are shorter than 4 tokens where n is too small for ceil(n / C) of that size; where no sentence ends within C
-    tokens, C are taken, and a rest of at most C is one chunk.
+    Where a kind does not fit the text: a text longer than M counts as one of M = n; a text of fewer
+    than M / C tokens has uniform chunks of one token; random chunks are shorter than 4 tokens if n
+    is too small for ceil(n / C) of that size; a chunk without a sentence's end within C tokens has
+    C tokens, and a rest of at most C is one chunk.
 
     Args:
-        kind: one of KINDS, or mixture. ends: for sentence and mixture: (n,) whether a chunk may end after this token
+        kind: one of KINDS, or mixture.
+        ends: for sentence and mixture: (n,) whether a chunk may end after this token
             (sentence_ends(tokenizer)[ids]).
 
     Raises:
-        ValueError: no such kind; n < 0; chunk_size or max_length < 1; ends are missing or not n.
+        ValueError: an unknown kind; n < 0; chunk_size or max_length < 1; not n ends.
     """
     if kind not in (*KINDS, "mixture"):
         raise ValueError(f"kind: {kind!r} given, allowed: {', '.join(KINDS)}, mixture")
     if n < 0 or chunk_size < 1 or max_length < 1:
         raise ValueError(
-            f"n >= 0, chunk_size >= 1 and max_length >= 1 are needed; {n}, {chunk_size} and {max_length} given"
+            "n >= 0, chunk_size >= 1 and max_length >= 1 are needed; "
+            f"{n}, {chunk_size} and {max_length} given"
         )
     if kind in ("sentence", "mixture") and (ends is None or len(ends) != n):
-        raise ValueError(
-            f"ends: {'none' if ends is None else len(ends)} given, {kind} needs one for each of {n} tokens"
-        )
+        count = "none" if ends is None else len(ends)
+        raise ValueError(f"ends: {count} given, {kind} needs one for each of {n} tokens")
     if kind == "mixture":
         kind = draw_kind(n, chunk_size, max_length, random)
     if n == 0:
@@ -85,7 +86,7 @@ def draw_kind(n: int, chunk_size: int, max_length: int, random: np.random.Genera
     C <= n < .75 M    .6              .1       .2       .05        .05
     n >= .75 M        .6              .1       .1       .2
 
-    A text that fits into a chunk is in the first row, however short M is.
+    A text that fits into a chunk has the first row's weights, however short M is.
     """
     if n < chunk_size:
         weights = (0.8, 0.1, 0.1, 0.0, 0.0)
@@ -97,7 +98,9 @@ def draw_kind(n: int, chunk_size: int, max_length: int, random: np.random.Genera
 
 
 def draw_stride(stride: int, random: np.random.Generator, longest: int = LONGEST_STRIDE) -> int:
-    """Dynamic compression: s, 2s, 4s, ... up to `longest`, k strides with weights k^2, (k - 1)^2, ..., 1; s if it is longer than that.
+    """A stride for dynamic compression: one of s, 2s, 4s, ... up to `longest`.
+
+    The k strides have the weights k^2, (k - 1)^2, ..., 1. An s above `longest` is the only one.
 
     Raises:
         ValueError: stride < 1.
@@ -112,37 +115,35 @@ def draw_stride(stride: int, random: np.random.Generator, longest: int = LONGEST
 
 
 def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """(V,) bool: ids after which a sentence may end: a stop token, and text that ends on a newline, '.', ',' or the Chinese full stop.
+    """(V,) bool: ids after which a sentence may end; V is the largest id + 1.
 
-    V is the largest id + 1. A full stop that a tokenizer spells in several byte tokens is not seen.
+    These are the stop token, and text that ends on a newline, '.', ',' or the Chinese full stop. A
+    full stop that a tokenizer spells in several byte tokens is not among them.
     """
     size = max(tokenizer.get_vocab().values()) + 1
-    texts = tokenizer.batch_decode(
-        [[token] for token in range(size)], clean_up_tokenization_spaces=False
-    )
-    found = np.array([text.endswith(SENTENCE_ENDS) or text in STOP_TOKENS for text in texts])
+    ids = [[token] for token in range(size)]
+    texts = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+    ends = np.array([text.endswith(SENTENCE_ENDS) or text in STOP_TOKENS for text in texts])
     if tokenizer.eos_token_id is not None:
-        found[tokenizer.eos_token_id] = True
-    return found
+        ends[tokenizer.eos_token_id] = True
+    return ends
 
 
 def _random_sizes(n: int, count: int, most: int, random: np.random.Generator) -> list[int]:
-    """`count` sizes of 4 to `most` tokens that sum to n; smaller ones where n is too small."""
+    """`count` sizes of 4 to `most` tokens that sum to n; smaller ones if n is too small."""
     least = min(LEAST, n // count)
     sizes, left = [], n
     for later in reversed(range(count)):
-        size = int(
-            random.integers(
-                max(least, left - later * most), min(most, left - later * least), endpoint=True
-            )
-        )
+        low, high = max(least, left - later * most), min(most, left - later * least)
+        size = int(random.integers(low, high, endpoint=True))
         sizes.append(size)
         left -= size
-    return random.permutation(sizes).tolist()  # the first draws have the most room: spread them
+    # the first draws have the most room: the permutation spreads them
+    return random.permutation(sizes).tolist()
 
 
 def _to_ends(n: int, most: int, ends: np.ndarray) -> list[int]:
-    """ends: how many tokens there are up to each place where a chunk may end, ascending."""
+    """Sizes of chunks that end at `ends`, the ascending numbers of tokens before a cut."""
     cuts = [0]
     while n - cuts[-1] > most:
         before = int(np.searchsorted(ends, cuts[-1] + most, side="right"))

@@ -1,8 +1,9 @@
-"""Training batches from samples: packed, cut into chunks, dealt to ranks; in an order that is a pure function of (seed, epoch).
+"""Training batches from samples: packed, cut into chunks, sharded, in an order that is a pure
+function of (seed, epoch).
 
-Samples come in windows: the whole corpus at once, if it is cached, or so many rows at a time, if it is streamed. Within a window the
-samples are packed into rows of the batch and shuffled; the last batch of a window is filled up with the window's first rows. One pass of
-the loader is the whole training, however many epochs of the data that is.
+Samples come in windows: the whole corpus if it is cached, some rows if it is streamed. A window's
+samples are packed into rows of the batch and shuffled. The first rows of a window fill its last
+batch. One pass of the loader is the whole training, over any number of epochs of the data.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 from comet_pl.errors import UserError
-from data.batches import IGNORED, loader, pad_rows
+from comet_pl.model.chunk_layout import ChunkPlan
+from data.batches import ALL, Pair, Shard, loader, pad_rows
 from data.jsonl import Complaints
 from data.text.chunk_plans import chunk_plan, draw_stride
 from data.text.packing import join, pack
 from data.text.tokenized import CachedSamples, Sample, Source, encoded
 
-EMPTY_EPOCHS = 1000  # small weights may leave an epoch without a row, by lot; so many are no chance
-FIRST_WINDOW = (
-    32  # rows; each window has twice as many as the one before, up to data.shuffle_window
-)
+Samples = Sequence[Sample] | CachedSamples
+Row = tuple[Pair, ChunkPlan]
+EMPTY_EPOCHS = 1000  # in a row are no chance, as single ones are if weights are small
+FIRST_WINDOW = 32  # rows; each window has twice the rows of the last one, up to shuffle_window
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,14 @@ class Layout:
     """How samples become rows of a batch.
 
     Args:
-        max_length: tokens of a row. chunk_size, stride: the model's (C, s; None: no temporary memory). packing: none, documents (each with
-            a memory of its own) or shared. plan: one of data.plans.KINDS, or mixture. dynamic_stride: draws each row's stride.
-        ends: (V,) ids that may end a chunk, for the plans that ask for them. weights: how often an epoch has the samples of a group; groups
-            without one, and None: once.
+        max_length: tokens of a row.
+        chunk_size: C, the model's.
+        stride: s, the model's; None: no temporary memory.
+        packing: none, documents (each with a memory of its own) or shared.
+        plan: one of data.text.chunk_plans.KINDS, or mixture.
+        dynamic_stride: draws each row's stride.
+        ends: (V,) ids that may end a chunk, for the plans sentence and mixture.
+        weights: how often an epoch has the samples of a group; groups without one, and None: once.
     """
 
     max_length: int
@@ -48,72 +53,53 @@ class Layout:
     ends: np.ndarray | None = None
     weights: dict[str, float] | None = None
 
-    def rows(
-        self, samples: Sequence[Sample] | CachedSamples, random: np.random.Generator
-    ) -> list[list[int]]:
-        """Which samples make a row, in the order of the rows."""
+    def rows(self, samples: Samples, random: np.random.Generator) -> list[list[int]]:
+        """The samples of each row, in the order of the rows."""
         if isinstance(samples, CachedSamples):
-            lengths, names = samples.lengths, samples.groups
+            lengths, groups = samples.lengths, samples.groups
         else:
-            lengths, names = (
-                np.array([len(one) for one in samples]),
-                np.array([one.group for one in samples]),
-            )
+            lengths = np.array([len(sample) for sample in samples])
+            groups = np.array([sample.group for sample in samples])
         numbers = np.arange(len(lengths))
         if self.weights is not None and len(numbers):
-            times = np.array([self.weights.get(name, 1.0) for name in names])
-            numbers = np.repeat(
-                numbers, (times + random.random(len(times))).astype(int)
-            )  # 1.5: once or twice, by lot
+            times = np.array([self.weights.get(group, 1.0) for group in groups])
+            # a weight of 1.5 gives one row or two, at random
+            numbers = np.repeat(numbers, (times + random.random(len(times))).astype(int))
         if self.packing == "none":
             return [[number] for number in random.permutation(numbers).tolist()]
-        return [
-            numbers[group].tolist() for group in pack(lengths[numbers], self.max_length, random)
-        ]
+        packed = pack(lengths[numbers], self.max_length, random)
+        return [numbers[row].tolist() for row in packed]
 
-    def row(self, samples: Sequence[Sample], random: np.random.Generator) -> dict[str, Any]:
-        """ids and labels (n,) int64, chunk_sizes, resets, and stride if it is drawn."""
-        plans = [self._plan(sample, random) for sample in samples]
-        pairs = [
-            (one.ids.astype(np.int64), np.where(one.learned, one.ids, IGNORED).astype(np.int64))
-            for one in samples
-        ]
-        ids, labels, chunk_sizes, resets = join(pairs, plans, shared=self.packing == "shared")
-        row: dict[str, Any] = {
-            "ids": ids,
-            "labels": labels,
-            "chunk_sizes": chunk_sizes,
-            "resets": resets,
-        }
+    def row(self, samples: Sequence[Sample], random: np.random.Generator) -> Row:
+        sizes = [self._sizes(sample, random) for sample in samples]
+        pairs = [sample.pair() for sample in samples]
+        ids, labels, plan = join(pairs, sizes, shared=self.packing == "shared")
         if self.dynamic_stride and self.stride is not None:
-            row["stride"] = draw_stride(self.stride, random)
-        return row
+            plan = plan._replace(stride=draw_stride(self.stride, random))
+        return (ids, labels), plan
 
-    def _plan(self, sample: Sample, random: np.random.Generator) -> list[int]:
+    def _sizes(self, sample: Sample, random: np.random.Generator) -> list[int]:
         ends = None if self.ends is None else self.ends[sample.ids]
         return chunk_plan(self.plan, len(sample), self.chunk_size, self.max_length, random, ends)
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token: int) -> dict[str, Tensor | list[Any]]:
-    """Rows -> input_ids, attention_mask, labels, each (B, longest); chunk_sizes and resets, a list a row; strides, if they were drawn."""
-    batch: dict[str, Any] = dict(pad_rows([(row["ids"], row["labels"]) for row in rows], pad_token))
-    batch |= {name: [row[name] for row in rows] for name in ("chunk_sizes", "resets")}
-    if all("stride" in row for row in rows):
-        batch["strides"] = [row["stride"] for row in rows]
-    return batch
+def collate(rows: Sequence[Row], pad_token: int) -> dict[str, Any]:
+    """Rows -> input_ids, attention_mask, labels, each (B, longest), and plans, one a row."""
+    pairs, plans = zip(*rows, strict=True)
+    return {**pad_rows(pairs, pad_token), "plans": list(plans)}
 
 
 class Windows(Protocol):
-    """Samples of an epoch, so many at a time."""
+    """Samples of an epoch, window by window."""
 
-    def window(self, epoch: int, number: int) -> Sequence[Sample] | CachedSamples | None:
+    def window(self, epoch: int, number: int) -> Samples | None:
         """None: the epoch has no more."""
         ...
 
 
 @dataclass
 class Cached:
-    """The whole corpus is one window."""
+    """The whole corpus as one window."""
 
     samples: CachedSamples
 
@@ -122,11 +108,14 @@ class Cached:
 
 
 class Streamed:
-    """Rows are read and encoded as they are needed; a window is shuffled within itself. The first windows are small, so that the first
-    batch comes soon. Going on in mid-epoch reads the earlier rows again, but encodes none of them.
+    """Windows whose rows are read and encoded when they are needed.
+
+    Rows are shuffled within their window. The first windows are small, so that the first batch
+    comes soon. Resuming in mid-epoch reads the earlier rows again, but does not encode them.
 
     Args:
-        size: rows a window. workers: processes that encode.
+        size: rows of a window.
+        workers: processes that encode.
 
     Attributes:
         complaints: about the rows of the first epoch, as far as it has been read.
@@ -144,13 +133,13 @@ class Streamed:
             return self.held
         if number == 0 or self.place != (epoch, number - 1):
             start = sum(self._size(earlier) for earlier in range(number))
-            complaints = Complaints(
-                self.source.on_error
-            )  # each row is complained about once, not in each epoch
-            self.complaints = complaints if epoch == 0 else self.complaints
+            complaints = Complaints(self.source.on_error)
+            if epoch == 0:  # each row is counted once, not once an epoch
+                self.complaints = complaints
             self.rows = encoded(self.source, complaints, self.workers, start)
-        self.place, found = (epoch, number), list(islice(self.rows, self._size(number)))
-        self.held = [sample for sample in found if sample is not None] if found else None
+        rows = list(islice(self.rows, self._size(number)))
+        self.place = epoch, number
+        self.held = [sample for sample in rows if sample is not None] if rows else None
         return self.held
 
     def _size(self, number: int) -> int:
@@ -158,13 +147,16 @@ class Streamed:
 
 
 class Feed:
-    """The batches of a training, the same whatever the number of worker processes; stopped anywhere and resumed, the rest comes as if never
-    stopped. The order of the rows does not depend on the number of ranks: each batch of rows is dealt to them in turn.
+    """The batches of a training, the same for any number of worker processes.
 
-    Its state is (epoch, window, place): how many rows of the window all ranks together have been given. Lightning saves it.
+    Stopped anywhere and resumed, it yields the batches that an uninterrupted feed yields. The order
+    of the rows does not depend on the number of ranks: each batch is dealt to them in turn.
+    Lightning saves its state: epoch, window, the number of the window's rows that all ranks
+    together have received (place), and batches given.
 
     Args:
-        batches: of the whole training, on each rank. batch_size: rows a batch on each rank.
+        batches: of the whole training, on each rank.
+        batch_size: rows of a batch on each rank.
     """
 
     def __init__(
@@ -176,17 +168,11 @@ class Feed:
         batch_size: int,
         seed: int,
         num_workers: int = 0,
-        rank: int = 0,
-        world: int = 1,
+        shard: Shard = ALL,
     ):
         self.windows, self.layout, self.pad_token = windows, layout, pad_token
-        self.batches, self.batch_size, self.seed, self.num_workers = (
-            batches,
-            batch_size,
-            seed,
-            num_workers,
-        )
-        self.rank, self.world = rank, world
+        self.batches, self.batch_size, self.seed = batches, batch_size, seed
+        self.num_workers, self.shard = num_workers, shard
         self.epoch = self.window = self.place = self.given = 0
 
     def __len__(self) -> int:
@@ -200,27 +186,28 @@ class Feed:
                 empty = empty + 1 if self.given == given else 0
                 if empty > EMPTY_EPOCHS:
                     raise UserError(
-                        f"data.weights: {empty} epochs in a row had not a single row; larger weights are needed"
+                        f"data.weights: {empty} epochs in a row had not a single row; "
+                        "larger weights are needed"
                     )
                 given, self.epoch, self.window, self.place = self.given, self.epoch + 1, 0, 0
                 continue
             yield from self._window(samples)
             self.window, self.place = self.window + 1, 0
 
-    def _window(self, samples: Sequence[Sample] | CachedSamples) -> Iterator[dict[str, Any]]:
+    def _window(self, samples: Samples) -> Iterator[dict[str, Any]]:
         rows = _Rows(samples, self.layout, (self.seed, self.epoch, self.window))
-        step = self.batch_size * self.world
+        rank, world = self.shard
+        step = self.batch_size * world
         numbers = [
-            [place % len(rows) for place in range(start + self.rank, start + step, self.world)]
+            [place % len(rows) for place in range(start + rank, start + step, world)]
             for start in range(self.place, len(rows), step)
         ]
-        for batch in loader(
-            rows, numbers[: self.batches - self.given], self._collate, self.num_workers
-        ):
+        left = numbers[: self.batches - self.given]
+        for batch in loader(rows, left, self._collate, self.num_workers):
             self.place, self.given = self.place + step, self.given + 1
             yield batch
 
-    def _collate(self, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def _collate(self, rows: Sequence[Row]) -> dict[str, Any]:
         return collate(rows, self.pad_token)
 
     def state_dict(self) -> dict[str, int]:
@@ -234,15 +221,13 @@ class Feed:
 class _Rows:
     """The rows of a window, by number; each a pure function of (seed, epoch, window, number)."""
 
-    def __init__(
-        self, samples: Sequence[Sample] | CachedSamples, layout: Layout, key: tuple[int, int, int]
-    ):
+    def __init__(self, samples: Samples, layout: Layout, key: tuple[int, int, int]):
         self.samples, self.layout, self.key = samples, layout, key
         self.groups = layout.rows(samples, np.random.default_rng(key))
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
+    def __getitem__(self, number: int) -> Row:
         random = np.random.default_rng([*self.key, number + 1])
-        return self.layout.row([self.samples[one] for one in self.groups[number]], random)
+        return self.layout.row([self.samples[sample] for sample in self.groups[number]], random)

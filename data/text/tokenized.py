@@ -1,7 +1,7 @@
-"""Samples in tokens: from rows once to a memory-mapped Arrow file (cached), or anew whenever they are needed (streamed).
+"""Samples in tokens: cached in a memory-mapped Arrow file, or streamed when they are needed.
 
-A source gives rows and says how a row becomes samples. Both ways hold no more than a few rows in memory, whatever the corpus' size; worker
-processes encode, and rows keep their order.
+A source gives rows and turns a row into a sample. Both ways hold a few rows in memory, for a corpus
+of any size. Worker processes encode; the rows keep their order.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.errors import os_errors
 from comet_pl.files import replacing
 from comet_pl.progress import Bar
-from data.batches import say, start_worker
+from data.batches import IGNORED, Pair, say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
-VERSION = 3  # of what is written; another number leaves old files aside
+VERSION = 3  # of the written format; caches of another version are not found
 FLUSH = 64  # samples held before they are written
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A document, or a conversation, in tokens.
+    """A document, or a conversation, in tokens."""
 
-    ids: (n,) int32. learned: (n,) bool, the tokens with loss. notes: JSON-able; what evaluation wants to know of it, and cut: True if the
-    text had to lose a part.
-    """
-
-    ids: np.ndarray
-    learned: np.ndarray
-    notes: dict[str, Any]
+    ids: np.ndarray  # (n,) int32
+    learned: np.ndarray  # (n,) bool: the tokens with loss
+    notes: dict[str, Any]  # JSON-able facts for evaluation; cut: True if the text lost a part
     group: str = ""  # of a mixture, such as the task
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def pair(self) -> Pair:
+        labels = np.where(self.learned, self.ids, IGNORED).astype(np.int64)
+        return self.ids.astype(np.int64), labels
+
 
 class Source(Protocol):
-    """Where rows come from, and how they become samples; goes to worker processes as it is."""
+    """Where rows come from, and how they become samples; it is sent to worker processes."""
 
     tokenizer: PreTrainedTokenizerBase
     on_error: str
@@ -62,14 +62,15 @@ class Source(Protocol):
         ...
 
     def key(self) -> dict[str, Any]:
-        """JSON-able: whatever the samples depend on, the tokenizer apart."""
+        """JSON-able: what the samples depend on, apart from the tokenizer."""
         ...
 
 
 class _Encoded(IterableDataset[Any]):
-    """Samples of a source in the order of its rows. Worker k of W encodes rows k, k + W, ...; the loader takes from them in turn.
+    """Samples of a source in the order of its rows.
 
-    An unusable row comes out as (place, reason[, remedy]), so that the main process raises or counts it.
+    Worker k of W encodes rows k, k + W, ...; the loader takes from them in turn. An unusable row
+    comes out as (place, reason[, remedy]), so that the main process raises or counts it.
     """
 
     def __init__(self, source: Source, start: int):
@@ -79,9 +80,8 @@ class _Encoded(IterableDataset[Any]):
         worker = get_worker_info()
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         complaints = _Listed()
-        for place, row in islice(
-            complaints.merged(self.source.rows(complaints)), self.start + first, None, step
-        ):
+        rows = complaints.merged(self.source.rows(complaints))
+        for place, row in islice(rows, self.start + first, None, step):
             if isinstance(row, str):
                 yield place, row
                 continue
@@ -115,33 +115,28 @@ class _Listed(Complaints):
 def encoded(
     source: Source, complaints: Complaints, workers: int = 0, start: int = 0
 ) -> Iterator[Sample | None]:
-    """A sample for each row, in order, from row `start` on; None for an unusable one, of which the complaints know.
+    """A sample for each row, in order, from row `start` on; None for an unusable one.
 
     Raises:
         UserError: a file cannot be read; an unusable row, if complaints raise.
     """
     loader = DataLoader(
         _Encoded(source, start),
-        batch_size=None,
+        batch_size=None,  # otherwise the default conversion turns samples into tensors
         num_workers=workers,
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
-    for (
-        found
-    ) in loader:  # default conversion would make tensors of samples: batch_size=None leaves them
-        if isinstance(found, Sample):
-            yield found
+    for sample in loader:
+        if isinstance(sample, Sample):
+            yield sample
         else:
-            complaints.add(*found)
+            complaints.add(*sample)
             yield None
 
 
 class CachedSamples:
-    """Samples by number, out of an Arrow file that stays on disk.
-
-    lengths: (rows,) tokens of each. groups: (rows,) their groups' names.
-    """
+    """Samples by number, out of an Arrow file that stays on disk."""
 
     def __init__(self, file: Path):
         import datasets
@@ -149,6 +144,7 @@ class CachedSamples:
 
         self.file = file
         self.table = datasets.Dataset.from_file(str(file)).with_format("numpy")
+        # (rows,) tokens of each sample, and the names of their groups
         self.lengths = pyarrow.compute.list_value_length(self.table.data["ids"]).to_numpy()
         self.groups = self.table.data["group"].to_numpy()
 
@@ -157,22 +153,20 @@ class CachedSamples:
 
     def __getitem__(self, number: int) -> Sample:
         row = self.table[int(number)]
-        return Sample(
-            row["ids"].astype(np.int32),
-            row["learned"],
-            json.loads(str(row["notes"])),
-            str(row["group"]),
-        )
+        notes = json.loads(str(row["notes"]))
+        return Sample(row["ids"].astype(np.int32), row["learned"], notes, str(row["group"]))
 
 
 def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedSamples:
-    """The samples of a source, tokenised now or by an earlier run with the same tokenizer, files and options.
+    """The samples of a source, tokenised now or earlier with equal tokenizer, files and options.
 
     Args:
-        folder: of all caches. name: for the progress bar and the messages, such as "train".
+        folder: of all caches.
+        name: for the progress bar and the messages, such as "train".
 
     Raises:
-        UserError: a file cannot be read; an unusable row, with on_error=raise; the cache cannot be written.
+        UserError: a file cannot be read; an unusable row, with on_error=raise; the cache cannot be
+            written.
     """
     place = folder / _digest(source)
     file, report = place / f"{name}.arrow", place / f"{name}.json"
@@ -198,11 +192,8 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
         os_errors(f"data.cache: {file.parent} cannot be written"),
         replacing(file, f".{os.getpid()}") as beside,
     ):
-        features, bar = Features(kinds), Bar(None)
-        with (
-            ArrowWriter(path=str(beside), features=features, writer_batch_size=FLUSH) as writer,
-            bar,
-        ):
+        options = {"features": Features(kinds), "writer_batch_size": FLUSH}
+        with ArrowWriter(path=str(beside), **options) as writer, Bar(None) as bar:
             bar.name(f"tokenises {name}")
             for sample in filter(None, encoded(source, complaints, workers)):
                 writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
@@ -214,14 +205,9 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
 
 
 def _digest(source: Source) -> str:
-    tokenizer = source.tokenizer
-    facts = [
-        VERSION,
-        source.on_error,
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template,
-        source.key(),
-    ]  # type: ignore[attr-defined]
+    tokenizer: Any = source.tokenizer
+    words = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+    facts = [VERSION, source.on_error, *words, source.key()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comet_pl.errors import UserError
-from data.agent_traces import AgentSource, files, split_of, task_of, texts, turn_distance
+from data.agent_traces import AgentSource, Traces, files, split_of, task_of, turn_distance
 from data.jsonl import Complaints, UnusableRow
 from data.messages import Message, check_messages
 from data.tokenizer import AGENT_TOKENS, train_tokenizer
@@ -37,6 +37,12 @@ def written(folder: Path, rows: list, name: str = "traces.jsonl") -> Path:
     return folder / name
 
 
+def source(
+    path: Path | str, split: str = "train", max_length=None, supervise="assistant", **choices
+) -> AgentSource:
+    return AgentSource(TOKENIZER, Traces(str(path), split, **choices), max_length, supervise)
+
+
 def ids(source: AgentSource, complaints: Complaints | None = None) -> list[str]:
     return [one["uniq_id"] for _, one in source.rows(complaints or Complaints("raise"))]
 
@@ -50,7 +56,7 @@ def test_files(tmp_path):
     both = [written(tmp_path, [row("c")], f"{split}.jsonl") for split in ("train", "validation")]
     assert files(str(tmp_path), "train") == ([both[0]], False)
     assert files(str(tmp_path), "validation") == ([both[1]], False)
-    assert ids(AgentSource(TOKENIZER, str(tmp_path), "validation")) == ["c"]
+    assert ids(source(tmp_path, "validation")) == ["c"]
 
 
 @pytest.mark.parametrize(
@@ -109,9 +115,7 @@ def test_no_task_is_in_both_splits(tmp_path):
             [row(f"x-task{task}-trial{trial}") for trial in range(4) for task in range(40)],
         )
     )
-    parts = [
-        ids(AgentSource(TOKENIZER, path, split, val_share=0.3)) for split in ("train", "validation")
-    ]
+    parts = [ids(source(path, split, val_share=0.3)) for split in ("train", "validation")]
     assert sorted([*parts[0], *parts[1]]) == sorted(
         f"x-task{task}-trial{trial}" for trial in range(4) for task in range(40)
     )
@@ -131,10 +135,10 @@ def test_filters_count_what_they_leave_out(tmp_path):
     ]
     del rows[2]["reward"]
     path = str(written(tmp_path, rows))
-    source = AgentSource(TOKENIZER, path, "train", val_share=0.0, min_reward=1)
-    assert ids(source) == ["a", "e", "f"]
-    assert source.left_out() == {"reward below 1": 2, "without a reward": 1}
-    assert AgentSource(TOKENIZER, path, "train", val_share=0.0).left_out() == {}
+    traces = source(path, "train", val_share=0.0, min_reward=1)
+    assert ids(traces) == ["a", "e", "f"]
+    assert traces.traces.left_out() == {"reward below 1": 2, "without a reward": 1}
+    assert source(path, "train", val_share=0.0).traces.left_out() == {}
 
 
 def test_a_sample(tmp_path):
@@ -149,8 +153,9 @@ def test_a_sample(tmp_path):
         {"role": "assistant", "content": "It is gone."},
     ]
     whole = {"uniq_id": "t-trial0", "messages": json.dumps(messages), "reward": 1}
-    source = AgentSource(TOKENIZER, str(written(tmp_path, [whole])), "train")
-    sample = source.encode(whole)
+    path = written(tmp_path, [whole])
+    traces = source(path)
+    sample = traces.encode(whole)
     assert json.loads(json.dumps(sample.notes)) == sample.notes
     assert (sample.notes["id"], sample.notes["task"], sample.notes["reward"]) == (
         "t-trial0",
@@ -168,14 +173,14 @@ def test_a_sample(tmp_path):
     ]
     assert parts[0] == "<|user|>Find order W123" and parts[3] == "<|assistant|>It is gone.<|end|>"
     assert TOKENIZER.decode(sample.ids[sample.learned]).count("<|end|>") == 2
-    last = AgentSource(TOKENIZER, source.root, "train", supervise=1).encode(whole)
+    last = source(path, "train", supervise=1).encode(whole)
     assert TOKENIZER.decode(last.ids[last.learned]) == "It is gone.<|end|>"
 
 
 def test_what_samples_depend_on_is_in_the_key(tmp_path):
     path = str(written(tmp_path, [row("a")]))
     keys = [
-        AgentSource(TOKENIZER, path, split, **choice).key()
+        source(path, split, **choice).key()
         for split in ("train", "validation")
         for choice in (
             {},
@@ -201,29 +206,27 @@ def test_what_samples_depend_on_is_in_the_key(tmp_path):
     ],
 )
 def test_malformed_rows_are_named_and_counted(tmp_path, bad, line):
-    source = AgentSource(
-        TOKENIZER, str(written(tmp_path, [row("good"), bad, row("better")])), "train", val_share=0.0
-    )
+    traces = source(written(tmp_path, [row("good"), bad, row("better")]), "train", val_share=0.0)
     with pytest.raises(UnusableRow, match=f"traces.jsonl:2: malformed row: {line}"):
-        ids(source)
+        ids(traces)
     complaints = Complaints("skip")
-    assert ids(source, complaints) == ["good", "better"]
+    assert ids(traces, complaints) == ["good", "better"]
     assert complaints.count == 1
 
 
 def test_an_empty_file_is_named(tmp_path):
-    source = AgentSource(TOKENIZER, str(written(tmp_path, [])), "train")
+    traces = source(written(tmp_path, []), "train")
     with pytest.raises(UnusableRow, match=r"traces\.jsonl: malformed row: an empty file"):
-        ids(source)
+        ids(traces)
 
 
 def test_rows_that_cannot_be_encoded():
-    source = AgentSource(TOKENIZER, "", "train", max_length=12)
-    assert len(source.encode(row("a"))) <= 12
+    traces = source("", "train", max_length=12)
+    assert len(traces.encode(row("a"))) <= 12
     with pytest.raises(UnusableRow, match=r"^\d+ tokens, data.max_length is 12$"):
-        source.encode(row("a", words="twenty words " * 10))
+        traces.encode(row("a", words="twenty words " * 10))
     with pytest.raises(UnusableRow, match="none of the assistant's"):
-        source.encode({"uniq_id": "a", "messages": [{"role": "user", "content": "u"}]})
+        traces.encode({"uniq_id": "a", "messages": [{"role": "user", "content": "u"}]})
 
 
 def test_texts_come_once(tmp_path):
@@ -232,7 +235,11 @@ def test_texts_come_once(tmp_path):
             tmp_path, [row("a"), row("b", words="Ho"), row("c", words=""), row("d", 0.0, "Never")]
         )
     )
-    assert list(texts(path, "train", "skip", val_share=0.0, min_reward=1)) == ["Hi", "Yes.", "Ho"]
+    assert list(Traces(path, "train", "skip", val_share=0.0, min_reward=1).texts()) == [
+        "Hi",
+        "Yes.",
+        "Ho",
+    ]
 
 
 # -- turn distance ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +296,7 @@ def test_only_the_assistants_calls_have_a_distance():
 
 def test_real_traces(shared_data):
     root = str(shared_data / "agent")
-    parts = {split: AgentSource(TOKENIZER, root, split) for split in ("train", "validation")}
+    parts = {split: source(root, split) for split in ("train", "validation")}
     rows = {
         split: [one for _, one in source.rows(Complaints("raise"))]
         for split, source in parts.items()

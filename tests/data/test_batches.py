@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.batches import ResumableLoader, validation_loader
+from data.batches import ResumableLoader, Shard, validation_loader
 
 ROWS = 23
 pytestmark = pytest.mark.filterwarnings(
@@ -60,9 +60,9 @@ def test_without_seed_rows_come_in_their_own_order():
 
 
 def test_ranks_share_out_the_rows_of_each_batch():
-    parts = [epochs(loader(rank=rank, world=2), 1)[0] for rank in (0, 1)]
+    parts = [epochs(loader(shard=Shard(rank, 2)), 1)[0] for rank in (0, 1)]
     assert sorted(flat(parts[0]) + flat(parts[1])) == sorted([*range(ROWS), flat(parts[1])[-1]])
-    assert len(parts[0]) == len(parts[1]) == len(loader(world=2)) == 3
+    assert len(parts[0]) == len(parts[1]) == len(loader(shard=Shard(0, 2))) == 3
 
 
 def test_validation_begins_at_the_first_row_each_time():
@@ -78,7 +78,10 @@ def test_validation_begins_at_the_first_row_each_time():
 @pytest.mark.parametrize("world", [2, 3, 8, 24])
 def test_validation_gives_every_rank_equally_many_batches_and_each_row_once(world: int):
     parts = [
-        [batch.tolist() for batch in validation_loader(Numbers(), 4, torch.tensor, rank, world)]
+        [
+            batch.tolist()
+            for batch in validation_loader(Numbers(), 4, torch.tensor, Shard(rank, world))
+        ]
         for rank in range(world)
     ]
     assert {len(part) for part in parts} == {-(-ROWS // (4 * world))}
@@ -116,13 +119,13 @@ def test_resumes_after_any_batch(num_workers: int, stop: int):
 def test_resumed_on_another_number_of_ranks_the_order_goes_on(before: int, after: int, size: int):
     """After two batches, whether or not all ranks together still have four rows a batch."""
     order = flat(epochs(loader(), 1)[0])[:ROWS]
-    one = loader(world=before)
+    one = loader(shard=Shard(0, before))
     one.batch_size = 4 // before
     next(batches := iter(one))
     next(batches)
     parts = []
     for rank in range(after):
-        other = loader(rank=rank, world=after)
+        other = loader(shard=Shard(rank, after))
         other.batch_size = size
         other.load_state_dict(one.state_dict())
         parts.append([batch.tolist() for batch in other])

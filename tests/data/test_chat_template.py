@@ -8,8 +8,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from comet_pl.errors import UserError
-from data.batches import train_tokenizer
 from data.chat_template import encode, frame, separator
+from data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

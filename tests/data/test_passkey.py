@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from callbacks.passkey_heatmap import PasskeyHeatmap
 from comet_pl.config.schema import PasskeyData
 from comet_pl.errors import UserError
+from data.batches import Shard, length_at
 from data.passkey import (
     ANSWER,
-    PasskeyDataModule,
+    PasskeyBatches,
     PasskeyExamples,
     collate,
     even_depths,
-    length_at,
     texts,
 )
 from data.tokenizer import train_tokenizer
@@ -102,8 +102,8 @@ def test_the_datamodule_follows_the_schedule():
     data = PasskeyData(
         train_length=256, length_schedule=[[0, 64], [2, 128], [4, 256], [99, 512]], batch_size=4
     )
-    module = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=6, accumulate=2)
-    batches = list(module.train_dataloader())
+    module = PasskeyBatches(data, TOKENIZER, seed=0, max_steps=6, accumulate=2)
+    batches = list(module.train_loader())
     assert [batch["input_ids"].shape for batch in batches] == [
         (8, length_at(data, step)) for step in range(6)
     ]
@@ -111,7 +111,7 @@ def test_the_datamodule_follows_the_schedule():
     assert torch.equal(
         batches[3]["input_ids"][5], torch.from_numpy(module.training.row(3 * 8 + 5, 128))
     )
-    loader = module.train_dataloader()
+    loader = module.train_loader()
     loader.load_state_dict({"epoch": 0, "position": 3 * 8})
     assert all(
         torch.equal(one["input_ids"], other["input_ids"])
@@ -123,9 +123,9 @@ def test_validation_batches_hold_every_cell_once():
     data = PasskeyData(
         train_length=64, val_lengths=[64, 128], val_depths=3, val_examples=4, batch_size=5
     )
-    module = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1)
+    module = PasskeyBatches(data, TOKENIZER, seed=0, max_steps=1)
     cells = []
-    for batch in module.val_dataloader():
+    for batch in module.validation_loader():
         assert batch["input_ids"].shape == (len(batch["depth"]), batch["length"])
         assert (batch["labels"][:, : -batch["logits_to_keep"] + 1] == -100).all()
         assert batch["logits_to_keep"] == ANSWER + 1
@@ -140,10 +140,9 @@ def test_ranks_without_a_validation_batch_get_one_that_does_not_count():
     data = PasskeyData(
         train_length=64, val_depths=3, val_examples=2, batch_size=5
     )  # batches of 5 and 1 rows
-    module, parts = PasskeyDataModule(data, TOKENIZER, seed=0, max_steps=1), []
+    module, parts = PasskeyBatches(data, TOKENIZER, seed=0, max_steps=1), []
     for rank in range(3):
-        module.val_rank, module.val_world = rank, 3
-        parts.append(list(module.val_dataloader()))
+        parts.append(list(module.validation_loader(Shard(rank, 3))))
     assert [[len(batch["depth"]) for batch in part] for part in parts] == [[5], [1], [0]]
     (idle,) = parts[2]
     assert idle["length"] == 64
@@ -197,7 +196,7 @@ def test_a_short_file_is_refused_for_training_and_starts_over_in_evaluation(tmp_
     tokenizer = train_tokenizer(texts(data), 400)
     message = r"^data.haystack: .*book.txt has \d+ tokens, but data.train_length = 1024 needs \d+ tokens of filler"
     with pytest.raises(UserError, match=message):
-        PasskeyDataModule(data, tokenizer, seed=0, max_steps=5)
+        PasskeyBatches(data, tokenizer, seed=0, max_steps=5)
     examples = PasskeyExamples(data, tokenizer, 0, "evaluation")
     examples.check([5000], "eval.lengths", wrap=True)
     assert examples.repeats(5000)
@@ -217,8 +216,8 @@ def test_bad_input_is_one_line(tmp_path: Path):
         with pytest.raises(UserError, match=rf"^data.haystack: .*{message}[^\n]*$"):
             list(texts(PasskeyData(haystack=str(tmp_path / name))))
     with pytest.raises(UserError, match=r"^data.train_length: 20 given, allowed: >= \d+ tokens"):
-        PasskeyDataModule(PasskeyData(train_length=20), TOKENIZER, seed=0, max_steps=5)
+        PasskeyBatches(PasskeyData(train_length=20), TOKENIZER, seed=0, max_steps=5)
     with pytest.raises(UserError, match=r"^data.length_schedule: 8 given"):
-        PasskeyDataModule(PasskeyData(length_schedule=[[0, 8]]), TOKENIZER, seed=0, max_steps=5)
+        PasskeyBatches(PasskeyData(length_schedule=[[0, 8]]), TOKENIZER, seed=0, max_steps=5)
     with pytest.raises(UserError, match=r"^data.val_lengths: 9 given"):
-        PasskeyDataModule(PasskeyData(val_lengths=[64, 9]), TOKENIZER, seed=0, max_steps=5)
+        PasskeyBatches(PasskeyData(val_lengths=[64, 9]), TOKENIZER, seed=0, max_steps=5)

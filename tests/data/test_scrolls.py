@@ -15,19 +15,11 @@ import zstandard
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError
 from comet_pl.metrics.scrolls import METRICS
+from data.batches import Shard
 from data.chat_template import encode
 from data.jsonl import Complaints
-from data.scrolls import (
-    MAX_NEW_TOKENS,
-    SCROLLS,
-    Corpus,
-    ScrollsDataModule,
-    ScrollsSource,
-    hub_rows,
-    split_input,
-    tasks,
-    texts,
-)
+from data.scrolls import Corpus, ScrollsBatches, ScrollsSource, texts
+from data.scrolls_rows import MAX_NEW_TOKENS, SCROLLS, hub_rows, split_input, tasks
 from data.text.tokenized import encoded
 from data.tokenizer import train_tokenizer
 
@@ -265,10 +257,10 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     data = ScrollsData(
         root=str(tmp_path), batch_size=1, val_examples=2, cache=str(tmp_path / "cache")
     )
-    module = ScrollsDataModule(
+    module = ScrollsBatches(
         data, TOKENIZER, seed=3, chunk_size=64, stride=8, max_steps=100, max_epochs=2, accumulate=2
     )
-    loader = module.train_dataloader()
+    loader = module.train_loader()
     batches = list(loader)
     first, second = batches[:3], batches[3:]
     assert len(batches) == len(loader) == 6
@@ -285,12 +277,11 @@ def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
         assert "logits_to_keep" not in batch
     capsys.readouterr()
-    assert sum(len(batch["input_ids"]) for batch in module.val_dataloader()) == 2, (
+    assert sum(len(batch["input_ids"]) for batch in module.validation_loader()) == 2, (
         "each question once"
     )
     assert capsys.readouterr().out == "contract_nli: no validation rows\n"
-    module.val_rank, module.val_world = 2, 3
-    (idle,) = module.val_dataloader()
+    (idle,) = module.validation_loader(Shard(2, 3))
     assert (idle["labels"] == -100).all(), (
         "two questions, three ranks: the last one reads what does not count"
     )
@@ -322,14 +313,14 @@ def test_nothing_to_train_on(tmp_path: Path):
     write(tmp_path, split="validation")
     data = ScrollsData(root=str(tmp_path), cache=str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"^data.root: .* has no training rows for narrative_qa$"):
-        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+        ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
 def test_weights_that_leave_nothing(tmp_path: Path):
     write(tmp_path)
     data = ScrollsData(root=str(tmp_path), cache=str(tmp_path / "cache"), weights=[0.0])
     with pytest.raises(UserError, match=r"^data.weights: all 0 given, nothing would be trained on"):
-        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+        ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
 def test_streaming_looks_beyond_unusable_rows_and_counts_them(
@@ -341,9 +332,9 @@ def test_streaming_looks_beyond_unusable_rows_and_counts_them(
     data = ScrollsData(
         root=str(tmp_path), streaming=True, on_error="skip", batch_size=1, max_length=90
     )
-    module = ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
-    assert len(list(module.train_dataloader())) == 3  # the only row in three epochs
-    module.teardown("fit")
+    module = ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+    assert len(list(module.train_loader())) == 3  # the only row in three epochs
+    module.finish()
     assert (
         f"train: 40 unusable rows skipped; the first: {path}:1: output: None given"
         in capsys.readouterr().out
@@ -353,7 +344,7 @@ def test_streaming_looks_beyond_unusable_rows_and_counts_them(
         UserError,
         match=r"has no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output",
     ):
-        ScrollsDataModule(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
+        ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
 def test_texts_have_every_document_once(tmp_path: Path):

@@ -24,11 +24,15 @@ from transformers import PreTrainedTokenizerFast
 
 from comet_pl.config.schema import UserBehaviorData
 from comet_pl.errors import UserError
+from data.behavior.answers import Query, solve
+from data.behavior.baselines import bm25_events, last_events
 from data.behavior.event_text import encode_history, lines, texts
-from data.behavior.events import Columns, Log, read_log, split_users
-from data.behavior.questions import KINDS, Query, age_class, solve, wording
+from data.behavior.events import Log, split_users
+from data.behavior.examples import SPLITS, Behavior
+from data.behavior.questions import KINDS, age_class, wording
+from data.behavior.read_log import Columns, read_log
 from data.tokenizer import train_tokenizer
-from data.user_behavior import SPLITS, Behavior, UserBehaviorDataModule
+from data.user_behavior import UserBehaviorBatches
 
 PACK = {"": bytes, ".xz": lzma.compress, ".gz": gzip.compress, ".zst": zstandard.compress}
 LAYOUTS = ["days", "lines", "items"]
@@ -497,7 +501,7 @@ def test_an_example_is_history_question_answer(log: Log, layout: str, length: in
             or not question.start
         )
         if question.age:
-            tail = encoded.tokens(found.window(question))[-question.age :]
+            tail = encoded.tokens(question.events())[-question.age :]
             oldest = lines(log.histories[question.user], log, layout)[question.evidence[0]][1]
             assert TOKENIZER.decode(tail).startswith(oldest)
     row = found.row(5)
@@ -625,7 +629,7 @@ def check(
         )
         assert question.query.kind == "next_item" or evidence
         if evidence:
-            assert found.oracle(question, found.window(question)) == answer
+            assert found.oracle(question, question.events()) == answer
         kinds.add(question.query.kind)
     return kinds
 
@@ -818,8 +822,8 @@ def test_a_data_module_hands_its_keys_on(tmp_path: Path):
     data = UserBehaviorData(
         root=str(root), kinds=["last_time"], batch_size=3, val_examples=2, **keys
     )
-    module = UserBehaviorDataModule(data, TOKENIZER, seed=3, max_steps=2)
-    batch = next(iter(module.train_dataloader()))
+    module = UserBehaviorBatches(data, TOKENIZER, seed=3, max_steps=2)
+    batch = next(iter(module.train_loader()))
     plain = Behavior(
         module.log, TOKENIZER, 3, "train", 400, 6, ["last_time"], "purchase", "items", 4
     )
@@ -832,11 +836,9 @@ def test_a_data_module_hands_its_keys_on(tmp_path: Path):
     unchanged = Behavior(
         module.log, TOKENIZER, 3, "validation", 400, 2, ["last_time"], "purchase", "items", 1
     )
-    seen = next(iter(module.val_dataloader()))["input_ids"]
+    seen = next(iter(module.validation_loader()))["input_ids"]
     assert (seen[0, -len(unchanged[0][0]) :].numpy() == unchanged[0][0]).all()
-    assert all(
-        re.match(r"\d+ 201\d-\d\d-\d\d ", text) for text in UserBehaviorDataModule.texts(data)
-    )
+    assert all(re.match(r"\d+ 201\d-\d\d-\d\d ", text) for text in UserBehaviorBatches.texts(data))
 
 
 def test_a_tokenizer_knows_the_months_that_moved_days_have(log: Log):
@@ -932,8 +934,8 @@ def test_truncation_and_retrieval_keep_to_their_budget(log: Log):
         question = found.question(number)
         encoded, last, best = (
             found.encoded(question.user),
-            found.truncate(question, 500),
-            found.retrieve(question, 500),
+            last_events(found, question, 500),
+            bm25_events(found, question, 500),
         )
         for events in (last, best):
             assert 400 < len(encoded.tokens(events)) <= 500

@@ -117,9 +117,9 @@ def test_a_run_trains_validates_and_scores_next_actions(keys, tmp_path, capsys):
 
 def test_the_assistants_turns_are_learned(keys):
     config = load(keys)
-    texts = build._data_module(config.data).texts(config.data)
+    texts = build._batches(config.data).texts(config.data)
     tokenizer = train_tokenizer(texts, 300, AGENT_TOKENS)
-    sample = validation_samples(source_of(config.data, tokenizer, "validation", 0), None)[0]
+    sample = validation_samples(source_of(config.data, tokenizer, "validation"), None)[0]
     learned = tokenizer.decode(sample.ids[sample.learned])
     assert "look_up" in learned and "is on its way." in learned and "Where is" not in learned
     assert learned.count("<|end|>") == 2

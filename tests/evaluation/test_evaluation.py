@@ -24,7 +24,8 @@ from comet_pl.metrics.scrolls import scores
 from data.batches import pad_rows
 from data.chat_template import encode
 from data.passkey import DIGITS
-from data.scrolls import SCROLLS, Example, options
+from data.scrolls import Example
+from data.scrolls_rows import SCROLLS, options
 from data.tokenizer import train_tokenizer
 from tests.support.models import VOCABULARY, backbone, text, tiny
 from tests.support.tiny_runs import ROOT, TINY

@@ -37,7 +37,7 @@ from comet_pl.metrics.scrolls import (
     scores,
     submission_csv,
 )
-from data.scrolls import SCROLLS
+from data.scrolls_rows import SCROLLS
 
 PREDICTIONS = ["exact match example", "hello there", "general kenobi"]
 REFERENCES = [["exact match example"], ["hello", "hi there"], ["commander kenobi"]]

@@ -18,8 +18,8 @@ from comet_pl.errors import UserError
 from comet_pl.parallel.strategy import LayerPipelineStrategy
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.trainable import add_adapters
-from data.batches import IGNORED, ResumableLoader, pad_rows, validation_loader
-from data.datamodule import ShardedDataModule
+from data.batches import IGNORED, Batches, ResumableLoader, pad_rows, validation_loader
+from data.datamodule import DataModule
 from tests.support.models import text, tiny
 from tests.support.ranks import in_shared_processes
 from tests.support.training import QUIET
@@ -43,20 +43,20 @@ class Rows:
         return ids, np.where(np.arange(length) >= length // 2, ids, IGNORED)
 
 
-class Data(ShardedDataModule):
+class Data(Batches):
     """`total` rows a step over all data-parallel ranks."""
 
+    max_steps = 10
+
     def __init__(self, total, short):
-        super().__init__()
         self.total, self.short = total, short
 
-    def train_dataloader(self):
-        rows = Rows(self.total * STEPS * 2, self.short)
-        size, shard = self.total // self.world, {"rank": self.rank, "world": self.world}
-        return ResumableLoader(rows, size, collate, **shard)
+    def train_loader(self, shard):
+        rows, size = Rows(self.total * STEPS * 2, self.short), self.total // shard.world
+        return ResumableLoader(rows, size, collate, shard=shard)
 
-    def val_dataloader(self):
-        return validation_loader(Rows(5), 1, collate, self.val_rank, self.val_world)
+    def validation_loader(self, shard):
+        return validation_loader(Rows(5), 1, collate, shard)
 
 
 class Save(lightning.Callback):
@@ -156,7 +156,7 @@ class Run:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            trainer.fit(module, datamodule=Data(self.total, self.short), ckpt_path=ckpt)
+            trainer.fit(module, datamodule=DataModule(Data(self.total, self.short)), ckpt_path=ckpt)
 
 
 def same(found, expected):

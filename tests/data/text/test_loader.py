@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from comet_pl.errors import UserError
+from data.batches import Shard
 from data.jsonl import UnusableRow, read
 from data.text import tokenized as module
 from data.text.loader import Cached, Feed, Layout, Streamed
@@ -167,7 +168,7 @@ def test_stopped_anywhere_and_resumed_it_goes_on_as_if_never_stopped(
 def test_ranks_share_the_rows_of_one_order(source, tmp_path, streaming):
     alone = feed(source, tmp_path, "packed", streaming, batches=20)
     ranks = [
-        list(feed(source, tmp_path, "packed", streaming, batches=10, rank=rank, world=2))
+        list(feed(source, tmp_path, "packed", streaming, batches=10, shard=Shard(rank, 2)))
         for rank in range(2)
     ]
 
@@ -196,7 +197,7 @@ def test_resumed_on_another_number_of_ranks_the_order_goes_on(
     def steps(world, state=None):
         """The rows of each step, and what rank 0 would save after it."""
         feeds = [
-            feed(source, tmp_path, "packed", streaming, rank=rank, world=world)
+            feed(source, tmp_path, "packed", streaming, shard=Shard(rank, world))
             for rank in range(world)
         ]
         for one in feeds:
@@ -244,14 +245,10 @@ def test_every_document_once_an_epoch_and_in_new_company_in_the_next(
     for batch in batches:
         if batches.epoch > 1:
             break
-        for ids, labels, mask, sizes, resets in zip(
-            *(
-                batch[name]
-                for name in ("input_ids", "labels", "attention_mask", "chunk_sizes", "resets")
-            ),
-            strict=True,
-        ):
+        columns = (batch[name] for name in ("input_ids", "labels", "attention_mask", "plans"))
+        for ids, labels, mask, (sizes, resets, stride) in zip(*columns, strict=True):
             n = int(mask.sum())
+            assert (stride is not None) == ("strides" in layout)
             assert sum(sizes) == n <= LAYOUTS[layout].max_length and len(sizes) == len(resets)
             assert (labels[n:] == -100).all()
             if layout.startswith("shared"):
@@ -298,17 +295,16 @@ def test_a_document_in_a_pack_is_a_document_alone(source, tmp_path):
         packed = model(
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            chunk_sizes=batch["chunk_sizes"],
-            resets=batch["resets"],
+            chunk_sizes=[list(plan.sizes) for plan in batch["plans"]],
+            resets=[list(plan.resets) for plan in batch["plans"]],
         ).logits
         documents = 0
-        for row, (ids, sizes, resets) in enumerate(
-            zip(batch["input_ids"], batch["chunk_sizes"], batch["resets"], strict=True)
-        ):
+        for row, (ids, plan) in enumerate(zip(batch["input_ids"], batch["plans"], strict=True)):
+            sizes, resets, _ = plan
             starts = [k for k, reset in enumerate(resets) if reset]
             for first, last in zip(starts, [*starts[1:], len(sizes)], strict=True):
                 span = slice(sum(sizes[:first]), sum(sizes[:last]))
-                alone = model(ids[None, span], chunk_sizes=sizes[first:last]).logits[0]
+                alone = model(ids[None, span], chunk_sizes=list(sizes[first:last])).logits[0]
                 torch.testing.assert_close(packed[row, span], alone, atol=1e-10, rtol=1e-10)
                 documents += 1
     assert documents > 4

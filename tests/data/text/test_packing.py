@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from comet_pl.model.chunk_layout import ChunkPlan
 from data import jsonl
-from data.text.packing import join, pack, padding_share, sample_plan
+from data.text.packing import join, pack, padding_share
 from tests.support.models import text, tiny
 
 MOST = 32768
@@ -105,33 +106,31 @@ def test_lengths_that_do_not_fit():
         pack([0], 10, generator(0))
 
 
-def test_plans_of_a_sample():
-    assert sample_plan([5, 3], [[4, 1], [3]]) == ([4, 1, 3], [True, False, True])
-    assert sample_plan([5, 3], [[4, 1], [3]], shared=True) == ([4, 1, 3], [False] * 3)
-    for plans in ([[4], [3]], [[5, 0], [3]], [[], [3]]):
-        with pytest.raises(ValueError, match="plans: document 0 has 5 tokens"):
-            sample_plan([5, 3], plans)
-
-
 def test_join_hides_the_first_token_of_each_document():
     documents = [(np.arange(3), np.arange(3)), (np.arange(7, 9), np.array([-100, 8]))]
-    ids, labels, sizes, resets = join(documents, [[2, 1], [2]])
+    ids, labels, plan = join(documents, [[2, 1], [2]])
     assert ids.tolist() == [0, 1, 2, 7, 8] and labels.tolist() == [-100, 1, 2, -100, 8]
-    assert (sizes, resets) == ([2, 1, 2], [True, False, True])
+    assert plan == ChunkPlan((2, 1, 2), (True, False, True))
     assert documents[0][1].tolist() == [0, 1, 2]  # the document itself stays
-    assert join(documents, [[2, 1], [2]], shared=True)[1].tolist() == [0, 1, 2, -100, 8]
+    _, labels, plan = join(documents, [[2, 1], [2]], shared=True)
+    assert labels.tolist() == [0, 1, 2, -100, 8] and plan.resets == (False,) * 3
+    for plans in ([[4], [2]], [[3, 0], [2]], [[], [2]]):
+        with pytest.raises(ValueError, match="plans: document 0 has 3 tokens"):
+            join(documents, plans)
 
 
 def test_a_document_in_a_pack_equals_it_alone():
     model = tiny()
     lengths, plans = [11, 4, 9], [[5, 5, 1], [4], [3, 5, 1]]
     documents = [(text(1, n, seed=n)[0].numpy(),) * 2 for n in lengths]
-    ids, labels, sizes, resets = join(documents, plans)
-    shared = join(documents, plans, shared=True)[3]
+    ids, labels, plan = join(documents, plans)
+    shared = join(documents, plans, shared=True)[2]
+    resets, sizes = list(plan.resets), list(plan.sizes)
     rows = torch.from_numpy(ids)[None]
     with torch.no_grad():
         packed, leaking = (
-            model(rows, chunk_sizes=sizes, resets=flags).logits[0] for flags in (resets, shared)
+            model(rows, chunk_sizes=sizes, resets=flags).logits[0]
+            for flags in (resets, list(shared.resets))
         )
         alone = [
             model(torch.from_numpy(one)[None], chunk_sizes=plan).logits[0]

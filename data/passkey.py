@@ -125,8 +125,8 @@ class PasskeyExamples:
         depth = random.random() if depth is None else depth
         fill = self._text if self.data.haystack else self._sentences
         filler, place = fill(random, length - self.min_length, depth)
-        remembered = [self.key_begin, digits, self.key_end]
-        parts: list[Any] = [filler[:place], *remembered, filler[place:], self.question, digits, [self.stop]]
+        parts: list[Any] = [filler[:place], self.key_begin, digits, self.key_end, filler[place:]]
+        parts += [self.question, digits, [self.stop]]
         return np.concatenate(parts, dtype=np.int64, casting="same_kind")
 
     def batch(self, indices: Sequence[int], length: int, depths: Sequence[float]) -> dict[str, Any]:

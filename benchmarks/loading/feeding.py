@@ -16,7 +16,8 @@ from benchmarks.shared.processes import proportional, resident
 from benchmarks.shared.rates import Result
 from comet_pl.config.schema import ScrollsData
 from data.jsonl import find
-from data.scrolls import ScrollsDataModule, ScrollsSource, tasks
+from data.scrolls import ScrollsBatches, ScrollsSource
+from data.scrolls_rows import tasks
 from data.text.packing import pack, padding_share
 from data.text.tokenized import cached
 
@@ -119,7 +120,7 @@ def stream(job: Result) -> Result:
     module = data_module(job, tokenizer, streaming=True)
     module.windows = _OneEpoch(module.windows)
     try:
-        for batch in module.train_dataloader():
+        for batch in module.train_loader():
             batches += 1
             tokens += int(batch["attention_mask"].sum())
     except _Ended:
@@ -136,7 +137,7 @@ def first_batch(job: Result) -> Result:
     before = time.time() - job["started"]
     for name, streaming in (("streamed", True), ("cached", False)):
         start = time.perf_counter()
-        batches: Any = iter(data_module(job, tokenizer, streaming).train_dataloader())
+        batches: Any = iter(data_module(job, tokenizer, streaming).train_loader())
         next(batches)
         waits[name] = time.perf_counter() - start
         batches.close()
@@ -145,6 +146,6 @@ def first_batch(job: Result) -> Result:
 
 def data_module(
     job: Result, tokenizer: PreTrainedTokenizerBase, streaming: bool
-) -> ScrollsDataModule:
+) -> ScrollsBatches:
     layout = {"chunk_size": CHUNK, "stride": STRIDE, "max_steps": ENDLESS}
-    return ScrollsDataModule(data_of(job, streaming=streaming), tokenizer, seed=0, **layout)
+    return ScrollsBatches(data_of(job, streaming=streaming), tokenizer, seed=0, **layout)

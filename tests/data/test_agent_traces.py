@@ -242,7 +242,7 @@ def test_texts_come_once(tmp_path):
     ]
 
 
-# -- turn distance ----------------------------------------------------------------------------------------------------------------------
+# -- turn distance
 
 
 def distance(*said: Message | str, **arguments) -> int | None:
@@ -291,7 +291,7 @@ def test_only_the_assistants_calls_have_a_distance():
     assert turn_distance(broken, 1) == 1
 
 
-# -- real rows --------------------------------------------------------------------------------------------------------------------------
+# -- real rows
 
 
 def test_real_traces(shared_data):

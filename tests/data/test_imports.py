@@ -5,6 +5,9 @@ import sys
 
 
 def test_data_load_neither_the_model_nor_lightnings_trainer():
-    code = "import data.agent_traces, data.passkey, data.scrolls, data.user_behavior, sys; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kinds = "data.agent_traces, data.passkey, data.scrolls, data.user_behavior"
+    code = f"import sys, {kinds}; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert not {"comet_pl.model.modeling_comet", "lightning", "datasets"} & {*loaded.stdout.split()}

@@ -271,7 +271,7 @@ def test_a_template_that_cannot_be_taken_apart_is_refused(template, line):
         )
 
 
-# -- rows -------------------------------------------------------------------------------------------------------------------------------
+# -- rows
 
 USER, ASKS = (
     {"role": "user", "content": "u"},
@@ -401,7 +401,7 @@ def test_no_messages_at_all():
         check_messages({"uniq_id": "1"})
 
 
-# -- real rows --------------------------------------------------------------------------------------------------------------------------
+# -- real rows
 
 
 @pytest.mark.parametrize("name", ["ours", "qwen"])

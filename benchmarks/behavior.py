@@ -1,28 +1,19 @@
 """Several seeds of conf=user_behavior: mean, least and greatest accuracy by age and by kind."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from benchmarks.shared import report
 from benchmarks.shared.options import Options
-from benchmarks.shared.report import Result, short
+from benchmarks.shared.report import short
 from comet_pl.errors import UserError, run_cli
 from comet_pl.metrics.behavior import older_than
 from data.behavior.questions import KINDS
 
 FILE = "eval/user_behavior.json"
-Cell = Callable[[Result], Result | None]
 
 
-def load(run: Path) -> Result:
-    """{method: BehaviorAccuracy's values, "ceilings": the same of readers without mistakes}.
-
-    Raises:
-        UserError: the run has no such file.
-    """
+def load(run):
+    """{method: its values, "ceilings": those of readers without mistakes}. Raises UserError."""
     file = run / FILE
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -35,7 +26,7 @@ def load(run: Path) -> Result:
     return values
 
 
-def spread(values: Sequence[Result | None]) -> Result:
+def spread(values):
     """{"mean", "least", "most", "n"} of several runs' {"accuracy", "n"}; "n" is the sum."""
     known = [one for one in values if one and one["accuracy"] is not None]
     shares = [one["accuracy"] for one in known]
@@ -45,7 +36,7 @@ def spread(values: Sequence[Result | None]) -> Result:
     return limits | {"n": sum(one["n"] for one in known)}
 
 
-def combine(runs: Sequence[Result], older: int) -> Result:
+def combine(runs, older):
     """{method: {"all", "old", "kinds": {kind: ...}, "ages": {"from": ...}}}, each a `spread`; a
     ceiling is a method of its own."""
     names = [name for name in runs[0] if name != "ceilings"]
@@ -67,11 +58,9 @@ def combine(runs: Sequence[Result], older: int) -> Result:
     return combined
 
 
-def plot(result: Result) -> Figure:
+def plot(result):
     """Accuracy against the age of the evidence: the runs' mean as a line, their range as a band."""
-    methods, count = result["methods"], len(result["runs"])
-    title = f"Questions about users' behaviour, {count} seed{'s' * (count != 1)}: mean and range"
-    figure, axes = report.panels(title, (7, 4), 1)
+    methods, (figure, axes) = result["methods"], report.panels(1, (7, 4))
     ages = sorted({age for one in methods.values() for age in one["ages"]})
     for name, one in methods.items():
         cells = [(x, one["ages"].get(age)) for x, age in enumerate(ages)]
@@ -92,12 +81,10 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     methods = result["methods"]
     first = next(iter(methods.values()))
-    lines: dict[str, Cell] = {
-        KINDS[kind]: lambda one, kind=kind: one["kinds"].get(kind) for kind in first["kinds"]
-    }
+    lines = {KINDS[kind]: lambda one, kind=kind: one["kinds"].get(kind) for kind in first["kinds"]}
     for age in first["ages"]:
         label = f"evidence {short(age)} tokens back or more"
         lines[label] = lambda one, age=age: one["ages"].get(age)
@@ -114,11 +101,8 @@ def section(result: Result) -> Iterator[str]:
     yield from report.table(("", *methods, "questions"), rows)
 
 
-def main(argv: list[str]) -> None:
-    parser = Options("behavior", __doc__)
-    text = "folders of runs that have been evaluated"
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help=text)
-    options = parser.settle(argv)
+def main(argv):
+    options = Options("behavior", __doc__).settle(argv)
     runs = [load(run) for run in options.runs]
     if len({tuple(run) for run in runs}) > 1:
         other = f"those of {options.runs[0]}; the runs need the same eval.budget"
@@ -127,7 +111,6 @@ def main(argv: list[str]) -> None:
         "runs": [run.name for run in options.runs],
         "older": options.older,
         "methods": combine(runs, options.older),
-        "machine": report.machine(),
     }
     report.publish(options, ["behavior"], result, section, plot=plot)
 

@@ -1,9 +1,4 @@
-"""Writes docs/performance.md from the results of the benchmarks.
-
-Nothing is measured here, and the same results give the same page; its introduction stays. What a
-file of results does not have is "not measured". The figures are those of the files, whatever
-machine they come from.
-"""
+"""Writes docs/performance.md from the results of the benchmarks; its introduction stays."""
 
 import json
 from pathlib import Path
@@ -12,7 +7,7 @@ from benchmarks.inference import decode, prefill, reading
 from benchmarks.loading import data, startup
 from benchmarks.pipeline import report as pipeline
 from benchmarks.shared.options import RESULTS, ROOT, SIZES
-from benchmarks.shared.report import ABSENT, Result
+from benchmarks.shared.report import ABSENT
 from benchmarks.training import step
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.files import replace_file
@@ -29,8 +24,7 @@ SECTIONS = {
 }
 
 
-def machine(result: Result) -> str:
-    """What the figures depend on."""
+def machine(result):
     facts = result["machine"]
     cpu = f"{facts['processor']}, {facts['cores']} cores, {facts['cpu_kernels']}"
     parts = [facts.get("gpu") or cpu]
@@ -40,12 +34,7 @@ def machine(result: Result) -> str:
     return f"{', '.join(parts)}; load before: {facts['load_before']:.1f}."
 
 
-def page(results: Path) -> str:
-    """All sections.
-
-    Raises:
-        UserError: a file of results is broken, or lacks what its section needs.
-    """
+def page(results):
     lines = []
     for name, title, command in SIZES["page"]:
         section, command = SECTIONS[name.split("-")[0]], f"python -m benchmarks.{command}"
@@ -67,7 +56,7 @@ def page(results: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     parser = Parser(prog="python -m benchmarks.performance", description=__doc__)
     text = "default: benchmarks/results"
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=text)

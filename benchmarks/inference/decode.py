@@ -2,20 +2,16 @@
 attention."""
 
 import statistics
-from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.inference import decoders as known
 from benchmarks.inference import lanes
 from benchmarks.inference.decoders import BACKBONES, USUAL_MODEL
 from benchmarks.shared import report
-from benchmarks.shared.options import ROOT, Options, add_device, conditions, settle_device
+from benchmarks.shared.options import ROOT, Options, conditions, settle_device
 from benchmarks.shared.rates import time_key
-from benchmarks.shared.report import ABSENT, Result, met, sizes, table, texts
+from benchmarks.shared.report import ABSENT, met, sizes, table, texts
 from comet_pl.analysis.bandwidth import decoding_floor
 from comet_pl.errors import UserError, run_cli
 from comet_pl.progress import Bar
@@ -28,38 +24,25 @@ NAMES = {"full_attention": "full attention", "in_place": "full attention with it
 MARGIN = 1.15  # CoMeT with full memory may take this much more than the floor by bytes
 
 
-def parse(argv: list[str]) -> Namespace:
-    parser = Options("inference.decode", __doc__, global_size=0)
-    decoder = parser.add_mutually_exclusive_group()
-    text = "a plain decoder (default: models/smollm2_135m; else its shape at random)"
-    decoder.add_argument("--model", metavar="FOLDER", help=text)
-    decoder.add_argument("--backbone", choices=BACKBONES, help="a shape with random weights")
-    parser.add_argument("--layers", type=int, metavar="N", help="of --backbone (default: all)")
-    text = f"CoMeT after {PAIR_CONTEXT} tokens, full attention after {FLOOR_CONTEXT}, only"
-    parser.add_argument("--pair", action="store_true", help=text)
-    add_device(parser)
-    options = parser.settle(argv)
+def parse(argv):
+    options = Options("inference.decode", __doc__, global_size=0).settle(argv)
+    if options.model and options.backbone:
+        raise UserError("--backbone: given with --model")
     if options.pair and "contexts" in options.given:
         raise UserError("--pair: given with --contexts, but it has its own")
-    if options.backbone is not None and options.size == "small":
-        own = "which has a decoder of its own"
-        raise UserError(f"--backbone: {options.backbone} given with --small, {own}")
-    if options.layers is not None:
-        most = BACKBONES[options.backbone]["num_hidden_layers"] if options.backbone else 0
-        if not 1 <= options.layers <= most:
-            allowed = f"1 to {most} are allowed for {options.backbone}"
-            needed = allowed if most else "--backbone NAME is needed with it"
-            raise UserError(f"--layers: {options.layers} given, {needed}")
+    most = BACKBONES.get(options.backbone, {}).get("num_hidden_layers", 0)
+    if options.layers is not None and not 1 <= options.layers <= most:
+        allowed = f"1 to {most} are allowed" if most else "--backbone NAME is needed with it"
+        raise UserError(f"--layers: {options.layers} given, {allowed}")
     options.contexts = sorted(set(options.contexts))
     settle_device(options)
     return options
 
 
-def benchmark(options: Namespace) -> Result:
-    """All measurements, with what they depend on, and the verdicts."""
+def benchmark(options):
     torch.manual_seed(0)
     torch.set_num_threads(options.threads)
-    common, machine = conditions(options), report.machine(options.device)
+    common = conditions(options)
     sizes = (options.chunk_size, options.global_size, options.stride, options.capacity)
     keys = ("chunk_size", "global_size", "compression_stride", "temporary_capacity")
     comet = dict(zip(keys, sizes, strict=True))
@@ -93,7 +76,6 @@ def benchmark(options: Namespace) -> Result:
         "model": name,
         "comet": comet,
         **common,
-        "machine": machine,
         "cycles": options.cycles,
         "read": options.read,
         "verdict": verdict(rows, key, () if options.pair else FULL_ATTENTION),
@@ -103,11 +85,10 @@ def benchmark(options: Namespace) -> Result:
     }
 
 
-def the_decoder(options: Namespace) -> tuple[str, Any]:
-    """(what it is, the decoder)."""
+def the_decoder(options):
     if options.model is not None:
         return options.model, known.load_decoder(options.model)
-    if options.size == "small":
+    if options.size == "small" and options.backbone is None:
         return "a tiny random decoder", known.random_decoder(BACKBONES["tiny"])
     if options.backbone is None and USUAL_MODEL.is_dir():
         return str(USUAL_MODEL.relative_to(ROOT)), known.load_decoder(USUAL_MODEL)
@@ -118,7 +99,7 @@ def the_decoder(options: Namespace) -> tuple[str, Any]:
     return f"random weights of {name}'s shape, {part}", known.random_decoder(shape)
 
 
-def summary(lane: lanes.Lane, clock: str) -> Result:
+def summary(lane, clock):
     """A lane in ms: means over all steps by both clocks, the median closing step by `clock`."""
     walls, processor = ([step[k] * 1e3 for step in lane.steps] for k in (1, 2))
     steps = zip(lane.steps, walls if clock == "wall" else processor, strict=True)
@@ -134,7 +115,7 @@ def summary(lane: lanes.Lane, clock: str) -> Result:
     }
 
 
-def verdict(rows: list[Result], key: str, rivals: Sequence[str] = FULL_ATTENTION) -> Result:
+def verdict(rows, key, rivals=FULL_ATTENTION):
     """How flat CoMeT is, and from which context on it is cheaper than each of `rivals`."""
     return {
         "flat_from": report.FLAT_FROM,
@@ -143,7 +124,7 @@ def verdict(rows: list[Result], key: str, rivals: Sequence[str] = FULL_ATTENTION
     }
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     clock, verdict = result["clock"], result["verdict"]
     how = f"{clock} time, head included; CoMeT's mean over {result['cycles']} cycle(s) of C tokens"
     yield f"{result['model']}, {sizes(result['comet'])}; {how}."
@@ -179,12 +160,12 @@ def section(result: Result) -> Iterator[str]:
         yield f"- Skipped: {NAMES[row['what']]} after {row['length']:,} tokens: {row['reason']}."
 
 
-def against_floor(result: Result) -> Result | None:
+def against_floor(result):
     """CoMeT after the longest context against full attention after the floor's context.
 
     Returns:
-        {"after", "context", "floor", "bound", "ratios": {"full_attention", "in_place"}}, each ratio
-        with "value" and "met", None if not measured. None: no context fills the memory.
+        {"after", "context", "floor", "bound", "ratios": {side: {"value", "met"}}}; None for what is
+        not measured, and instead of all if no context fills the memory.
     """
     floor = result.get("floor") or {"context": 1024, "ratio": None}
     comet, key = result["comet"], time_key(result["clock"])
@@ -203,31 +184,20 @@ def against_floor(result: Result) -> Result | None:
     return {"after": after, **limits, "ratios": ratios}
 
 
-def plot(result: Result) -> Figure:
-    """ms a token with CoMeT's closing step apart, and the cache, against the context."""
-    where = f"{result['device']}, {result['dtype']}, {result['threads']} thread(s)"
-    title = f"Decoding, {result['model']}, {sizes(result['comet'])}; {where}"
-    figure, (left, right) = report.panels(title, (10, 4.4), 2)
+def plot(result):
+    """ms a token and the cache against the context."""
+    figure, (left, right) = report.panels(2)
     rows = [row | {"cache_mib": row["cache_bytes"] / 2**20} for row in result["lengths"]]
-    lines = {"comet": ("CoMeT", "tab:blue"), "full_attention": ("full attention", "tab:red")}
-    both = lines | {"in_place": ("full attention, cache in place", "tab:pink")}
+    both = {"comet": "CoMeT"} | NAMES
     key, xlabel = time_key(result["clock"]), "tokens of context"
     label = f"ms a token ({result['clock']} time)"
     report.curves(left, rows, both, key, ylabel=label, xlabel=xlabel)
-    report.curves(right, rows, lines, "cache_mib", ylabel="cache, MiB", xlabel=xlabel)
-    closing = sorted((row["length"], row["closing_ms"]) for row in rows if row["closing_ms"])
-    if closing:
-        label = f"CoMeT's closing step, one in {result['comet']['chunk_size']}"
-        left.plot(*zip(*closing, strict=True), "^", color="tab:blue", fillstyle="none", label=label)
-    filled = [row["length"] for row in rows if row["filled"]]
-    for axes in (left, right) if filled else ():
-        shade = {"color": "grey", "alpha": 0.08, "zorder": 0, "label": "caches filled with noise"}
-        axes.axvspan(min(filled) / 1.3, axes.get_xlim()[1], **shade)
+    report.curves(right, rows, both, "cache_mib", ylabel="cache, MiB", xlabel=xlabel)
     left.legend(frameon=False, fontsize=8)
     return figure
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     with torch.inference_mode():
         result = benchmark(options)

@@ -1,11 +1,9 @@
 """Plain decoders, from a folder or of a shape with random weights, and memory plugged into them."""
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.shared.options import ROOT, SIZES
@@ -18,22 +16,18 @@ USUAL_MODEL = ROOT / "models" / "smollm2_135m"
 BACKBONES = SIZES["decoders"]
 
 
-def random_decoder(shape: dict[str, Any]) -> PreTrainedModel:
+def random_decoder(shape):
     """A decoder with random weights: the cost of decoding does not depend on them."""
     rest = {"tie_word_embeddings": True, "max_position_embeddings": 1 << 18}
     config = AutoConfig.for_model(**shape, **rest)
     return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
 
 
-def load_decoder(path: Path | str) -> PreTrainedModel:
-    """A plain decoder from a folder or the hub, float32, with sdpa.
-
-    Raises:
-        UserError: --model names nothing that can be loaded, or a model with memory.
-    """
+def load_decoder(path):
+    """A plain decoder from a folder or the hub, float32, with sdpa. Raises UserError."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     try:
         decoder = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -44,8 +38,7 @@ def load_decoder(path: Path | str) -> PreTrainedModel:
     return decoder.eval()
 
 
-def load_tokenizer(path: str) -> Any:
-    """The decoder's. Raises UserError."""
+def load_tokenizer(path):
     try:
         return AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
@@ -53,13 +46,9 @@ def load_tokenizer(path: str) -> Any:
         raise UserError(f"--model: {path}: {why}") from None
 
 
-def plug_in(decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:
+def plug_in(decoder, comet):
     """A copy of the decoder with fresh memory, which shares all weights but embedding and head, as
-    these get rows.
-
-    Raises:
-        UserError: a decoder that is not supported, impossible sizes.
-    """
+    these get rows. Raises UserError."""
     logging.set_verbosity_error()  # resizing the embedding warns
     ends = (decoder.get_input_embeddings(), decoder.get_output_embeddings())
     own = {id(part.weight) for part in ends}

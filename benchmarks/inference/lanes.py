@@ -1,22 +1,20 @@
-"""Decoding step by step, CoMeT and full attention in turn; decode.py is the program.
+"""Decoding step by step, CoMeT and full attention in turn.
 
-A lane is one side after one context. A step is one greedy token by one call of the model with its
-head, the same on every side. Lengths are in tokens, times in seconds.
+A lane is a side after a context, a step one greedy token by one call of the model with its head.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from benchmarks.inference.sinks import fill_with_noise
 from benchmarks.inference.ways import noise_cache
 from benchmarks.shared.processes import mib
-from benchmarks.shared.rates import Result, timed
+from benchmarks.shared.rates import timed
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis.flops import plan_sizes
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, plan_row
@@ -28,12 +26,12 @@ SHARE = 0.8  # of the free memory that the caches may take
 class InPlaceLayer(DynamicLayer):
     """Keys and values in buffers with room for more; DynamicLayer copies all at each token."""
 
-    def __init__(self, room: int):
+    def __init__(self, room):
         super().__init__()
         self.room = room
-        self.buffers: list[Tensor] = []
+        self.buffers = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         if not self.buffers:
@@ -47,46 +45,40 @@ class InPlaceLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def empty_cache(decoder: PreTrainedModel, in_place: bool, room: int) -> DynamicCache:
-    """Full attention's cache before the first token."""
+def empty_cache(decoder, in_place, room):
     cache = DynamicCache(config=decoder.config)
     if in_place:
         cache.layers = [InPlaceLayer(room) for _ in range(decoder.config.num_hidden_layers)]
     return cache
 
 
-def clock_after(model: CometForCausalLM, length: int) -> RowClock:
-    """The clock after `length` tokens in one call."""
+def clock_after(model, length):
     clock = RowClock(stride=model.config.compression_stride or NO_STRIDE)
     return plan_row(clock, length, **plan_sizes(model.config))[1]
 
 
-def cache_bytes(cache: Cache) -> int:
-    """Bytes that a cache holds, without the room for later tokens."""
+def cache_bytes(cache):
     if isinstance(cache, CometCache):
         return cache.nbytes
     return sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-def token_bytes(decoder: PreTrainedModel) -> int:
-    """Bytes a token of full attention's cache."""
+def token_bytes(decoder):
     cache = DynamicCache(config=decoder.config)
     fill_with_noise(cache, decoder, 1)
     return cache_bytes(cache)
 
 
-def free_bytes(device: str) -> float:
+def free_bytes(device):
     """Memory that is free now; infinite if the system does not tell."""
     if device == "cuda":
         return float(torch.cuda.mem_get_info()[0])
     return 2**20 * mib("/proc/meminfo", "MemAvailable", float("inf"))
 
 
-def affordable(
-    wanted: Sequence[tuple[str, int]], a_token: int, free: float
-) -> tuple[list[tuple[str, int]], list[Result]]:
-    """Splits (side, length) into those whose caches fit into SHARE of the free memory together, in
-    order, and the others with the reason."""
+def affordable(wanted, a_token, free):
+    """Splits (side, length) into those whose caches fit into SHARE of the free memory together, and
+    the others with the reason."""
     kept, skipped, left = [], [], free * SHARE
     for what, length in wanted:
         need = a_token * length
@@ -111,9 +103,8 @@ class Lane:
     bytes: int = 0
     steps: list[tuple[str, float, float]] = field(default_factory=list)  # kind, wall, processor
 
-    def kind(self) -> str:
-        """What the next step processes: a text token; a compression token too; or the closing of a
-        chunk, the memory update and a text token."""
+    def kind(self):
+        """A text token; a compression token too; or the closing of a chunk and a text token."""
         if not isinstance(self.cache, CometCache):
             return "text"
         clock = self.cache.rows[0]
@@ -121,25 +112,25 @@ class Lane:
             return "closing"
         return "compression" if clock.fill and clock.fill % clock.stride == 0 else "text"
 
-    def feed(self, ids: Tensor) -> None:
+    def feed(self, ids: Tensor):
         """Processes ids (1, n) and chooses the next token among the decoder's own rows."""
         options = {"past_key_values": self.cache, "use_cache": True, "logits_to_keep": 1}
         logits = self.model(ids, **options).logits
         self.next_id = logits[:, -1, : text_vocabulary(self.model)].argmax(-1, keepdim=True)
 
-    def step(self) -> None:
+    def step(self):
         self.feed(self.next_id)
 
-    def run(self, steps: int, device: str) -> None:
+    def run(self, steps, device):
         for _ in range(steps):
             self.steps.append((self.kind(), *timed(self.step, device)))
 
 
-def text_vocabulary(model: PreTrainedModel) -> int:
+def text_vocabulary(model):
     return getattr(model.config, "first_new_id", model.config.vocab_size)
 
 
-def open_lane(what: str, model: PreTrainedModel, length: int, limit: int, room: int) -> Lane:
+def open_lane(what, model, length, limit, room):
     """A side after `length` tokens: of random text up to `limit` tokens, else of noise.
 
     room: tokens that an in-place cache can take after that.
@@ -159,11 +150,9 @@ def open_lane(what: str, model: PreTrainedModel, length: int, limit: int, room: 
     return lane
 
 
-def decode(
-    lanes: Sequence[Lane], tokens: dict[str, int], slices: int, device: str
-) -> Iterator[int]:
-    """Decodes each side's `tokens` in every lane, a slice of each in turn and in alternating order,
-    so that other load meets all of them. Yields the number of tokens just decoded."""
+def decode(lanes, tokens, slices, device):
+    """Decodes each side's `tokens` in every lane, a slice of each in turn, so that other load meets
+    all of them. Yields numbers of decoded tokens."""
     for lane in lanes:
         for _ in range(WARM_UP):
             lane.step()

@@ -2,11 +2,7 @@
 
 import math
 import statistics
-from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,25 +10,17 @@ from torch import Tensor
 from benchmarks.inference.decoders import USUAL_MODEL, load_decoder, load_tokenizer, plug_in
 from benchmarks.shared import report
 from benchmarks.shared.options import ROOT, Options
-from benchmarks.shared.report import Result
 from comet_pl.errors import UserError, run_cli
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.progress import Bar
 
 MEMORY = {"chunk_size": 256, "global_size": 64, "compression_stride": 8, "temporary_capacity": 512}
 NEUTRAL = 1e-5  # float32 logits relative to the largest
-Loss = Callable[[Tensor], float]
-"""ids of a piece (1, N) -> its loss"""
 
 
-def parse(argv: list[str]) -> Namespace:
-    parser = Options("inference.perplexity", __doc__, pieces=2, tokens=2, chunk_size=0, seed=0)
-    parser.add_argument("books", type=Path, nargs="+", metavar="BOOK", help="text files, UTF-8")
-    text = "the plain decoder (default: models/smollm2_135m)"
-    parser.add_argument("--model", metavar="FOLDER", help=text)
-    text = "a run, a checkpoint or a saved folder, fine-tuned from that decoder"
-    parser.add_argument("--ckpt", type=Path, metavar="RUN", help=text)
-    options = parser.settle(argv)
+def parse(argv):
+    least = {"pieces": 2, "tokens": 2, "chunk_size": 0, "seed": 0}
+    options = Options("inference.perplexity", __doc__, **least).settle(argv)
     if options.model is None and not USUAL_MODEL.is_dir():
         usual = USUAL_MODEL.relative_to(ROOT)
         other = "`make smollm2` makes it, or give another folder"
@@ -40,17 +28,13 @@ def parse(argv: list[str]) -> Namespace:
     return options
 
 
-def starts(tokens: int, size: int, count: int) -> list[int]:
+def starts(tokens, size, count):
     """Where `count` evenly spaced pieces start, from the first of `tokens` to the last."""
     return [i * (tokens - size) // max(1, count - 1) for i in range(count)]
 
 
-def cut_pieces(books: Sequence[Path], tokenizer: Any, count: int, size: int) -> list[Tensor]:
-    """`count` pieces (1, size), the books' shares as equal as possible.
-
-    Raises:
-        UserError: a book that cannot be read, or is shorter than a piece; more books than pieces.
-    """
+def cut_pieces(books, tokenizer, count, size) -> list[Tensor]:
+    """`count` pieces (1, size), the books' shares as equal as possible. Raises UserError."""
     if count < len(books):
         few = f"{len(books)} books, one for each is needed at least"
         raise UserError(f"--pieces: {count} given for {few}")
@@ -69,12 +53,7 @@ def cut_pieces(books: Sequence[Path], tokenizer: Any, count: int, size: int) -> 
     return pieces
 
 
-def fine_tuned(path: Path, vocabulary: int) -> Any:
-    """The checkpoint's model.
-
-    Raises:
-        UserError: not loadable, or of another vocabulary.
-    """
+def fine_tuned(path, vocabulary):
     from comet_pl.build import load_checkpoint
 
     model = load_checkpoint(path, [])[0]
@@ -85,21 +64,20 @@ def fine_tuned(path: Path, vocabulary: int) -> Any:
     return model
 
 
-def in_chunks(model: Any, size: int) -> Loss:
+def in_chunks(model, size):
     """The loss of a piece in chunks of `size` tokens, from empty memory."""
     sizes = partial(fixed_chunks, chunk_size=size)
     keep = {"use_cache": False}
     return lambda ids: model(ids, labels=ids, chunk_sizes=sizes(ids.shape[1]), **keep).loss.item()
 
 
-def neutral(decoder: Any, off: Any, ids: Tensor) -> float:
+def neutral(decoder, off, ids: Tensor):
     """Law 5: the largest difference of logits without memories, relative to the largest logit."""
     theirs, ours = decoder(ids, use_cache=False).logits, off(ids, use_cache=False).logits
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def benchmark(options: Namespace) -> Result:
-    """All losses on all pieces, and what they depend on."""
+def benchmark(options):
     torch.set_num_threads(options.threads)
     path, tokens = options.model or str(USUAL_MODEL), options.tokens
     tokenizer, decoder = load_tokenizer(path), load_decoder(path)
@@ -112,7 +90,7 @@ def benchmark(options: Namespace) -> Result:
     fresh = plug_in(decoder, memory)
     none = {"chunk_size": tokens, "global_size": 0, "compression_stride": None}
     off = plug_in(decoder, none)
-    losses: dict[str, Loss] = {
+    losses = {
         "plain": lambda ids: decoder(ids, labels=ids, use_cache=False).loss.item(),
         "memories off": in_chunks(off, tokens),
     }
@@ -122,7 +100,7 @@ def benchmark(options: Namespace) -> Result:
             if size < tokens:
                 losses[f"{name}, chunks of {size}"] = in_chunks(model, size)
 
-    values: dict[str, list[float]] = {name: [] for name in losses}
+    values = {name: [] for name in losses}
     with Bar(len(pieces) * len(losses) * tokens) as bar:
         for ids in pieces:
             for name, loss in losses.items():
@@ -138,23 +116,22 @@ def benchmark(options: Namespace) -> Result:
         "tokens": tokens,
         "memory": memory,
         "seed": options.seed,
-        "machine": report.machine("cpu"),
         "law_5": {"logits_differ": differ, "allowed": NEUTRAL, "met": differ <= NEUTRAL},
         "models": [summary(name, own, values["plain"]) for name, own in values.items()],
     }
 
 
-def summary(name: str, losses: Sequence[float], plain: Sequence[float]) -> Result:
+def summary(name, losses, plain):
     """Mean loss and paired difference to plain with standard errors over pieces; nats a token."""
     differences = [a - b for a, b in zip(losses, plain, strict=True)]
-    result: Result = {"name": name, "perplexity": math.exp(statistics.fmean(losses))}
+    result = {"name": name, "perplexity": math.exp(statistics.fmean(losses))}
     for key, values in (("loss", losses), ("difference", differences)):
         result[key] = statistics.fmean(values)
         result[f"{key}_error"] = statistics.stdev(values) / math.sqrt(len(values))
     return {**result, "losses": list(losses)}
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     rows = []
     for row in result["models"]:
         loss, difference = (
@@ -171,7 +148,7 @@ def section(result: Result) -> Iterator[str]:
 
 
 @torch.inference_mode()
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     report.publish(options, ["perplexity"], benchmark(options), section)
 

@@ -1,18 +1,14 @@
 """What a prefill costs: ms a token and peak memory by length, against slots in full, full attention
 and a sliding window."""
 
-from argparse import Namespace
-from collections.abc import Iterator
-
-from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks.inference.ways import measure_length, measure_ratio
 from benchmarks.shared import processes, report
-from benchmarks.shared.options import Options, add_device, conditions, settle_device
+from benchmarks.shared.options import Options, conditions, settle_device
 from benchmarks.shared.rates import time_key
-from benchmarks.shared.report import ABSENT, Result, at_most, met, table, texts
-from benchmarks.shared.shapes import SHAPES, Shape
+from benchmarks.shared.report import ABSENT, at_most, met, table, texts
+from benchmarks.shared.shapes import SHAPES
 from comet_pl.analysis import flops
 from comet_pl.errors import UserError, run_cli
 
@@ -24,16 +20,13 @@ NAMES = {
     "full_attention": "full attention",
     "sliding_window": "sliding window, sinks",
 }
-COLOURS = ("tab:blue", "tab:orange", "tab:red", "tab:green")
 STEADY = ("slots_in_full", "sliding_window")  # cost the same at any length
 STEADY_TO = 65536  # tokens
 MEASURED = ("ms_per_token", "processor_ms_per_token", "peak_mib", "reading_mib")
 
 
-def parse(argv: list[str]) -> Namespace:
-    parser = Options("inference.prefill", __doc__)
-    add_device(parser)
-    options = parser.settle(argv)
+def parse(argv):
+    options = Options("inference.prefill", __doc__).settle(argv)
     if options.size == "only-4b" and options.given & {"lengths", "full_attention_to"}:
         flags = "--lengths or --full-attention-to"
         raise UserError(f"--only-4b: given with {flags}, but it has no lengths")
@@ -43,15 +36,13 @@ def parse(argv: list[str]) -> Namespace:
     return options
 
 
-def measure(job: Result) -> Result:
-    """The job in a fresh process."""
+def measure(job):
     if "length" in job:
         return processes.measure(measure_length, job, f"{job['what']} of {job['length']} tokens")
     return processes.measure(measure_ratio, job, "the ratio")
 
 
-def benchmark(options: Namespace) -> Result:
-    """All measurements, with what they depend on."""
+def benchmark(options):
     usual = "paper" if options.device == "cuda" else "quarter"
     shape = SHAPES[{"small": "sixteenth", "full": "paper"}.get(options.size, usual)]
     ratio_shape = SHAPES["sixteenth" if options.size == "small" else "paper"]
@@ -71,36 +62,32 @@ def benchmark(options: Namespace) -> Result:
     }
 
 
-def ratio_alone(options: Namespace, shape: Shape) -> Result:
+def ratio_alone(options, shape):
     """The ratio at one shape and the rate of the linear layers, both with their verdicts."""
-    common, machine = conditions(options), report.machine(options.device)
+    common = conditions(options)
     ratio = measure({**common, "what": "ratio", "shape": shape.name, "rounds": options.rounds})
     floor, rate = flops.floor(shape.comet()), ratio["achieved"]["comet"]["linear"]["share"]
     verdict = at_most(ratio[f"{common['clock']}_ratio"], MARGIN * floor)
     return {
         **common,
-        "machine": machine,
         "ratio": {"shape": shape.name, "floor": floor, **verdict, **ratio},
         "linear_rate": {"value": rate, "bound": LEAST_RATE, "met": rate >= LEAST_RATE},
         "shapes": {shape.name: vars(shape)},
     }
 
 
-def against_full_attention(rows: list[Result], furthest: int, clock: str) -> Result:
-    """From where on CoMeT is cheaper than full attention, and by how much: at the longest text of
-    full attention, and at `furthest` tokens if that is more.
+def against_full_attention(rows, furthest, clock):
+    """From where on CoMeT is cheaper than full attention; how much at two lengths.
 
-    A token after n others costs full attention a + b n. So its ms a token and its memory are
-    straight lines through the two longest texts. Memory is what the prefill adds to the process.
-    """
+    A token after n others costs full attention a + b n: its ms a token and its memory are straight
+    lines through the two longest texts."""
     key = time_key(clock)
     ours, full = (
         {row["length"]: row for row in rows if row["what"] == what}
         for what in ("comet", "full_attention")
     )
 
-    def ratios(row: Result) -> Result:
-        """What full attention takes as a multiple of ours."""
+    def ratios(row):
         n = row["length"]
         memory = row["reading_mib"] / ours[n]["reading_mib"]
         return {"length": n, "time": row[key] / ours[n][key], "memory": memory}
@@ -117,7 +104,7 @@ def against_full_attention(rows: list[Result], furthest: int, clock: str) -> Res
     return verdict
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     """The ratio of CoMeT and slots in full and the rates of both; then the lengths, if any."""
     ratio, linear = result["ratio"], result.get("linear_rate")
     shape = report.memory_shape(result["shapes"][ratio["shape"]])
@@ -141,7 +128,7 @@ def section(result: Result) -> Iterator[str]:
         yield from by_length(result)
 
 
-def by_length(result: Result) -> Iterator[str]:
+def by_length(result):
     shape = report.memory_shape(result["shapes"][result["lengths_shape"]])
     clock, key = result["clock"], time_key(result["clock"])
     yield f"By length: {shape}. Each figure from a process of its own, {clock} time."
@@ -174,15 +161,9 @@ def by_length(result: Result) -> Iterator[str]:
         yield f"- at {end['length']:,} tokens ({how}) full attention takes {times}."
 
 
-def plot(result: Result) -> Figure:
-    """ms a token and peak memory against length."""
-    ratio, clock, rows = result["ratio"], result["clock"], result["lengths"]
-    where = f"{result['lengths_shape']} shape, {result['device']}, {result['threads']} thread(s)"
-    value = f"{ratio['value']:.2f} (floor {ratio['floor']:.2f})"
-    both = f"CoMeT / slots in full at the {ratio['shape']} shape: {value}"
-    figure, axes = report.panels(f"Reading with full memory, {where}.   {both}", (10, 4), 2)
-    lines = {what: (NAMES[what], colour) for what, colour in zip(NAMES, COLOURS, strict=True)}
-    lines["extrapolated"] = ("full attention, extrapolated", "tab:red")
+def plot(result):
+    clock, rows, (figure, axes) = result["clock"], result["lengths"], report.panels(2)
+    lines = NAMES | {"extrapolated": "full attention, extrapolated"}
     if end := result["against_full_attention"]["extrapolated"]:
         full = [row for row in rows if row["what"] == "full_attention"]
         last = max(full, key=lambda row: row["length"])
@@ -194,7 +175,7 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     device = "cuda" if options.device == "cuda" else None
     if options.size != "only-4b":

@@ -3,19 +3,16 @@
 import itertools
 import re
 import time
-from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.shared import report
 from benchmarks.shared.options import Options
 from benchmarks.shared.processes import resident
 from benchmarks.shared.rates import clock_of
-from benchmarks.shared.report import FLAT_WITHIN, Result, met, texts
+from benchmarks.shared.report import FLAT_WITHIN, met, texts
 from comet_pl import CometCache
 from comet_pl.analysis import flops
 from comet_pl.build import build_model, build_tokenizer, device_of
@@ -29,11 +26,10 @@ from comet_pl.read import check_text, text_pieces
 MARKS = 50
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv):
     parser = Options("inference.reading", __doc__)
     add_options(parser)
     parser.add_argument("files", metavar="FILE", nargs="+", help="text in UTF-8")
-    parser.add_argument("--name", required=True, help="of the result: letters, digits, _ and -")
     options = parser.settle(argv)
     if not re.fullmatch(r"[\w-]+", options.name):
         raise UserError(f"--name: {options.name!r} given, letters, digits, _ and - are allowed")
@@ -47,21 +43,21 @@ class Enough(Exception):
     """As many tokens, or minutes, as were asked for."""
 
 
-def benchmark(options: Namespace) -> Result:
+def benchmark(options):
     torch.set_num_threads(options.threads)
     conf = options.model.startswith("conf=")
     conversation = untrained(options) if conf else open_conversation(options, None)[0]
     model, config = conversation.model, conversation.model.config
-    machine, clock = report.machine(model.device.type), clock_of(model.device.type, options.threads)
-    marks: list[dict[str, float]] = []
+    clock = clock_of(model.device.type, options.threads)
+    marks = []
     wall, processor, last, limit = time.monotonic(), time.process_time(), 0, options.minutes * 60
 
-    def pieces() -> Iterator[list[int]]:
+    def pieces():
         for file in itertools.cycle(options.files):
             for text, _ in text_pieces(file):
                 yield encode(conversation.tokenizer, text)
 
-    def count(tokens: int) -> None:
+    def count(tokens):
         nonlocal last
         bar.add(tokens)
         total, now = conversation.cache.get_seq_length(), time.monotonic() - wall
@@ -84,8 +80,8 @@ def benchmark(options: Namespace) -> Result:
     keys = ("chunk_size", "global_size", "compression_stride", "temporary_capacity")
     layers = {"layers": backbone.num_hidden_layers, "hidden": backbone.hidden_size}
     return {
-        "machine": machine,
         "threads": options.threads,
+        "device": model.device.type,
         "dtype": str(model.dtype).removeprefix("torch."),
         "clock": clock,
         "shape": layers | {key: getattr(config, key) for key in keys},
@@ -97,7 +93,7 @@ def benchmark(options: Namespace) -> Result:
     }
 
 
-def untrained(options: Namespace) -> Conversation:
+def untrained(options):
     """The conf's model with the options that `open_conversation` heeds."""
     keys = [f"trainer.accelerator={options.device}", *(f"model.{one}" for one in options.set)]
     config = load([options.model, *keys])
@@ -108,11 +104,11 @@ def untrained(options: Namespace) -> Conversation:
     return Conversation(model, tokenizer, CometCache())
 
 
-def seconds_key(clock: str) -> str:
+def seconds_key(clock):
     return "seconds" if clock == "wall" else "processor_seconds"
 
 
-def verdict(marks: list[dict[str, float]], key: str) -> Result:
+def verdict(marks, key):
     """ms a token in the first and the last quarter, and how far the process grew after the
     first."""
     last = marks[-1]["tokens"]
@@ -128,7 +124,7 @@ def verdict(marks: list[dict[str, float]], key: str) -> Result:
     }
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     (weights,) = texts(result, "parameters/1e6:,.1f")
     shape = report.memory_shape(result["shape"])
     yield f"{weights} million weights, {shape}; {result['clock']} time for ms a token."
@@ -150,9 +146,8 @@ def section(result: Result) -> Iterator[str]:
     yield f"- After the first quarter the process grew by {grown}, {limit}."
 
 
-def plot(result: Result) -> Figure:
-    """ms a token between marks, and memory of the process, against tokens."""
-    figure, (times, memory) = report.panels("", (10, 3.6), 2)
+def plot(result):
+    figure, (times, memory) = report.panels(2)
     marks, key = result["marks"], seconds_key(result["clock"])
     pairs = zip([{"tokens": 0, key: 0.0}, *marks], marks, strict=False)
     ms = [1e3 * (new[key] - old[key]) / (new["tokens"] - old["tokens"]) for old, new in pairs]
@@ -170,7 +165,7 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     # Without the folders of the user.
     files = " ".join(f"PATH/{Path(file).name}" for file in options.files)

@@ -1,7 +1,6 @@
 """The ways to process a text that prefill.py compares, and what a process measures of them.
 
-Memory is full before the clock starts, and a chunk warms up. The rates of a plain matrix product
-and of the linear layers come last, as they would count as memory of the prefill.
+Memory is full before the clock starts, and a chunk warms up. Rates come last, as they take memory.
 """
 
 import statistics
@@ -15,8 +14,8 @@ from transformers import PreTrainedModel, Qwen3ForCausalLM
 
 from benchmarks.inference.sinks import SINKS, SinkReader
 from benchmarks.shared.processes import resident
-from benchmarks.shared.rates import CLOCKS, Result, linear_layers, product_rate, side_by_side, timed
-from benchmarks.shared.shapes import SHAPES, TEXT_VOCABULARY, Shape
+from benchmarks.shared.rates import CLOCKS, linear_layers, product_rate, side_by_side, timed
+from benchmarks.shared.shapes import SHAPES, TEXT_VOCABULARY
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis import flops
 from comet_pl.model.chunk_layout import RowClock, fixed_chunks
@@ -36,7 +35,7 @@ class Reader(NamedTuple):
         return self.read(ids)
 
 
-def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> CometCache:
+def noise_cache(model, clock, columns=0):
     """The cache of one text up to `clock`, filled with noise, which does not change later costs."""
     cache = CometCache().begin(model.config, 1, model.fingerprint)
     cache.rows, cache.columns = [clock], columns
@@ -48,7 +47,7 @@ def noise_cache(model: CometForCausalLM, clock: RowClock, columns: int = 0) -> C
     return cache
 
 
-def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
+def readers(shape, device, dtype):
     """CoMeT and slots in full with the same weights and the same full memory."""
     model = CometForCausalLM(shape.comet()).to(device, dtype).eval()
     cache = noise_cache(model, RowClock(0, shape.stride, shape.global_size, shape.capacity))
@@ -58,10 +57,10 @@ def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
         reference.states[i] = memory.state.clone()
         reference.temporary[i] = memory.temporary.clone()
 
-    def sizes(ids: Tensor) -> list[int]:
+    def sizes(ids: Tensor):
         return fixed_chunks(ids.shape[1], shape.chunk)
 
-    def operations(slots: str, tokens: int) -> flops.Operations:
+    def operations(slots, tokens):
         chunks, clock = fixed_chunks(tokens, shape.chunk), flops.start(model.config, full=True)
         return flops.reading(model.config, tokens, chunks, clock, logits=0, slots=slots)
 
@@ -79,12 +78,12 @@ def readers(shape: Shape, device: str, dtype: torch.dtype) -> dict[str, Reader]:
     }
 
 
-def sliding_window(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
+def sliding_window(shape, device, dtype):
     """The same layers over sinks and a window, C tokens a call: as many key columns as CoMeT."""
     model = Qwen3ForCausalLM(shape.backbone()).to(device, dtype).eval()
     reader = SinkReader(model, shape.slots + shape.own - shape.chunk - SINKS, full=True)
 
-    def operations(tokens: int) -> flops.Operations:
+    def operations(tokens):
         calls = fixed_chunks(tokens, shape.chunk)
         counts = (flops.full_attention(model.config, n, reader.columns, logits=0) for n in calls)
         return sum(counts, flops.Operations())
@@ -93,7 +92,7 @@ def sliding_window(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
     return Reader(model, read, operations)
 
 
-def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
+def full_attention(shape, device, dtype):
     """The same layers without memory: one causal flash call, keys and values kept."""
     model = Qwen3ForCausalLM(shape.backbone()).to(device, dtype).eval()
     model.set_attn_implementation("sdpa")
@@ -104,19 +103,16 @@ def full_attention(shape: Shape, device: str, dtype: torch.dtype) -> Reader:
     )
 
 
-def make_reader(what: str, shape: Shape, device: str, dtype: torch.dtype) -> Reader:
+def make_reader(what, shape, device, dtype):
     plain = {"sliding_window": sliding_window, "full_attention": full_attention}
     if what in plain:
         return plain[what](shape, device, dtype)
     return readers(shape, device, dtype)[what]
 
 
-def achieved(reader: Reader, tokens: int, seconds: float, chunk: int, job: Result) -> Result:
+def achieved(reader, tokens, seconds, chunk, job):
     """Operations a second of a prefill, and of its linear layers on one more chunk, as shares of a
-    plain matrix product's.
-
-    tokens, seconds: what was processed, and its time by the job's clock.
-    """
+    plain matrix product's. seconds: of `tokens`, by the job's clock."""
     device, clock, operations = job["device"], job["clock"], reader.operations(tokens)
     linear = linear_layers(reader.model, partial(reader, text(chunk, device)), device, clock)
     product = product_rate(device, getattr(torch, job["dtype"]), clock)
@@ -131,13 +127,13 @@ def achieved(reader: Reader, tokens: int, seconds: float, chunk: int, job: Resul
 
 
 @torch.no_grad()
-def measure_length(job: Result) -> Result:
+def measure_length(job):
     """Time and peak memory: full attention in one call, the others PIECE chunks a call."""
     shape, length, device = SHAPES[job["shape"]], job["length"], job["device"]
     reader = make_reader(job["what"], shape, device, getattr(torch, job["dtype"]))
     piece = length if job["what"] == "full_attention" else PIECE * shape.chunk
 
-    def read_all() -> None:
+    def read_all():
         for start in range(0, length, piece):
             reader(text(min(piece, length - start), device))
 
@@ -156,7 +152,7 @@ def measure_length(job: Result) -> Result:
     }
 
 
-def memory(device: str, field: str) -> float:
+def memory(device, field):
     """MiB: VmRSS is now, VmHWM the highest so far."""
     if device == "cpu":
         return resident(field)
@@ -165,8 +161,7 @@ def memory(device: str, field: str) -> float:
 
 
 @torch.no_grad()
-def measure_ratio(job: Result) -> Result:
-    """Seconds a chunk of CoMeT and slots in full in turn."""
+def measure_ratio(job):
     shape, device = SHAPES[job["shape"]], job["device"]
     both, chunk = readers(shape, device, getattr(torch, job["dtype"])), shape.chunk
     ids = text(chunk, device)
@@ -181,5 +176,5 @@ def measure_ratio(job: Result) -> Result:
     return {"rounds": job["rounds"], "logits_differ": differ, **times, "achieved": rates}
 
 
-def text(tokens: int, device: str) -> Tensor:
+def text(tokens, device) -> Tensor:
     return torch.randint(0, TEXT_VOCABULARY, (1, tokens), device=device)

@@ -4,12 +4,9 @@ import itertools
 import json
 import statistics
 import tempfile
-from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from benchmarks.inference.decoders import USUAL_MODEL, load_tokenizer
 from benchmarks.loading import feeding
@@ -17,7 +14,7 @@ from benchmarks.loading.feeding import training_files
 from benchmarks.shared import processes, report
 from benchmarks.shared.options import ROOT, Options
 from benchmarks.shared.rates import turns
-from benchmarks.shared.report import Result, texts
+from benchmarks.shared.report import texts
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError, run_cli
 from comet_pl.progress import Bar
@@ -32,13 +29,8 @@ VOCABULARY = 4096  # of a tokenizer trained on the rows
 SIDES = {"ours": "ours: cut, labelled, packed too", "plain": "plain `datasets.map`"}
 
 
-def parse(argv: list[str]) -> Namespace:
-    parser = Options("loading.data", __doc__, workers=0, max_length=16)
-    text = "rows to measure with, as <task>/train.jsonl[.xz|.gz|.zst] (default: generated)"
-    parser.add_argument("--root", metavar="FOLDER", help=text)
-    text = "of the tokenizer (default: models/smollm2_135m; else one trained on the rows)"
-    parser.add_argument("--model", metavar="FOLDER", help=text)
-    options = parser.settle(argv)
+def parse(argv):
+    options = Options("loading.data", __doc__, workers=0, max_length=16).settle(argv)
     if options.root is not None:
         try:
             files = training_files(options.root)
@@ -51,7 +43,7 @@ def parse(argv: list[str]) -> Namespace:
     return options
 
 
-def generate(path: Path, size: float, characters: int) -> None:
+def generate(path, size, characters):
     """Writes at least `size` bytes of SCROLLS rows of filler, always the same; documents of about
     `characters`, at most thrice that."""
     known, written = sentences(), 0
@@ -76,13 +68,13 @@ def generate(path: Path, size: float, characters: int) -> None:
             written += file.write(json.dumps(row).encode() + b"\n")
 
 
-def text_size(root: str) -> dict[str, int]:
+def text_size(root):
     """Rows, and bytes of their texts. The files are then in the system's memory for all readers."""
     sizes = [len(row["input"].encode()) + len(row["output"].encode()) for row in _rows(root)]
     return {"rows": len(sizes), "bytes": sum(sizes)}
 
 
-def _rows(root: str) -> Iterator[Result]:
+def _rows(root):
     for path in training_files(root):
         for place, row in read(path, Complaints("raise")):
             if not (isinstance(row.get("input"), str) and isinstance(row.get("output"), str)):
@@ -90,8 +82,7 @@ def _rows(root: str) -> Iterator[Result]:
             yield row
 
 
-def tokenizer_folder(options: Namespace, root: str, work: Path) -> tuple[str, str]:
-    """(folder, what it is)."""
+def tokenizer_folder(options, root, work):
     usual = USUAL_MODEL.is_dir() and options.size is None
     folder = options.model or (str(USUAL_MODEL) if usual else None)
     if folder is not None:
@@ -102,16 +93,15 @@ def tokenizer_folder(options: Namespace, root: str, work: Path) -> tuple[str, st
     return str(work / "tokenizer"), f"{VOCABULARY} entries, trained on the rows"
 
 
-def measure(job: Result, watched: bool = False) -> Result:
+def measure(job, watched=False):
     """The job in a fresh process. Workers are the parallelism on both sides."""
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     what = job["what"]
     return processes.measure(getattr(feeding, what), job, what, watched, **quiet)
 
 
-def benchmark(options: Namespace) -> Result:
-    """All measurements, with what they depend on, and the verdict."""
-    machine, memory, rounds = report.machine(), [], []
+def benchmark(options):
+    memory, rounds = [], []
     with (
         tempfile.TemporaryDirectory(prefix="data-benchmark-") as folder,
         Bar(4 + 2 * options.rounds) as bar,
@@ -147,7 +137,6 @@ def benchmark(options: Namespace) -> Result:
     keys = ("gigabytes", "workers", "max_length", "window", "rounds")
     met = all(row["highest_above_mib"] < LIMIT for row in memory)
     return {
-        "machine": machine,
         "tokenizer": tokenizer_name,
         "corpora": sizes,
         **{key: getattr(options, key) for key in keys},
@@ -158,9 +147,9 @@ def benchmark(options: Namespace) -> Result:
     }
 
 
-def throughput(rounds: list[dict[str, Result]], size: int) -> Result:
+def throughput(rounds, size):
     """Medians over the rounds; the ratios are those within a round, > 1: ours is faster."""
-    result: Result = {"rounds": rounds}
+    result = {"rounds": rounds}
     for what in SIDES:
         for unit, amount in (("tokens", rounds[0][what]["tokens"]), ("mb", size / 1e6)):
             speeds = (amount / one[what]["seconds"] for one in rounds)
@@ -170,19 +159,19 @@ def throughput(rounds: list[dict[str, Result]], size: int) -> Result:
     return result
 
 
-def above(row: Result) -> dict[str, float]:
+def above(row):
     """MiB above the baseline: of the main process, exact; of all, as sampled; the higher one."""
     main = row["peak_mib"] - row["baseline_mib"]
     everyone = row["all_mib"] - row["baseline_shared_mib"]
     return {"above_mib": main, "all_above_mib": everyone, "highest_above_mib": max(main, everyone)}
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     through, first, corpora = (result[key] for key in ("throughput", "first_batch", "corpora"))
     size = corpora.get("given", corpora["generated"])["bytes"] / 1e6
     yield f"Rows of {size:,.0f} MB, {result['workers']} workers."
     yield ""
-    rows: list[list[str]] = []
+    rows = []
     for what, name in SIDES.items():
         rows.append([name, *texts(through, f"{what}_tokens_per_s:,.0f", f"{what}_mb_per_s:,.2f")])
     yield from report.table(("tokenise and pack", "tokens/s", "MB/s"), rows)
@@ -196,32 +185,20 @@ def section(result: Result) -> Iterator[str]:
     yield f"- First batch: streamed {first['streamed']:.1f} s, cached {first['cached']:.1f} s."
 
 
-def plot(result: Result) -> Figure:
-    """Throughput, memory of all processes while streaming, time to the first batch."""
-    rows = f"{result['workers']} workers, {result['max_length']:,} tokens a row"
-    title = f"{rows}, tokenizer: {result['tokenizer']}"
-    figure, (left, middle, right) = report.panels(title, (12, 3.8), 3, width_ratios=(1, 2, 1))
-    speeds = [result["throughput"][f"{what}_mb_per_s"] for what in SIDES]
-    bars = left.bar(["ours", "plain map"], speeds, color=["tab:blue", "tab:gray"])
-    left.bar_label(bars, fmt="%.2f")
-    left.set(ylabel="MB of text a second")
-    for row, colour in zip(reversed(result["memory"]), ("tab:orange", "tab:blue"), strict=False):
+def plot(result):
+    figure, axes = report.panels(1, (6, 3.8))
+    for row in result["memory"]:
         label = f"{row['corpus']}: {row['bytes'] / 1e6:,.0f} MB"
-        middle.plot(*zip(*row["curve"], strict=True), label=label, color=colour)
-    limit = max(row["baseline_shared_mib"] for row in result["memory"])
-    limit += result["verdict"]["limit_mib"]
-    middle.axhline(limit, color="black", linestyle=":", label="the limit, 1 GiB above the baseline")
-    middle.set(xlabel="seconds, from the first import on", ylim=(0, None))
-    middle.set(ylabel="MiB of all processes, streaming")
-    middle.legend(frameon=False, fontsize=8)
-    waits = [result["first_batch"][name] for name in ("streamed", "cached")]
-    bars = right.bar(["streamed", "warm cache"], waits, color=["tab:orange", "tab:blue"])
-    right.bar_label(bars, fmt="%.2g s")
-    right.set(ylabel="seconds to the first batch")
+        axes.plot(*zip(*row["curve"], strict=True), label=label)
+    limit = max(row["baseline_shared_mib"] for row in result["memory"]) + LIMIT
+    axes.axhline(limit, color="black", linestyle=":", label="the limit, 1 GiB above the baseline")
+    axes.set(xlabel="seconds, from the first import on", ylim=(0, None))
+    axes.set(ylabel="MiB of all processes, streaming")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     report.publish(options, ("data", options.size), benchmark(options), section, plot=plot)
 

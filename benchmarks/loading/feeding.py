@@ -1,19 +1,16 @@
-"""A measurement of the data path in this process; data.py starts it.
-
-Times are in seconds, wall and processor time of this process and its workers; memory is in MiB.
+"""A measurement of the data path; data.py starts it. Times are those of this process and its
+workers, in seconds; memory is in MiB.
 """
 
 import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from benchmarks.shared.processes import proportional, resident
-from benchmarks.shared.rates import Result
 from comet_pl.config.schema import ScrollsData
 from data.jsonl import find
 from data.scrolls import ScrollsBatches, ScrollsSource
@@ -25,23 +22,18 @@ CHUNK, STRIDE = 2048, 8  # of the paper; where chunks end changes no cost
 ENDLESS = 1 << 40  # steps
 
 
-def data_of(job: Result, **rest: Any) -> ScrollsData:
-    """The data section of a job."""
+def data_of(job, **rest):
     names = ("root", "max_length", "batch_size", "shuffle_window", "cache")
     own = {name: job[name] for name in names}
     return ScrollsData(**own, packing="documents", num_workers=job["workers"], **rest)
 
 
-def load_tokenizer(job: Result) -> PreTrainedTokenizerBase:
+def load_tokenizer(job):
     return AutoTokenizer.from_pretrained(job["tokenizer"])
 
 
-def training_files(root: str) -> list[Path]:
-    """The files of all tasks under `root`, in the order of their rows.
-
-    Raises:
-        UserError: root is no folder or holds no task.
-    """
+def training_files(root):
+    """The files of all tasks under `root`, in the order of their rows. Raises UserError."""
     files = (find(Path(root) / task, "train") for task in tasks(ScrollsData(root=root)))
     return [path for path in files if path]
 
@@ -49,18 +41,18 @@ def training_files(root: str) -> list[Path]:
 class Clock:
     """Seconds since it was made; processor time counts workers once they have ended."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.start = self._now()
 
-    def _now(self) -> np.ndarray:
+    def _now(self):
         return np.array([time.perf_counter(), sum(os.times()[:4])])
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self):
         wall, processor = (self._now() - self.start).tolist()
         return {"seconds": wall, "processor_seconds": processor}
 
 
-def ours(job: Result) -> Result:
+def ours(job):
     """Tokenises into a new cache and packs. Counts the tokens that are kept: a document over
     max_length is tokenised whole and cut."""
     import datasets  # noqa: F401 - both sides import it before the clock starts
@@ -74,7 +66,7 @@ def ours(job: Result) -> Result:
     return {**clock.seconds(), **counts, "padding_share": share}
 
 
-def plain(job: Result) -> Result:
+def plain(job):
     """datasets.load_dataset and .map over the same rows: no template, no labels, nothing cut."""
     import datasets
     import pyarrow.compute as compute
@@ -90,7 +82,7 @@ def plain(job: Result) -> Result:
     return {**times, "texts": len(rows), "tokens": tokens}
 
 
-def _tokenise(row: Result, tokenizer: PreTrainedTokenizerBase) -> Result:
+def _tokenise(row, tokenizer):
     return {"ids": tokenizer(row["input"])["input_ids"] + tokenizer(row["output"])["input_ids"]}
 
 
@@ -101,17 +93,17 @@ class _Ended(Exception):
 class _OneEpoch:
     """Windows that raise where a second epoch would begin."""
 
-    def __init__(self, windows: Any):
+    def __init__(self, windows):
         self.windows = windows
 
-    def window(self, epoch: int, number: int) -> Any:
+    def window(self, epoch, number):
         samples = self.windows.window(epoch, number)
         if samples is None:
             raise _Ended
         return samples
 
 
-def stream(job: Result) -> Result:
+def stream(job):
     """All batches of an epoch with data.streaming=true. baseline_mib: after imports and tokenizer;
     peak_mib: the highest of this process, workers apart."""
     tokenizer, batches, tokens = load_tokenizer(job), 0, 0
@@ -129,7 +121,7 @@ def stream(job: Result) -> Result:
     return {**clock.seconds(), **baseline, **counts}
 
 
-def first_batch(job: Result) -> Result:
+def first_batch(job):
     """Seconds from making the data module to a batch: streamed, and from the cache of `ours`."""
     import datasets  # noqa: F401 - it counts as an import in both ways
 
@@ -137,15 +129,13 @@ def first_batch(job: Result) -> Result:
     before = time.time() - job["started"]
     for name, streaming in (("streamed", True), ("cached", False)):
         start = time.perf_counter()
-        batches: Any = iter(data_module(job, tokenizer, streaming).train_loader())
+        batches = iter(data_module(job, tokenizer, streaming).train_loader())
         next(batches)
         waits[name] = time.perf_counter() - start
         batches.close()
     return {"imports_and_tokenizer": before, **waits}
 
 
-def data_module(
-    job: Result, tokenizer: PreTrainedTokenizerBase, streaming: bool
-) -> ScrollsBatches:
+def data_module(job, tokenizer, streaming):
     layout = {"chunk_size": CHUNK, "stride": STRIDE, "max_steps": ENDLESS}
     return ScrollsBatches(data_of(job, streaming=streaming), tokenizer, seed=0, **layout)

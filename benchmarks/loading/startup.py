@@ -5,15 +5,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
 
 from rich.progress import track
 
 from benchmarks.shared import report
 from benchmarks.shared.options import ROOT, Options
 from benchmarks.shared.rates import CLOCKS
-from benchmarks.shared.report import Result
 from comet_pl.errors import UserError, run_cli
 
 FIRST_STEP = """
@@ -23,7 +20,7 @@ register_optimizer_step_post_hook(lambda *_: os._exit(0))
 sys.argv[0] = "train.py"
 runpy.run_path("train.py", run_name="__main__")
 """
-CASES: dict[str, tuple[list[str], int]] = {  # arguments of Python, exit status
+CASES = {  # arguments of Python, exit status
     "torch and transformers": (["-c", "import torch, transformers"], 0),
     "comet_pl": (["-c", "import comet_pl"], 0),
     "help": (["train.py", "--help"], 0),
@@ -37,16 +34,12 @@ NAMES = {
 BOUNDS = {"beyond": 1.5, "first step": 15.0}  # seconds
 
 
-def start(case: str) -> tuple[float, float]:
-    """(wall, processor time) in seconds of a process, from its start to its end.
-
-    Raises:
-        UserError: it ended with another status than it should.
-    """
+def start(case):
+    """(wall, processor time) in seconds of a process. Raises UserError for another exit status."""
     arguments, status = CASES[case]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
         root = [f"run.root={folder}"] if case == "first step" else []
-        streams: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": errors}
+        streams = {"stdout": subprocess.DEVNULL, "stderr": errors}
         begin = time.perf_counter()
         process = subprocess.Popen([sys.executable, *arguments, *root], cwd=ROOT, **streams)
         _, ended, used = os.wait4(process.pid, 0)  # of this process alone
@@ -59,9 +52,8 @@ def start(case: str) -> tuple[float, float]:
     return wall, used.ru_utime + used.ru_stime
 
 
-def benchmark(rounds: int) -> Result:
-    """Seconds of each case's quickest round, and whether the bounds are met by wall time."""
-    machine, times = report.machine(), {case: list[tuple[float, float]]() for case in CASES}
+def benchmark(rounds):
+    times = {case: [] for case in CASES}
     for k in track(range(rounds + 1), description="starting", transient=True):
         for case in CASES:
             seconds = start(case)
@@ -76,10 +68,10 @@ def benchmark(rounds: int) -> Result:
     verdicts = {
         case: {"bound": bound, "met": best[case]["wall"] <= bound} for case, bound in BOUNDS.items()
     }
-    return {"machine": machine, "rounds": rounds, "seconds": best, "verdicts": verdicts}
+    return {"rounds": rounds, "seconds": best, "verdicts": verdicts}
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     yield f"Seconds, the quickest of {result['rounds']} rounds on a warm disk."
     yield ""
     rows = []
@@ -91,7 +83,7 @@ def section(result: Result) -> Iterator[str]:
     yield from report.table(("", "wall", "processor", "at most"), rows)
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = Options("loading.startup", __doc__).settle(argv)
     report.publish(options, ["startup"], benchmark(options.rounds), section)
 

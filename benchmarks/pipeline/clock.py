@@ -3,15 +3,13 @@ nobody else uses. Rank p sends memory to p + 1 and gradients to p - 1 (mod P). T
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import NamedTuple
 
 PARTS = ("neighbour", "transfer", "sending", "flushing")
 
 
 class Event(NamedTuple):
-    """What a rank did with a message: start and end on the wall clock that all ranks share, and in
-    processor time since its step began.
+    """What a rank did with a message: start and end in wall time and in processor time of its step.
 
     kind: send, receive (the wait for it), or flush (the wait until all that was sent has arrived).
     """
@@ -22,19 +20,18 @@ class Event(NamedTuple):
     processor: tuple[float, float]
 
 
-def sender(rank: int, link: str, ranks: int) -> int:
-    """The rank that sends what `rank` receives."""
+def sender(rank, link, ranks):
     return (rank + (-1 if link == "memory" else 1)) % ranks
 
 
-def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
+def shares(events):
     """The time in which each rank did not compute, from its events in order.
 
     Returns:
-        neighbour: waiting for a message whose sender had yet to compute it. transfer: waiting for
-        one under way. sending: starting to send. flushing: at the end, until all has arrived.
+        neighbour, transfer: waiting for a message that its sender had yet to compute, or that was
+        under way. sending: starting to send. flushing: at the end, until all has arrived.
     """
-    sent: dict[tuple[int, str], list[float]] = defaultdict(list)
+    sent = defaultdict(list)
     for rank, own in enumerate(events):
         for event in own:
             if event.kind == "send":
@@ -57,22 +54,16 @@ def shares(events: Sequence[Sequence[Event]]) -> list[dict[str, float]]:
     return result
 
 
-def longest_chain(
-    events: Sequence[Sequence[Event]], totals: Sequence[float], transfer: float
-) -> float:
-    """The longest chain of dependencies in processor time: the step's wall time if no other program
-    took a processor.
+def longest_chain(events, totals, transfer):
+    """The longest chain of dependencies in processor time: the step's wall time on idle processors.
 
-    Args:
-        events: of each rank, in order.
-        totals: processor time of each rank.
-        transfer: time of a message.
+    events: of each rank, in order. totals: its processor time. transfer: time of a message.
     """
     clocks, spent, position = [0.0] * len(events), [0.0] * len(events), [0] * len(events)
-    sent: dict[tuple[int, str], list[float]] = defaultdict(list)
-    received: dict[tuple[int, str], int] = defaultdict(int)
+    sent = defaultdict(list)
+    received = defaultdict(int)
 
-    def advance(rank: int) -> bool:
+    def advance(rank):
         """Plays one event of a rank, if what it waits for has been sent."""
         event = events[rank][position[rank]]
         clock = clocks[rank] + event.processor[1] - spent[rank]

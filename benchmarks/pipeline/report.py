@@ -1,32 +1,12 @@
 """What the pipeline benchmark measured, as lines of Markdown and as pictures."""
 
-from collections.abc import Iterator
-
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.shared.report import Result, memory_shape, met, panels, table, texts
-
-COLOURS = {
-    "layer_level": "tab:blue",
-    "interleaved": "tab:green",
-    "chunk_level": "tab:red",
-    "layer_stages": "tab:purple",
-}
-PARTS = {
-    "computing": "tab:blue",
-    "waiting for a neighbour that computes": "lightgrey",
-    "communication": "tab:orange",
-}
+from benchmarks.shared.report import memory_shape, met, panels, table, texts
+from comet_pl.parallel.schedule import SCHEDULES
 
 
-def parts(rank: dict[str, float]) -> list[float]:
-    """Where a rank's time went, in seconds, in the order of PARTS."""
-    talk = rank["transfer"] + rank["sending"] + rank["flushing"]
-    return [rank["seconds"] - rank["neighbour"] - talk, rank["neighbour"], talk]
-
-
-def section(result: Result) -> Iterator[str]:
+def section(result):
     step = f"{result['chunks']} chunks, a training step, best of {result['rounds']}"
     shape = memory_shape(result["shape"])
     yield f"Two processes, gloo: {shape}; {step}; {result['clock']} time decides."
@@ -44,7 +24,8 @@ def section(result: Result) -> Iterator[str]:
     ceiling = f"two independent processes give {ceiling}"
     yield f"- `layer_level`: {speedup}; {ceiling}, at least {bound} wanted ({met(verdict)})."
     ranks = next(row["ranks"] for row in result["arrangements"] if row["what"] == "layer_level")
-    talk = max(parts(rank)[2] / rank["seconds"] for rank in ranks)
+    parts = ("transfer", "sending", "flushing")
+    talk = max(sum(rank[part] for part in parts) / rank["seconds"] for rank in ranks)
     yield f"- A rank's time in communication, `layer_level`: at most {talk:.1%}."
     fields = ("loss_differs:.0e", "gradients_differ:.0e", "tolerance:.0e")
     loss, gradients, allowed = texts(agreement, *fields)
@@ -59,18 +40,12 @@ def section(result: Result) -> Iterator[str]:
     yield from table(("ranks", "peak activations of the fullest, MiB", "recomputed"), rows)
 
 
-def plot(result: Result) -> Figure:
-    """Speed-ups, where each rank's time went, memory against P."""
+def plot(result):
     clock, verdict = result["clock"], result["verdict"][result["clock"]]
-    keys = ("speedup", "predicted", "ceiling", "bound")
-    reached, simulated, ceiling, bound = (f"{verdict[key]:.2f}" for key in keys)
-    layers = f"{result['chunks']} chunks x {result['shape']['layers']} layers"
-    limits = f"{reached} (simulated {simulated}, ceiling {ceiling}, bound {bound})"
-    title = f"{layers}, 2 processes of 1 thread, gloo.   layer_level: {limits}"
-    figure, (speed, time, memory) = panels(title, (13, 4), 3)
+    figure, (speed, memory) = panels(2)
     piped = [row for row in result["arrangements"] if "ranks" in row]
     for x, row in enumerate(piped):
-        speed.bar(x, row[clock]["step_speedup"], color=COLOURS[row["what"]], width=0.6)
+        speed.bar(x, row[clock]["step_speedup"], width=0.6)
         span, label = [x - 0.4, x + 0.4], None if x else "simulated, ideal machine"
         speed.plot(span, [row["predicted"]] * 2, color="black", label=label)
         if row["what"] == "layer_level":
@@ -81,16 +56,6 @@ def plot(result: Result) -> Figure:
     speed.set_xticks(range(len(piped)), [row["what"] for row in piped])
     speed.set(ylabel=f"speed-up ({clock} time)", ylim=(0, 2.9))
     speed.legend(frameon=False, fontsize=8, loc="upper left")
-    bars = [(f"{row['what']}, rank {k}", r) for row in piped for k, r in enumerate(row["ranks"])]
-    for y, (_, rank) in enumerate(bars):
-        left = 0.0
-        for (part, colour), seconds in zip(PARTS.items(), parts(rank), strict=True):
-            time.barh(y, seconds, left=left, color=colour, label=None if y else part)
-            left += seconds
-    time.set_yticks(range(len(bars)), [label for label, _ in bars])
-    time.invert_yaxis()
-    time.set(xlabel="seconds")
-    time.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3)
     for recompute, label in ((False, "all kept"), (True, "recomputed")):
         rows = [row for row in result["memory"] if row["recompute"] == recompute]
         ranks, peaks = [row["ranks"] for row in rows], [max(row["mib"]) for row in rows]
@@ -102,7 +67,7 @@ def plot(result: Result) -> Figure:
     return figure
 
 
-def plot_simulated(result: Result) -> Figure:
+def plot_simulated(result):
     """Efficiency against P: a row a length of text, a column a transfer time."""
     rows = result["simulated"]["rows"]
     lengths = sorted({row["chunks"] for row in rows})
@@ -114,10 +79,10 @@ def plot_simulated(result: Result) -> Figure:
         for axes, transfer in zip(line, transfers, strict=True):
             at = (chunks, transfer)
             same = [row for row in rows if (row["chunks"], row["transfer_cells"]) == at]
-            for name, colour in COLOURS.items():
+            for name in SCHEDULES:
                 known = [row for row in same if name in row["efficiency"]]
                 points = [(row["ranks"], row["efficiency"][name]) for row in known]
-                axes.plot(*zip(*points, strict=True), marker=".", color=colour, label=name)
+                axes.plot(*zip(*points, strict=True), marker=".", label=name)
             here = " (measured here)" if transfer == result["times"]["transfer_cells"] else ""
             axes.set_title(f"{chunks} chunks, transfer {transfer:.2g} cells{here}", fontsize=8)
             axes.set(ylim=(0, 1.03), ylabel="speed-up / P")
@@ -129,7 +94,7 @@ def plot_simulated(result: Result) -> Figure:
     return figure
 
 
-def label_ranks(axes: Axes, ranks: list[int]) -> None:
+def label_ranks(axes, ranks):
     axes.set(xscale="log", xlabel="ranks P")
     axes.set_xticks(ranks, [str(p) for p in ranks])
     axes.minorticks_off()

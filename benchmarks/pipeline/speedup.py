@@ -1,7 +1,6 @@
 """What a pipeline of two processes gains here, and what more ranks would gain."""
 
 import os
-from argparse import Namespace
 from dataclasses import replace
 
 from rich.progress import track
@@ -13,7 +12,6 @@ from benchmarks.shared import report
 from benchmarks.shared.options import Options
 from benchmarks.shared.ranks import in_ranks
 from benchmarks.shared.rates import CLOCKS
-from benchmarks.shared.report import Result
 from benchmarks.shared.shapes import SHAPES
 from comet_pl.errors import run_cli
 from comet_pl.parallel.schedule import SCHEDULES
@@ -28,9 +26,8 @@ SIMULATED = ((64, 512), (2, 4, 8, 16, 32, 64))  # chunks (of 2,048: 128k and 1M 
 TRANSFERS = (0.1, 0.5, 1.0, 2.0)  # forward cells that a message takes, besides what was measured
 
 
-def benchmark(options: Namespace) -> Result:
-    """All measurements, with what they depend on."""
-    small, machine = options.size == "small", report.machine()
+def benchmark(options):
+    small = options.size == "small"
     shape = replace(SHAPES["pipeline-small" if small else "pipeline"], layers=options.layers)
     job, memory = Job(shape, options.chunks, options.rounds), []
     both_ranks = in_ranks(2, measure, job)
@@ -43,7 +40,6 @@ def benchmark(options: Namespace) -> Result:
         memory.append({"ranks": n, "recompute": recompute, "mib": mib})
     rows = simulations(times, *(((64,), (2, 4, 8)) if small else SIMULATED))
     return {
-        "machine": machine,
         "threads": 1,
         "dtype": "float32",
         "shape": vars(job.shape),
@@ -57,7 +53,7 @@ def benchmark(options: Namespace) -> Result:
     }
 
 
-def combine(entries: tuple[Result, ...], transfer: float) -> Result:
+def combine(entries, transfer):
     """One step of one arrangement, from the entry of each rank; seconds since all had begun."""
     ran = [entry for entry in entries if "wall" in entry]
     what, start = ran[0]["what"], max(entry["wall"][0] for entry in ran)
@@ -81,24 +77,21 @@ def combine(entries: tuple[Result, ...], transfer: float) -> Result:
     return step
 
 
-def best(steps: list[Result], what: str, clock: str, stage: str = "step") -> float:
-    """Seconds of an arrangement's best round."""
+def best(steps, what, clock, stage="step"):
     return min(step[clock][stage] for step in steps if step["what"] == what)
 
 
-def cell_times(job: Job, steps: list[Result], transfer: float) -> dict[str, float]:
-    """What the simulator needs, by processor time. Embedding and head, next to nothing with so few
-    ids, count as part of the cells."""
+def cell_times(job, steps, transfer):
+    """What the simulator needs, by processor time; embedding and head are next to nothing."""
     forward, step = (best(steps, ALONE, "processor", stage) for stage in ("forward", "step"))
     cell = forward / (job.chunks * job.shape.layers)
     return {"backward_cells": (step - forward) / forward, "transfer_cells": transfer / cell}
 
 
-def findings(job: Job, steps: list[Result], times: dict[str, float]) -> Result:
-    """Speed-ups by both clocks, whether layer_level gains LEAST of the simulated speed-up at the
-    share of 2 that the machine gives, and which clock decides."""
+def findings(job, steps, times):
+    """Speed-ups by both clocks, the verdict on layer_level, and which clock decides."""
     model = {"backward": times["backward_cells"], "transfer": times["transfer_cells"]}
-    rows: dict[str, Result] = {}
+    rows = {}
     for what in ARRANGEMENTS:
         own = [step for step in steps if step["what"] == what]
         quickest = min(own, key=lambda step: step["wall"]["step"])
@@ -129,9 +122,7 @@ def findings(job: Job, steps: list[Result], times: dict[str, float]) -> Result:
     }
 
 
-def simulations(
-    times: dict[str, float], chunks: tuple[int, ...], ranks: tuple[int, ...]
-) -> list[Result]:
+def simulations(times, chunks, ranks):
     """Efficiency (speed-up / P) by schedule for every number of chunks, transfer time and P."""
     transfers, rows = (times["transfer_cells"], *TRANSFERS), []
     plan = [(T, transfer, P) for T in chunks for transfer in transfers for P in ranks]
@@ -145,7 +136,7 @@ def simulations(
     return rows
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = Options("pipeline.speedup", __doc__, chunks=2).settle(argv)
     result, plots = benchmark(options), {"plot": plot, "plot_simulated": plot_simulated}
     report.publish(options, ("pipeline", options.size), result, section, **plots)

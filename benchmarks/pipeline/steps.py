@@ -1,18 +1,15 @@
 """What the processes of the pipeline benchmark do: the same step in every arrangement in turn, and
-the memory of a step.
-
-A step is forward and backward pass of one text, all gradients, no optimizer; gloo.
+the memory of a step (forward and backward pass of one text, all gradients, no optimizer).
 """
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +18,6 @@ from torch import Tensor
 
 from benchmarks.pipeline.clock import Event
 from benchmarks.shared.live_bytes import LiveBytes
-from benchmarks.shared.rates import Result
 from benchmarks.shared.shapes import Shape
 from benchmarks.training.measure_step import text, zero_gradients
 from comet_pl import CometForCausalLM
@@ -50,25 +46,25 @@ class Job:
     chunks: int
     rounds: int = 1
 
-    def model(self) -> CometForCausalLM:
+    def model(self):
         torch.manual_seed(0)
         return CometForCausalLM(self.shape.comet()).train()
 
-    def text(self) -> Any:
+    def text(self):
         return text(self.chunks * self.shape.chunk, self.shape.chunk)
 
     @property
-    def message(self) -> tuple[int, int, int]:
+    def message(self):
         """The shape of a layer's memory when it is full."""
         return 1, self.shape.slots, self.shape.hidden
 
 
-def now() -> tuple[float, float]:
+def now():
     """(wall, processor time of this process) in seconds; all processes share the wall clock."""
     return time.perf_counter(), time.process_time()
 
 
-def machine_busy() -> float:
+def machine_busy():
     """Seconds that all processors of the machine have worked so far; nan without /proc."""
     try:
         line = Path("/proc/stat").read_text().split("\n", 1)[0]
@@ -81,14 +77,13 @@ def machine_busy() -> float:
 class Log:
     """The events since `begin`, which returns those before."""
 
-    events: list[Event] = []
+    events = ()
 
-    def begin(self) -> list[Event]:
+    def begin(self):
         before, self.events, self.start = self.events, [], now()[1]
         return before
 
-    def timed(self, kind: str, link: str, work: Callable[[], Any]) -> None:
-        """Does `work` and logs it."""
+    def timed(self, kind, link, work):
         wall, processor = now()
         work()
         wall_end, processor_end = now()
@@ -97,25 +92,23 @@ class Log:
 
 
 class LoggedChannel(Channel):
-    """A channel that logs when it sent, and when and how long it was waited for."""
-
-    def __init__(self, channel: Channel, link: str, log: Log):
+    def __init__(self, channel, link, log):
         super().__init__(channel.group, channel.peer)
         self.link, self.log = link, log
 
-    def send(self, message: Tensor) -> None:
+    def send(self, message: Tensor):
         self.log.timed("send", self.link, partial(super().send, message))
 
-    def post(self, *args: Any) -> Any:
+    def post(self, *args):
         work, message = super().post(*args)
         wait = partial(self.log.timed, "receive", self.link, work.wait)
         return SimpleNamespace(wait=wait), message
 
-    def flush(self) -> None:
+    def flush(self):
         self.log.timed("flush", self.link, super().flush)
 
 
-def measure(job: Job) -> list[Result]:
+def measure(job):
     """An entry for each round and arrangement on one of two ranks: times, events, how far loss and
     gradients lie from those of one process."""
     me, log, ring = dist.get_rank(), Log(), Ring.build([[0, 1]])
@@ -124,12 +117,12 @@ def measure(job: Job) -> list[Result]:
     model, (windows, targets) = job.model(), job.text()
     parameters = list(model.parameters())
 
-    def losses(what: str) -> Iterator[Tensor | None]:
+    def losses(what) -> Iterator[Tensor | None]:
         if what in SCHEDULES:
             return Pipeline(ring, me, 2, what).read(model, windows, targets)
         return read_windows(model, windows, targets)
 
-    def step(what: str) -> Result:
+    def step(what):
         model.zero_grad(set_to_none=True)
         waited, loss, ahead = ring.seconds, torch.zeros(()), 0
         log.begin()
@@ -153,7 +146,7 @@ def measure(job: Job) -> list[Result]:
         pings = [ping(job, ring)] if what == ALONE else []
         dist.barrier()
         (_, processor), busy = now(), machine_busy()
-        entry: Result = {"round": k, "what": what, "pings": pings}
+        entry = {"round": k, "what": what, "pings": pings}
         if what != ALONE or me == 0:
             entry |= step(what)
         dist.barrier()
@@ -173,13 +166,13 @@ def _sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _apart(value: Tensor, expected: Tensor) -> float:
+def _apart(value: Tensor, expected: Tensor):
     """The largest difference, relative to the largest expected entry."""
     largest = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
     return float((value - expected).abs().max() / largest)
 
 
-def ping(job: Job, ring: Ring) -> float:
+def ping(job, ring):
     """Seconds of a layer's memory to the other rank: the median half of PINGS round trips."""
     message, seconds, first = torch.zeros(job.message), [], dist.get_rank() == 0
     inbound, outbound = ring.from_previous, ring.gradient_to_previous
@@ -198,7 +191,7 @@ def ping(job: Job, ring: Ring) -> float:
     return median(seconds)
 
 
-def peak_memory(job: Job, recompute: bool) -> int:
+def peak_memory(job, recompute):
     """Peak bytes of this rank of a layer_level pipeline, without weights and their gradients."""
     me, ranks = dist.get_rank(), dist.get_world_size()
     ring = Ring.build([list(range(ranks))]) if ranks > 1 else None

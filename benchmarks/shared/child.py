@@ -9,7 +9,7 @@ from importlib import import_module
 from comet_pl.errors import run_cli
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     job, measure = json.loads(argv[2]), getattr(import_module(argv[0]), argv[1])
     if "threads" in job:
         import torch

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,8 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 class LiveBytes(TorchDispatchMode):
     """Counts in `now` and `peak` the storages of all tensors that operations make within its block.
-
-    Saved-tensor hooks would not do: what checkpointing recomputes and keeps passes them by.
 
     Args:
         known: tensors that are not counted (weights, their gradients).
@@ -24,14 +21,14 @@ class LiveBytes(TorchDispatchMode):
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in self.known}
         self.now = self.peak = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor.untyped_storage())
         return out
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage):
         key = storage._cdata
         if key not in self.sizes:
             self.sizes[key] = storage.nbytes()
@@ -39,5 +36,5 @@ class LiveBytes(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._forget, key)
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key):
         self.now -= self.sizes.pop(key)

@@ -1,8 +1,7 @@
 """The command line that the benchmarks share."""
 
-from argparse import Namespace
+import os
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -13,22 +12,24 @@ from comet_pl.errors import Parser, UserError, os_errors
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SIZES = yaml.safe_load((ROOT / "benchmarks" / "sizes.yaml").read_text())
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Options(Parser):
-    """A parser with --out, a flag for each size and an option for each number of sizes.yaml.
+    """A parser with --out and the flags, numbers and arguments of sizes.yaml.
 
-    Args:
-        module: name below `benchmarks`; the command goes into the results.
-        least: of a whole number, if not 1.
+    module: name below `benchmarks`. least: of a whole number, if not 1.
     """
 
-    def __init__(self, module: str, description: str | None, **least: int):
+    def __init__(self, module, description, **least):
         text = f"{description} benchmarks/README.md says more."
         super().__init__(prog=f"python -m benchmarks.{module}", description=text)
         self.numbers, self.least = SIZES["options"][module], least
-        sizes = [size for size in self.numbers if size != "usual"]
+        sizes = [size for size in self.numbers if size not in ("usual", "arguments")]
+        for name, options in self.numbers.get("arguments", {}).items():
+            kind = (
+                {"type": {"int": int, "Path": Path}[options["type"]]} if "type" in options else {}
+            )
+            self.add_argument(name, **options | kind)
         self.set_defaults(size=None)
         flags = self.add_mutually_exclusive_group() if sizes else self
         for size in sizes:
@@ -41,15 +42,12 @@ class Options(Parser):
         text = "default: benchmarks/results"
         self.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=text)
 
-    def settle(self, argv: list[str]) -> Namespace:
+    def settle(self, argv):
         """The options with every default, `command`, and `given`: the numbers in argv. Makes the
-        folder of the results.
-
-        Raises:
-            UserError: an option that is unknown or out of bounds; the folder cannot be made.
-        """
+        folder of the results. Raises UserError."""
         options = self.parse_intermixed_args(argv)
         options.command, options.given = " ".join([self.prog, *argv]), set()
+        options.load = os.getloadavg()[0]
         for key, usual in {**self.numbers["usual"], **self.numbers.get(options.size, {})}.items():
             value = getattr(options, key)
             if value is None:
@@ -66,19 +64,11 @@ class Options(Parser):
         return options
 
 
-def flag(key: str) -> str:
+def flag(key):
     return f"--{key.replace('_', '-')}"
 
 
-def add_device(parser: Parser) -> None:
-    """Adds --device and --dtype."""
-    text = "auto: cuda where there is one (default: cpu)"
-    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help=text)
-    text = "default: float32 on cpu, bfloat16 on cuda"
-    parser.add_argument("--dtype", choices=DTYPES, help=text)
-
-
-def settle_device(options: Namespace) -> None:
+def settle_device(options):
     """Puts the device and dtype in place of auto and None. Raises UserError without a GPU."""
     present = torch.cuda.is_available()
     if options.device == "cuda" and not present:
@@ -88,7 +78,6 @@ def settle_device(options: Namespace) -> None:
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
 
 
-def conditions(options: Namespace) -> dict[str, Any]:
-    """What all measurements of a command share."""
+def conditions(options):
     clock = clock_of(options.device, options.threads)
     return {key: getattr(options, key) for key in ("threads", "device", "dtype")} | {"clock": clock}

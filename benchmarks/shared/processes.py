@@ -7,9 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from benchmarks.shared.options import ROOT
 from comet_pl.errors import UserError
@@ -17,9 +15,7 @@ from comet_pl.errors import UserError
 EVERY = 0.25  # seconds between two looks at the processes
 
 
-def measure(
-    function: Callable[..., Any], job: dict[str, Any], name: str, watched: bool = False, **env: str
-) -> dict[str, Any]:
+def measure(function, job, name, watched=False, **env):
     """function(job) of a fresh process, so that nothing from before counts.
 
     Args:
@@ -28,8 +24,7 @@ def measure(
         watched: add what `watch` sees of the process and its workers.
         env: more of its environment.
 
-    Raises:
-        UserError: it fails.
+    Raises UserError if it fails.
     """
     command = [sys.executable, "-m", "benchmarks.shared.child", function.__module__]
     command += [function.__name__, json.dumps(job | {"started": time.time()})]
@@ -54,7 +49,7 @@ def measure(
         return json.loads(out.read().splitlines()[-1]) | seen
 
 
-def watch(process: subprocess.Popen[Any]) -> dict[str, Any]:
+def watch(process):
     """Memory of a process and its descendants until it ends: the peak, their number, the curve."""
     start, processes, curve = time.perf_counter(), 0, []
     while process.poll() is None:
@@ -66,8 +61,7 @@ def watch(process: subprocess.Popen[Any]) -> dict[str, Any]:
     return {"all_mib": peak, "processes": processes, "curve": curve[:: 1 + len(curve) // 300]}
 
 
-def family(pid: int) -> list[int]:
-    """A process and its descendants."""
+def family(pid):
     pids = [pid]
     for parent in pids:
         try:
@@ -78,12 +72,12 @@ def family(pid: int) -> list[int]:
     return pids
 
 
-def proportional(pid: int) -> float:
+def proportional(pid):
     """A process's memory, where a page that n processes share counts 1/n; 0: it has ended."""
     return mib(f"/proc/{pid}/smaps_rollup", "Pss", 0.0)
 
 
-def resident(field: str) -> float:
+def resident(field):
     """This process's VmRSS (now) or VmHWM (highest so far); nan without /proc.
 
     The maximum of getrusage would not do: a process inherits it from its parent.
@@ -91,7 +85,7 @@ def resident(field: str) -> float:
     return mib("/proc/self/status", field, float("nan"))
 
 
-def mib(file: str, field: str, default: float) -> float:
+def mib(file, field, default):
     """A line of a file of /proc; default: there is none."""
     try:
         lines = Path(file).read_text().splitlines()

@@ -1,9 +1,7 @@
 """Runs a function in several processes of one thread each, joined by gloo."""
 
 import tempfile
-from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +10,7 @@ from torch.multiprocessing import start_processes
 PATIENCE = timedelta(minutes=10)  # of a rank with another
 
 
-def in_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def in_ranks(ranks, function, *args):
     """[function(*args) of rank 0, of rank 1, ...], each in a forked process.
 
     Raises:
@@ -24,7 +22,7 @@ def in_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [torch.load(f"{folder}/{rank}", weights_only=False) for rank in range(ranks)]
 
 
-def _rank(rank: int, folder: str, ranks: int, function: Callable[..., Any], args: Any) -> None:
+def _rank(rank, folder, ranks, function, args):
     torch.set_num_threads(1)
     store = {"init_method": f"file://{folder}/store", "rank": rank, "world_size": ranks}
     dist.init_process_group("gloo", timeout=PATIENCE, **store)

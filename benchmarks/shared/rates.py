@@ -1,17 +1,10 @@
-"""Clocks, and the speed of matrix products: a plain one, and those of a decoder's linear layers.
-
-Rates are in operations a second; a multiply-add is two operations.
-"""
+"""Clocks, and the speed of matrix products in operations a second; a multiply-add is two."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-Result = dict[str, Any]
 
 SIZE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the plain product
 ROUNDS = 4
@@ -19,18 +12,17 @@ CLOCKS = ("wall", "processor")
 LAYERS = (".self_attn.", ".mlp.")  # the linear layers that count: not head, gates, adapters
 
 
-def clock_of(device: str, threads: int) -> str:
-    """The clock that decides: processor time for one thread, which leaves out other programs; wall
-    time for several, as waiting for each other is part of their cost."""
+def clock_of(device, threads):
+    """The clock that decides: processor time for one thread, as it leaves out other programs."""
     return "processor" if (device, threads) == ("cpu", 1) else "wall"
 
 
-def time_key(clock: str) -> str:
+def time_key(clock):
     """The key of a result's time a token by this clock."""
     return "ms_per_token" if clock == "wall" else "processor_ms_per_token"
 
 
-def timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
+def timed(work, device="cpu"):
     """(wall, processor time of this process, added up over threads) in seconds."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     synchronize()
@@ -40,29 +32,29 @@ def timed(work: Callable[[], Any], device: str = "cpu") -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def turns(names: Iterable[str], k: int) -> list[str]:
+def turns(names, k):
     """The names in the order of round k: every other round is backwards."""
     return list(names)[:: -1 if k % 2 else 1]
 
 
 def side_by_side(
-    ways: Mapping[str, Callable[[], Any]],
-    rounds: int,
-    device: str = "cpu",
-    before: Callable[[], Any] = lambda: None,
-) -> Result:
+    ways,
+    rounds,
+    device="cpu",
+    before=lambda: None,
+):
     """Seconds of both ways in each round, and the medians over the rounds of comet / the other.
 
     before: called before each, off the clock.
     """
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    times = {name: [] for name in ways}
     for k in range(rounds):
         for name in turns(ways, k):
             before()
             times[name].append(timed(ways[name], device))
     (other,) = ways.keys() - {"comet"}
     pairs = list(zip(times["comet"], times[other], strict=True))
-    result: dict[str, Any] = {"seconds": {name: {} for name in ways}}
+    result = {"seconds": {name: {} for name in ways}}
     for k, clock in enumerate(CLOCKS):
         result[f"{clock}_ratio"] = statistics.median(ours[k] / full[k] for ours, full in pairs)
         for name, seconds in result["seconds"].items():
@@ -70,7 +62,7 @@ def side_by_side(
     return result
 
 
-def product_rate(device: str, dtype: torch.dtype, clock: str) -> float:
+def product_rate(device, dtype, clock):
     """The best of ROUNDS large square matrix products, after one to warm up."""
     n = SIZE[device]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -78,20 +70,18 @@ def product_rate(device: str, dtype: torch.dtype, clock: str) -> float:
     return 2 * n**3 / min(seconds[1:])
 
 
-def linear_layers(
-    model: nn.Module, work: Callable[[], Any], device: str, clock: str
-) -> dict[str, float]:
+def linear_layers(model, work, device, clock):
     """{"operations", "seconds", "rate"} of the decoder's linear layers during `work`."""
     operations, marks, hooks = 0, [], []
 
-    def mark(*_: Any) -> None:
+    def mark(*_):
         if device == "cuda":
             marks.append(torch.cuda.Event(enable_timing=True))
             marks[-1].record()
         else:
             marks.append(time.process_time() if clock == "processor" else time.perf_counter())
 
-    def after(module: nn.Linear, arguments: tuple[Tensor], out: Tensor) -> None:
+    def after(module, arguments: tuple[Tensor], out: Tensor):
         nonlocal operations
         mark()
         operations += 2 * out.numel() * module.in_features

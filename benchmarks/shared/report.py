@@ -2,77 +2,63 @@
 
 import os
 import platform
-from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markdown import Markdown
 
-from benchmarks.shared.rates import Result
 from comet_pl.files import as_json, as_png, replace_file
 
-Section = Callable[[Result], Iterator[str]]
 ABSENT = "not measured"
 FLAT_FROM, FLAT_WITHIN = 16384, 0.05  # peak memory from here on may differ by this share
-TICKS = [s * 10.0**e for e in range(-4, 8) for s in (1, 2, 5)]
 
 
 def publish(
-    options: Namespace,
-    name: Sequence[str | None],
-    result: Result,
-    section: Section,
-    **plots: Callable[[Result], Figure],
-) -> None:
+    options,
+    name,
+    result,
+    section,
+    **plots,
+):
     """Writes the JSON and the pictures to --out, each whole or not at all; prints the section.
 
-    Args:
-        name: the parts of the file's name.
-        plots: `plot` becomes NAME.png, `plot_x` NAME-x.png.
-
-    Raises:
-        UserError: a file cannot be written.
+    name: the parts of the file's name. plots: `plot` becomes NAME.png, `plot_x` NAME-x.png.
+    Raises UserError.
     """
     file = options.out / "-".join(filter(None, name))
-    replace_file(Path(f"{file}.json"), as_json({"command": options.command} | result, 1), "--out")
+    facts = {"command": options.command, "machine": machine(result.get("device"), options.load)}
+    replace_file(Path(f"{file}.json"), as_json(facts | result, 1), "--out")
     for plot, draw in plots.items():
         picture = f"{file}{plot.removeprefix('plot').replace('_', '-')}.png"
         replace_file(Path(picture), as_png(draw(result)), "--out")
     Console().print(Markdown("\n".join(section(result))))
 
 
-def machine(device: str = "cpu") -> Result:
+def machine(device, load):
     """What the numbers depend on, without the machine's name."""
     processor, file = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if file.exists():
         lines = [line for line in file.read_text().splitlines() if line.startswith("model name")]
         processor = lines[0].split(":", 1)[1].strip() if lines else processor
     facts = {
-        "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "system": platform.system(),
         "processor": processor,
         "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
+        "load_before": load,
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
     }
     return facts | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
 
 
-def at_most(value: float, bound: float) -> Result:
+def at_most(value, bound):
     return {"value": value, "bound": bound, "met": value <= bound}
 
 
-def flatness(
-    lengths: Sequence[Result], keys: Sequence[str] = ("peak_mib", "reading_mib")
-) -> dict[str, float] | None:
+def flatness(lengths, keys=("peak_mib", "reading_mib")):
     """(highest - lowest) / lowest of CoMeT's figures from FLAT_FROM tokens on; None for fewer than
     two lengths."""
     long = [row for row in lengths if row["what"] == "comet" and row["length"] >= FLAT_FROM]
@@ -82,7 +68,7 @@ def flatness(
     return {key: (max(values) - min(values)) / min(values) for key, values in series.items()}
 
 
-def crossover(rows: Sequence[Result], key: str, rival: str) -> Result | None:
+def crossover(rows, key, rival):
     """The length from which on CoMeT's `key` stays below the rival's.
 
     Returns:
@@ -112,19 +98,19 @@ def crossover(rows: Sequence[Result], key: str, rival: str) -> Result | None:
 # ---- Markdown
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def table(heads, rows):
     """The lines of a table with its first column left and the others right."""
     rule = ["---", *["---:"] * (len(heads) - 1)]
     return ["| " + " | ".join(cells) + " |" for cells in (heads, rule, *rows)] + [""]
 
 
-def texts(row: Result | None, *fields: str) -> list[str]:
+def texts(row, *fields):
     """Fields such as "seconds:.2f", "bytes/1e6:,.0f", "linear.share:.0%" of a row as texts."""
     cells = []
     for field in fields:
         path, style = field.split(":")
         path, _, unit = path.partition("/")
-        value: Any = row
+        value = row
         for key in path.split("."):
             value = value and value.get(key)
         cells.append(
@@ -133,18 +119,17 @@ def texts(row: Result | None, *fields: str) -> list[str]:
     return cells
 
 
-def met(verdict: Result | None) -> str:
+def met(verdict):
     if verdict is None or verdict["met"] is None:
         return ABSENT
     return "met" if verdict["met"] else "missed"
 
 
-def start_of(where: Result | None) -> str:
-    """The words for what `crossover` gives."""
+def start_of(where):
     return f"{where['tokens']:,} tokens ({where['how']})" if where else "not found"
 
 
-def sizes(shape: Mapping[str, Any]) -> str:
+def sizes(shape):
     """C, m, s and K of a shape, or of a configuration."""
     keys = ("chunk", "global_size", "stride", "capacity")
     if "chunk_size" in shape:
@@ -152,46 +137,43 @@ def sizes(shape: Mapping[str, Any]) -> str:
     return ", ".join(f"{letter}={shape[key]}" for letter, key in zip("CmsK", keys, strict=True))
 
 
-def memory_shape(shape: Mapping[str, Any]) -> str:
+def memory_shape(shape):
     return f"{shape['layers']} layers x {shape['hidden']}, {sizes(shape)}"
 
 
 # ---- pictures
 
 
-def panels(title: str, size: tuple[float, float], columns: int, **rest: Any) -> tuple[Figure, Any]:
-    """A figure with a row of axes."""
+def panels(columns, size=(10, 4)):
     figure = Figure(figsize=size, layout="constrained", dpi=100)
-    figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(1, columns, **rest)
+    axes = figure.subplots(1, columns)
     for one in figure.axes:
         one.grid(alpha=0.3)
     return figure, axes
 
 
 def curves(
-    axes: Axes,
-    rows: Sequence[Result],
-    lines: Mapping[str, tuple[str, str]],
-    key: str,
-    **labels: str,
-) -> None:
+    axes,
+    rows,
+    lines,
+    key,
+    **labels,
+):
     """Draws `key` against "length", both axes logarithmic with plain numbers.
 
-    lines: {"what" of the rows: (label, colour)}; "extrapolated" is drawn dashed.
+    lines: {"what" of the rows: label}; "extrapolated" is drawn dashed.
     """
-    for what, (label, colour) in lines.items():
+    for what, label in lines.items():
         points = sorted((row["length"], row[key]) for row in rows if row["what"] == what)
         style = {"linestyle": "--", "fillstyle": "none"} if what == "extrapolated" else {}
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label, color=colour, **style)
+            axes.plot(*zip(*points, strict=True), marker="o", label=label, **style)
     axes.set(xscale="log", yscale="log", **labels)
-    lengths, values = sorted({row["length"] for row in rows}), [row[key] for row in rows]
+    lengths = sorted({row["length"] for row in rows})
     axes.set_xticks(lengths, [short(n) for n in lengths])
     axes.minorticks_off()
-    shown = [v for v in TICKS if min(values) / 2.5 <= v <= max(values) * 2.5]
-    axes.set_yticks(shown, [f"{v:g}" for v in shown])
+    axes.yaxis.set_major_formatter("{x:g}")
 
 
-def short(tokens: int) -> str:
+def short(tokens):
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

@@ -25,16 +25,15 @@ class Shape:
     layers: int = 2
 
     @property
-    def own(self) -> int:
+    def own(self):
         """Own tokens of a chunk: text, a compression token for s of them, readout tokens."""
         return self.chunk + -(-self.chunk // self.stride) + self.global_size
 
     @property
-    def slots(self) -> int:
-        """Memory slots when memory is full."""
+    def slots(self):
         return self.global_size + self.capacity
 
-    def backbone(self) -> Qwen3Config:
+    def backbone(self):
         return Qwen3Config(
             vocab_size=TEXT_VOCABULARY,
             hidden_size=self.hidden,
@@ -47,7 +46,7 @@ class Shape:
             max_position_embeddings=1 << 18,
         )
 
-    def comet(self) -> CometConfig:
+    def comet(self):
         return CometConfig(
             backbone_config=self.backbone(),
             chunk_size=self.chunk,

@@ -4,21 +4,20 @@ A step is forward and backward pass of one text, every token a target, all gradi
 """
 
 import gc
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.shared.live_bytes import LiveBytes
 from benchmarks.shared.processes import resident
-from benchmarks.shared.rates import Result, product_rate, side_by_side, timed
+from benchmarks.shared.rates import product_rate, side_by_side, timed
 from benchmarks.shared.shapes import TEXT_VOCABULARY, Shape
 from comet_pl import CometForCausalLM
 from comet_pl.analysis import flops
 from comet_pl.model.naive import SlotsInFull
 from comet_pl.training import chunk_checkpointing
 from comet_pl.training.text_reader import read_windows
-from comet_pl.training.windows import IGNORED, Window, count_targets, cut_windows
+from comet_pl.training.windows import IGNORED, count_targets, cut_windows
 
 MIB = 2**20
 
@@ -28,19 +27,19 @@ class Watched(chunk_checkpointing.Boundaries):
 
     most = 0
 
-    def add(self, *args: Any) -> None:
+    def add(self, *args):
         super().add(*args)
         Watched.most = max(Watched.most, self.nbytes)
 
 
-def text(length: int, chunk: int) -> tuple[list[Window], int]:
+def text(length, chunk):
     """A random text as its one window, and the number of its targets."""
     ids = torch.randint(0, TEXT_VOCABULARY, (1, length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     return cut_windows(batch, chunk, None), count_targets(batch)
 
 
-def zero_gradients(model: torch.nn.Module) -> list[Tensor]:
+def zero_gradients(model) -> list[Tensor]:
     """Makes every gradient zero. Returns the tensors that a step does not make."""
     for p in model.parameters():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
@@ -48,12 +47,12 @@ def zero_gradients(model: torch.nn.Module) -> list[Tensor]:
     return [*model.parameters(), *gradients, *model.buffers()]
 
 
-def gradient_norm(model: torch.nn.Module) -> float:
+def gradient_norm(model):
     norms = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     return float(torch.stack(norms).norm())
 
 
-def measure(job: Result) -> Result:
+def measure(job):
     """A step by one way to recompute: seconds, memory above weights, gradients and text, loss and
     gradient norm."""
     shape = Shape(**job["shape"])
@@ -62,9 +61,9 @@ def measure(job: Result) -> Result:
     chunk_checkpointing.Boundaries = Watched  # type: ignore[misc]
     by_chunk = job["recompute"] == "chunk"
     read = chunk_checkpointing.read_chunks if by_chunk else read_windows
-    losses: list[float] = []
+    losses = []
 
-    def step(windows: list[Window], targets: int) -> None:
+    def step(windows, targets):
         loss = 0.0
         for part in read(model, windows, targets):
             if part is not None:
@@ -101,19 +100,19 @@ def measure(job: Result) -> Result:
     }
 
 
-def measure_ratio(job: Result) -> Result:
+def measure_ratio(job):
     """Seconds of a step of CoMeT and of slots in full in turn, from empty memory."""
     shape = Shape(**job["shape"])
     model = CometForCausalLM(shape.comet()).train()
     windows, targets = text(2 * shape.chunk, shape.chunk)  # warm-up
-    norms: dict[str, float] = {}
+    norms = {}
 
-    def comet() -> None:
+    def comet():
         for part in read_windows(model, windows, targets):
             assert part is not None
             part.backward()
 
-    def slots_in_full() -> None:
+    def slots_in_full():
         (window,) = windows
         logits = SlotsInFull(model).read(window.input_ids, list(window.plans[0].sizes))
         loss = torch.nn.functional.cross_entropy(
@@ -121,7 +120,7 @@ def measure_ratio(job: Result) -> Result:
         )
         (loss / targets).backward()
 
-    def clean() -> None:
+    def clean():
         model.zero_grad()
         gc.collect()
 

@@ -1,16 +1,12 @@
 """What a training step costs when it recomputes: time and memory of train.recompute by length."""
 
-from argparse import Namespace
-from collections.abc import Iterator
-
-from matplotlib.figure import Figure
 from rich.progress import track
 
 from benchmarks.shared import processes, report
 from benchmarks.shared.options import Options
 from benchmarks.shared.rates import clock_of
-from benchmarks.shared.report import Result, at_most, met, texts
-from benchmarks.shared.shapes import SHAPES, Shape
+from benchmarks.shared.report import at_most, met, texts
+from benchmarks.shared.shapes import SHAPES
 from benchmarks.training.measure_step import measure, measure_ratio
 from comet_pl.analysis import flops
 from comet_pl.config.schema import RECOMPUTE
@@ -26,15 +22,13 @@ GROWS = 0.15  # memory of chunk beyond the boundaries may grow by this share
 SAME = 1e-5  # loss and gradient norm, relative
 
 
-def parse(argv: list[str]) -> Namespace:
+def parse(argv):
     options = Options("training.step", __doc__).settle(argv)
     options.lengths = sorted(set(options.lengths))
     return options
 
 
-def benchmark(options: Namespace) -> Result:
-    """All measurements, with what they depend on, and the verdicts."""
-    machine = report.machine()
+def benchmark(options):
     shape = SHAPES["training-small" if options.size == "small" else "training"]
     clock, other = clock_of("cpu", options.threads), SHAPES[RATIO_SHAPES[options.size]]
     common = {"threads": options.threads, "clock": clock, "shape": vars(shape)}
@@ -51,10 +45,10 @@ def benchmark(options: Namespace) -> Result:
         rate = row["operations"] / row[clock] / row["product_rate"]
         rows.append(row | {"seconds": row[clock], "share": rate})
     aims = verdict(rows, FLAT_CHUNKS * shape.chunk)
-    return {**common, "machine": machine, "ratio": ratio, "verdict": aims, "lengths": rows}
+    return {**common, "ratio": ratio, "verdict": aims, "lengths": rows}
 
 
-def floor(shape: Shape) -> float:
+def floor(shape):
     """The least share of a step with slots in full that RATIO_CHUNKS chunks take at one speed."""
     config = shape.comet()
     plan = ChunkPlan((shape.chunk,) * RATIO_CHUNKS)
@@ -65,7 +59,7 @@ def floor(shape: Shape) -> float:
     return ours / in_full
 
 
-def verdict(rows: list[Result], flat_from: int) -> Result:
+def verdict(rows, flat_from):
     """What each way costs against the others at each length, and whether the aims are met."""
     cells = {(row["what"], row["length"]): row for row in rows}
     ratios, beyond = [], []
@@ -95,7 +89,7 @@ def verdict(rows: list[Result], flat_from: int) -> Result:
     }
 
 
-def section(result: Result) -> Iterator[str]:
+def section(result):
     shape = report.memory_shape(result["shape"])
     yield f"Full backpropagation through one text: {shape}; {result['clock']} time."
     yield ""
@@ -136,27 +130,17 @@ def section(result: Result) -> Iterator[str]:
     yield f"- Loss and gradient norm within {same['allowed']:g} ({met(same)})."
 
 
-def plot(result: Result) -> Figure:
-    """Memory and time of a step against length."""
-    shape = report.memory_shape(result["shape"])
-    title = f"Backpropagation through one text: {shape}, float32, {result['threads']} thread(s)"
-    figure, (left, right) = report.panels(title, (10, 4), 2)
-    rows, colours = result["lengths"], ("tab:red", "tab:orange", "tab:blue")
-    lines = {w: (f"recompute={w}", c) for w, c in zip(RECOMPUTE, colours, strict=True)}
-    between = [
-        row | {"what": "boundaries", "tensors_mib": row["boundaries_mib"]}
-        for row in rows
-        if row["boundaries_mib"]
-    ]
-    both = lines | {"boundaries": ("of chunk: the memory between chunks", "tab:gray")}
+def plot(result):
+    figure, (left, right) = report.panels(2)
+    rows, lines = result["lengths"], {what: f"recompute={what}" for what in RECOMPUTE}
     above, label = "peak memory above the model, MiB", f"a step, seconds ({result['clock']} time)"
-    report.curves(left, [*rows, *between], both, "tensors_mib", ylabel=above, xlabel="tokens")
+    report.curves(left, rows, lines, "tensors_mib", ylabel=above, xlabel="tokens")
     report.curves(right, rows, lines, "seconds", ylabel=label, xlabel="tokens")
     left.legend(frameon=False, fontsize=8)
     return figure
 
 
-def main(argv: list[str]) -> None:
+def main(argv):
     options = parse(argv)
     name = ("training", options.size)
     report.publish(options, name, benchmark(options), section, plot=plot)

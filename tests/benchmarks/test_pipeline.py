@@ -82,11 +82,6 @@ def test_shares_by_hand():
     assert [shares([ours, late])[1][part] for part in PARTS] == [0, 1, 0, 0]
 
 
-def test_a_message_that_nobody_sent_is_an_error():
-    with pytest.raises(AssertionError, match="nobody sent"):
-        longest_chain([[], [Event("receive", "memory", (0.0, 1.0), (0.0, 0.0))]], [1.0, 1.0], 0.0)
-
-
 def steps(layer_level=2.5, gradients=1e-7, others=0.01):
     """One round with these seconds a step; a third of each is the forward pass."""
     seconds = {"alone": 4.0, "at_the_same_time": 5.0, "chunk_level": 4.1, "interleaved": 2.2}
@@ -125,15 +120,6 @@ def test_cell_times_by_hand():
     assert times["backward_cells"] == pytest.approx(2)
 
 
-def test_the_best_schedule_of_a_simulation():
-    rows = speedup.simulations({"transfer_cells": 0.0, "backward_cells": 2.0}, (64,), (2, 64))
-    assert len(rows) == 2 * (1 + len(speedup.TRANSFERS))
-    assert rows[0]["best"] == "interleaved"
-    assert rows[0]["efficiency"]["layer_level"] == pytest.approx(36 / 37)
-    assert "layer_stages" not in rows[1]["efficiency"]  # more ranks than layers
-    assert rows[1]["best"] == "layer_level"  # one chunk a rank: interleaved is the same
-
-
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A run of the program as a user starts it."""
@@ -148,14 +134,11 @@ def small(tmp_path_factory):
 
 def test_small_run(small):
     assert small["command"].startswith("python -m benchmarks.pipeline.speedup --small --layers 2")
-    assert (small["chunks"], small["rounds"], small["shape"]["layers"]) == (4, 2, 2)
     plan = [(k, what) for k in (0, 1) for what in ARRANGEMENTS]
     assert [(step["round"], step["what"]) for step in small["steps"]] == plan
     assert small["agreement"]["met"] and 0 < small["agreement"]["gradients_differ"] < 1e-5
     for step in small["steps"]:
         assert all(0 < step[clock]["forward"] < step[clock]["step"] for clock in speedup.CLOCKS)
-    for row in small["arrangements"]:
-        assert row["wall"]["step"] == speedup.best(small["steps"], row["what"], "wall")
 
 
 def test_small_run_knows_where_the_time_went(small):

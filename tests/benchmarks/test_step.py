@@ -50,12 +50,6 @@ def test_slots_in_full_take_the_same_step():
     assert all(len(times["processor"]) == 2 for times in result["seconds"].values())
 
 
-def test_the_floor_is_that_of_32k_tokens_of_the_paper():
-    """The first chunks have no memory, so it lies above the 0.66 of full memory."""
-    paper, quarter = (step.floor(SHAPES[name]) for name in ("paper", "quarter"))
-    assert paper == pytest.approx(0.707, abs=2e-3) and quarter == pytest.approx(paper, rel=0.02)
-
-
 def cells(length, chunk_mib, boundaries_mib, grad_norm=1.0):
     common = {"length": length, "loss": 5.0, "grad_norm": 1.0, "boundaries_mib": 0.0}
     sizes = {"none": (100.0, 4.0), "cell": (40.0, 5.0), "chunk": (chunk_mib, 6.0)}

@@ -1,4 +1,5 @@
-"""From a configuration to objects. Heavy modules are imported where they are needed, so that a user's mistake shows at once."""
+"""From a configuration to objects. Heavy modules are imported where they are needed, so that a
+user's mistake shows at once."""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
 
 
 def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
-    """A pre-trained decoder with memory plugged in, a CoMeT folder, or a decoder from scratch; weights drawn from the current random state.
+    """A pre-trained decoder with memory plugged in, a CoMeT folder, or a decoder from scratch;
+    weights drawn from the current random state.
 
     What train.parameters leaves out is frozen, and LoRA is in place.
 
@@ -125,7 +127,8 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
 
     backbone, comet = config.backbone, asdict(config.model)
     if backbone.path is not None:
-        # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not be lost in bf16 weights.
+        # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not
+        # be lost in bf16 weights.
         dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
         try:
             return CometForCausalLM.from_pretrained(
@@ -210,7 +213,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     """Lightning's Trainer with the run's logger, checkpoints and callbacks. Nothing is written yet.
 
     Args:
-        content: goes into each checkpoint under the key "comet" (see comet_pl/experiment/checkpoint.py).
+        content: goes into each checkpoint under the key "comet" (see
+            comet_pl/experiment/checkpoint.py).
 
     Raises:
         UserError: Lightning refuses a trainer key.
@@ -326,7 +330,8 @@ def build_strategy(config: Config) -> str | LayerPipelineStrategy:
 
 
 def check_pipeline(config: Config, strategy: LayerPipelineStrategy) -> None:
-    """Refuses what the strategy cannot run on the trainer's devices, and warns of ranks that will have nothing to do.
+    """Refuses what the strategy cannot run on the trainer's devices, and warns of ranks that will
+    have nothing to do.
 
     Raises:
         UserError
@@ -360,7 +365,8 @@ def quiet_lightning() -> None:
         ".*LeafSpec.*",
         ".*`lr_scheduler.step\\(\\)` before.*",  # a first step that the loss scaler skips
         ".*eval mode at the start.*",
-        ".*smaller than the logging interval.*",  # the module itself logs the first step, and steps across epochs
+        # The module itself logs the first step, and steps across epochs.
+        ".*smaller than the logging interval.*",
         ".*sync_dist=True.*",  # the metrics have summed over ranks already
     ):
         warnings.filterwarnings("ignore", message=message)

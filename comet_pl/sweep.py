@@ -1,19 +1,25 @@
-"""Trains and evaluates over a grid: python -m comet_pl.sweep [conf=NAME] [key=value ...] 'key=[value, ...]' ... [--dry-run]
+"""Trains and evaluates over a grid: python -m comet_pl.sweep [conf=NAME] [key=value ...]
+'key=[value, ...]' ... [--dry-run]
 
-    python -m comet_pl.sweep conf=ablation/memory_sizes 'model.global_size=[0,4,8,16]' 'seed=[0,1,2]'
+    python -m comet_pl.sweep conf=ablation/memory_sizes 'model.global_size=[0,4,8,16]'
+    'seed=[0,1,2]'
 
-A list is swept over, unless the key takes that list as its one value: 'model.global_size=[0,4]' are two runs, 'eval.lengths=[64,128]' is
-one, 'eval.lengths=[[64],[128]]' are two again. A section takes sets of its keys: 'model=[{}, {gate: none}]'. Several lists: every
-combination, the last one changing fastest. All other arguments are train.py's, the same in all runs, and
+A list is swept over, unless the key takes that list as its one value: 'model.global_size=[0,4]' are
+two runs, 'eval.lengths=[64,128]' is one, 'eval.lengths=[[64],[128]]' are two again. A section takes
+sets of its keys: 'model=[{}, {gate: none}]'. Several lists: every combination, the last one
+changing fastest. All other arguments are train.py's, the same in all runs, and
 
   sweep.name=NAME       name of the table; default: sweep
   sweep.jobs=N          runs at a time; default: 1
   sweep.metrics=[...]   columns of the table, * stands for any text; default: all
   --dry-run             prints the grid, and which runs are finished, and ends
 
-Each run is train.py in a process of its own, in the folder <run.root>/<conf>/<values>-<digest of its configuration>, its output in a .log
-beside it. The same command goes on where a sweep was stopped or killed: finished runs are not repeated, others go on from their checkpoint.
-Beside the folders: <name>.md and <name>.png (mean over seeds ± standard deviation), <name>.csv (one line a run).
+Each run is train.py in a process of its own, in the folder <run.root>/<conf>/<values>-<digest of
+its configuration>, its output in a .log
+beside it. The same command goes on where a sweep was stopped or killed: finished runs are not
+repeated, others go on from their checkpoint.
+Beside the folders: <name>.md and <name>.png (mean over seeds ± standard deviation), <name>.csv (one
+line a run).
 """
 
 from __future__ import annotations
@@ -66,7 +72,8 @@ class SweepConfig:
 
 @dataclass(frozen=True)
 class SweptRun:
-    """One point of the grid. point: swept key -> its value, as the command line takes it; arguments: train.py's."""
+    """One point of the grid. point: swept key -> its value, as the command line takes it;
+    arguments: train.py's."""
 
     point: dict[str, str]
     arguments: list[str]
@@ -86,10 +93,12 @@ class SweptRun:
 
 
 def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:
-    """The sweep's own keys, and every run of the grid, each with a configuration that was checked. Nothing is written.
+    """The sweep's own keys, and every run of the grid, each with a configuration that was checked.
+    Nothing is written.
 
     Raises:
-        UserError: what `load` says to a run's arguments; an empty list; two points that are the same run; a key that is the sweep's own.
+        UserError: what `load` says to a run's arguments; an empty list; two points that are the
+            same run; a key that is the sweep's own.
     """
     given = read_arguments(argv)
     settings = _settings(
@@ -129,7 +138,8 @@ def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:
 
 
 def list_items(name: str, text: str) -> list[str] | None:
-    """The values over which `name=text` sweeps, each as the command line takes it; None: it is one value.
+    """The values over which `name=text` sweeps, each as the command line takes it; None: it is one
+    value.
 
     Raises:
         UserError: an empty list, or malformed yaml.
@@ -176,7 +186,8 @@ class Busy(Exception):
 
 
 def start(run: SweptRun) -> subprocess.Popen[bytes]:
-    """train.py, its output going to the run's log. The log stays locked for as long as the process, or a worker of it, lives.
+    """train.py, its output going to the run's log. The log stays locked for as long as the process,
+    or a worker of it, lives.
 
     Raises:
         Busy: a process is at it already. UserError: the log cannot be written.
@@ -211,7 +222,8 @@ def start(run: SweptRun) -> subprocess.Popen[bytes]:
 
 
 def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]:
-    """Runs what is not finished, `jobs` at a time; returns what failed. On Ctrl-C, which the runs get too, waits until they have saved."""
+    """Runs what is not finished, `jobs` at a time; returns what failed. On Ctrl-C, which the runs
+    get too, waits until they have saved."""
     waiting, running, failed = (
         [run for run in runs if run.values is None],
         dict[subprocess.Popen[bytes], SweptRun](),

@@ -1,4 +1,5 @@
-"""Set up for every test: one thread a process, reproducible hypothesis runs, GPU tests only where there is a GPU."""
+"""Set up for every test: one thread a process, reproducible hypothesis runs, GPU tests only where
+there is a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from hypothesis import settings
 
 torch.set_num_threads(1)
 
-# `make test` draws the same examples every time; `make test-full` (HYPOTHESIS_PROFILE=wide) draws new and more ones. A test that sets
-# max_examples itself keeps its number in both.
+# `make test` draws the same examples every time; `make test-full` (HYPOTHESIS_PROFILE=wide) draws
+# new and more ones. A test that sets max_examples itself keeps its number in both.
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 settings.register_profile("wide", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))

@@ -39,10 +39,12 @@ SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 def checkpoint_content(
     config: Config, tokenizer: PreTrainedTokenizerBase, model: CometForCausalLM
 ) -> dict[str, Any]:
-    """The checkpoint's key "comet": plain types from which everything but the weights can be built again.
+    """The checkpoint's key "comet": plain types from which everything but the weights can be built
+    again.
 
-    config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder may be gone); generation: how that
-    decoder ends and samples its texts; tokenizer: tokenizer.json; special_tokens: their texts by role, and the chat template.
+    config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder
+    may be gone); generation: how that decoder ends and samples its texts; tokenizer:
+    tokenizer.json; special_tokens: their texts by role, and the chat template.
     """
     special = {
         name: getattr(tokenizer, name)
@@ -122,16 +124,19 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 def load_trained(
     path: Path, argv: list[str]
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
-    """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the command line's keys over it.
+    """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the
+    command line's keys over it.
 
     LoRA and separately trained rows are merged: the weights are plain.
 
     Args:
-        path: a .ckpt file; a run's folder (then its last.ckpt, else its best.ckpt); or a folder that save_pretrained wrote.
+        path: a .ckpt file; a run's folder (then its last.ckpt, else its best.ckpt); or a folder
+            that save_pretrained wrote.
         argv: arguments of eval.py; model.* keys that don't shape the weights take effect.
 
     Raises:
-        UserError: no such path; a truncated or foreign checkpoint; keys that the weights were not made with.
+        UserError: no such path; a truncated or foreign checkpoint; keys that the weights were not
+            made with.
     """
     path, _ = find_checkpoint(Path(path).expanduser())
     if path.is_dir():
@@ -184,7 +189,8 @@ def _from_checkpoint(
 
 
 def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> str:
-    """Why the model section that was asked for is not this checkpoint's; a whole conf of another model is the likeliest mistake."""
+    """Why the model section that was asked for is not this checkpoint's; a whole conf of another
+    model is the likeliest mistake."""
     if config.conf == trained["conf"]:
         return f"model: {error}"
     keys = (
@@ -192,8 +198,10 @@ def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> st
         if config.data.kind != trained["data"]["kind"]
         else "the keys that shall change"
     )
-    other = f"is for another model than this checkpoint's, which was trained with conf={trained['conf']}"
-    return f"conf={config.conf}: {other} ({error}); leave conf out and give {keys}"
+    return (
+        f"conf={config.conf}: is for another model than this checkpoint's, which was trained with "
+        f"conf={trained['conf']} ({error}); leave conf out and give {keys}"
+    )
 
 
 def _from_folder(

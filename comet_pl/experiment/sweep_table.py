@@ -1,4 +1,5 @@
-"""What the runs of a sweep found, side by side: a table on the screen, in Markdown and as CSV, and a plot."""
+"""What the runs of a sweep found, side by side: a table on the screen, in Markdown and as CSV, and
+a plot."""
 
 from __future__ import annotations
 
@@ -29,8 +30,9 @@ LINES = 12  # more are not told apart in a plot
 
 
 def read_values(folder: Path) -> dict[str, float]:
-    """What a finished run's folder says: the last of each val/ value in its TensorBoard events, and every number of eval/<kind>.json, as
-    "<kind>/<names on the way>"; counts and lists are left out, and of an evaluation that has a "mean" only that is taken."""
+    """What a finished run's folder says: the last of each val/ value in its TensorBoard events, and
+    every number of eval/<kind>.json, as "<kind>/<names on the way>"; counts and lists are left out,
+    and of an evaluation that has a "mean" only that is taken."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -61,7 +63,8 @@ def _numbers(values: Any, name: str) -> dict[str, float]:
 
 
 def group(found: Sequence[Found]) -> dict[tuple[tuple[str, str], ...], dict[str, Spread]]:
-    """Runs that differ in the seed alone, together: {((key, value), ...): {metric: its spread}}, in the order in which they come."""
+    """Runs that differ in the seed alone, together: {((key, value), ...): {metric: its spread}}, in
+    the order in which they come."""
     groups: dict[tuple[tuple[str, str], ...], list[dict[str, float]]] = {}
     for point, values in found:
         groups.setdefault(
@@ -110,7 +113,8 @@ def write(
     """Writes <path>.md, .csv and .png, each atomically, and prints the table.
 
     Args:
-        found: at least one run. patterns: of the metrics to show; None: all. The csv always has all.
+        found: at least one run. patterns: of the metrics to show; None: all. The csv always has
+            all.
 
     Raises:
         UserError: a pattern that no metric matches; files that cannot be written.
@@ -195,7 +199,8 @@ def plot(
     metrics: Sequence[str],
     caption: str,
 ) -> Figure:
-    """Metrics that end in a number (passkey/512) as lines over it, the others as points, a panel each; bars are standard deviations."""
+    """Metrics that end in a number (passkey/512) as lines over it, the others as points, a panel
+    each; bars are standard deviations."""
     curves: dict[str, list[str]] = {}
     singles = []
     for metric in metrics:
@@ -248,10 +253,9 @@ def plot(
     for metric in singles:
         axes = next(panels)
         places = [place for place, values in enumerate(groups.values()) if metric in values]
-        cells = [values[metric] for values in groups.values() if metric in values]
-        axes.errorbar(
-            [y for y, _, _ in cells], places, xerr=[s or 0 for _, s, _ in cells], fmt="o", capsize=3
-        )
+        spreads = [values[metric] for values in groups.values() if metric in values]
+        errors = [deviation or 0 for _, deviation, _ in spreads]
+        axes.errorbar([y for y, _, _ in spreads], places, xerr=errors, fmt="o", capsize=3)
         axes.set(title=metric, ylim=(len(labels) - 0.5, -0.5))
         axes.set_yticks(range(len(labels)), labels, fontsize=7)
     for axes in panels:

@@ -1,4 +1,5 @@
-"""Sweeps: which runs a grid has, what is refused, and that a killed sweep goes on to the same table."""
+"""Sweeps: which runs a grid has, what is refused, and that a killed sweep goes on to the same
+table."""
 
 from __future__ import annotations
 
@@ -251,7 +252,8 @@ if given["seed"] == os.environ.get("FAILS"):
 if given["seed"] == "1" and "SLOW" in os.environ:
     time.sleep(60)
 (run / "eval").mkdir(exist_ok=True)
-(run / "eval" / "passkey.json").write_text(json.dumps({"mean": {"48": int(given["seed"]) + (given["model.gate"] == "none") / 2}}))
+score = int(given["seed"]) + (given["model.gate"] == "none") / 2
+(run / "eval" / "passkey.json").write_text(json.dumps({"mean": {"48": score}}))
 """
 
 
@@ -275,7 +277,8 @@ def starts(root: Path):
 
 
 def kill_when(ready, target, *arguments):
-    """Calls the target in a process of its own, and kills it with all that it has started once ready() is true."""
+    """Calls the target in a process of its own, and kills it with all that it has started once
+    ready() is true."""
 
     def session():
         os.setsid()

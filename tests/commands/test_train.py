@@ -1,16 +1,15 @@
-"""train.py and its run folder: what it writes, what it refuses, and a trained model back from a checkpoint."""
+"""train.py and its run folder: what it writes, what it refuses, and a trained model back from a
+checkpoint."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,42 +17,11 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks.checkpoints import AtomicCheckpointIO
-from comet_pl import CometForCausalLM
-from comet_pl.build import load_checkpoint
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.run_folder import plan_run
-from tests.support.tiny_runs import ROOT, TINY, command, train
-
-main = runpy.run_path(str(ROOT / "train.py"))["main"]
-SMALL = [
-    *TINY,
-    "trainer.max_steps=4",
-    "trainer.val_check_interval=2",
-    "trainer.log_every_n_steps=2",
-    "checkpoint.every_steps=2",
-    "data.train_length=64",
-    "data.length_schedule=null",
-    "data.batch_size=2",
-    "data.val_depths=2",
-    "data.val_examples=1",
-    "eval.lengths=[64,128]",
-    "eval.depths=2",
-    "eval.examples=1",
-    "train.lr=1e-3",
-    "train.memory_lr_factor=3",
-]
-
-
-def run(root, name, *keys):
-    """In this process; returns the run's folder."""
-    main([f"run.root={root}", f"run.name={name}", *SMALL, *keys])
-    return Path(root) / "passkey" / name
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("runs"), "trained")
+from tests.support.tiny_runs import ROOT, command, train
+from tests.support.trained import SMALL, main, run
 
 
 def tree(folder):
@@ -313,7 +281,8 @@ def test_a_run_shorter_than_its_intervals_is_validated_at_its_end(tmp_path):
 def test_by_minutes_only(tmp_path):
     """So few minutes that every step is due."""
     code = "import train, callbacks.checkpoints as c; save = c.RunCheckpoints._save\n"
-    code += "c.RunCheckpoints._save = lambda self, t, name: (print('saved', name, t.global_step), save(self, t, name))\n"
+    code += "def spy(self, t, name): print('saved', name, t.global_step); save(self, t, name)\n"
+    code += "c.RunCheckpoints._save = spy\n"
     code += "import sys; train.main(sys.argv[1:])"
     keys = [
         "checkpoint.every_steps=null",
@@ -414,76 +383,3 @@ def test_two_processes_are_one_with_all_rows(tmp_path, depths):
     assert best[0] == pytest.approx(best[1], rel=1e-4), "val/loss"
     for name, weight in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
-
-
-# ---- a trained model back
-
-
-def test_a_trained_model_comes_back_whole(trained):
-    last = trained / "checkpoints" / "last.ckpt"
-    model, tokenizer, config = load_checkpoint(trained, [f"ckpt={trained}"])
-    assert isinstance(model, CometForCausalLM)
-    assert not model.training
-    weights = torch.load(last, weights_only=True)["state_dict"]
-    assert all(
-        torch.equal(weights[f"model.{name}"], value) for name, value in model.state_dict().items()
-    )
-    assert (config.model.chunk_size, config.data.train_length) == (16, 64)
-    ids = tokenizer(" The pass key is 12345", add_special_tokens=False)["input_ids"]
-    assert tokenizer.decode(ids) == " The pass key is 12345"
-    assert tokenizer.convert_ids_to_tokens(ids)[-5:] == list("12345")
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|end|>", "<|pad|>")
-    assert tokenizer.chat_template
-
-
-def test_keys_over_a_trained_model(trained):
-    model, _, config = load_checkpoint(
-        trained / "checkpoints" / "best.ckpt", ["ckpt=x", "model.chunk_size=8", "eval.depths=3"]
-    )
-    assert (model.config.chunk_size, config.eval.depths) == (8, 3)
-    with pytest.raises(
-        UserError, match=r"adapter_rank.*: 2 given, but this checkpoint's weights were made with 8"
-    ):
-        load_checkpoint(trained, ["ckpt=x", "model.adapter_rank=2"])
-
-
-def test_a_saved_model_folder_loads_too(trained, tmp_path):
-    model, tokenizer, _ = load_checkpoint(trained, ["ckpt=x"])
-    model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    again, same, _ = load_checkpoint(tmp_path, [f"ckpt={tmp_path}", "model.chunk_size=8"])
-    assert again.config.chunk_size == 8
-    assert same("key 7")["input_ids"] == tokenizer("key 7")["input_ids"]
-    assert all(
-        torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items()
-    )
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "truncated", "foreign", "other"])
-def test_other_files_are_refused_in_one_line(trained, tmp_path, content):
-    file = tmp_path / "x.ckpt"
-    if content == "foreign":
-        torch.save({"state_dict": {}}, file)
-    elif content == "other":
-        checkpoint = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
-        checkpoint["state_dict"].popitem()
-        torch.save(checkpoint, file)
-    else:
-        whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
-        file.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
-    match = {"foreign": "not one that train.py wrote", "other": "do not fit"}.get(
-        content, "not a readable checkpoint"
-    )
-    with pytest.raises(UserError, match=match):
-        load_checkpoint(file, ["ckpt=x"])
-    with pytest.raises(UserError, match="does not exist"):
-        load_checkpoint(tmp_path / "y.ckpt", ["ckpt=y"])
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_checkpoint_that_may_not_be_read(tmp_path):
-    file = tmp_path / "x.ckpt"
-    file.write_bytes(b"")
-    file.chmod(0)
-    with pytest.raises(UserError, match="cannot be read"):
-        load_checkpoint(file, ["ckpt=x"])

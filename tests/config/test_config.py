@@ -2,41 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
-from comet_pl.config.help import help_asked, help_text
-from comet_pl.config.load import CONF_DIR, eval_paths, from_dict, load, to_dict
-from comet_pl.config.schema import DATA_KINDS, BackboneConfig, Config, PasskeyData, ScrollsData
-from comet_pl.config.sources import conf_names
-from comet_pl.errors import UserError, run_cli
+from comet_pl.config.load import load
+from comet_pl.config.schema import PasskeyData, ScrollsData
+from comet_pl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def conf(tmp_path: Path):
-    """Writes conf files: conf(passkey='...', backbone__tiny='...') and returns their folder."""
-
-    def write(**texts: str) -> Path:
-        folder = tmp_path / "conf"
-        for name, text in {"base": "", "passkey": "", **texts}.items():
-            path = folder / f"{name.replace('__', '/')}.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        return folder
-
-    return write
 
 
 def message(argv: list[str], command: str = "train", **more: Any) -> str:
@@ -46,7 +22,7 @@ def message(argv: list[str], command: str = "train", **more: Any) -> str:
     return str(caught.value)
 
 
-# -- the order of merging ---------------------------------------------------------------------------------------------------------------
+# -- the order of merging --------------------------------------------------------------------------
 
 
 def test_defaults_then_base_then_conf_then_command_line(conf):
@@ -99,15 +75,14 @@ def test_data_kind_chooses_the_schema_and_starts_the_section_afresh(conf):
 
 
 def test_interpolation_sees_defaults_and_the_command_line(conf):
-    folder = conf(
-        passkey="data: {train_length: '${model.chunk_size}'}\nrun: {name: 'chunk-${model.chunk_size}'}"
-    )
+    size = "${model.chunk_size}"
+    folder = conf(passkey=f"data: {{train_length: '{size}'}}\nrun: {{name: 'chunk-{size}'}}")
     config = load(["model.chunk_size=48"], conf_dir=folder)
     assert (config.data.train_length, config.run.name) == (48, "chunk-48")
     assert "model.chunks" in message(["train.lr=${model.chunks}"], conf_dir=folder)
 
 
-# -- values -----------------------------------------------------------------------------------------------------------------------------
+# -- values ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,7 +130,7 @@ def test_yaml_files_read_numbers_as_people_write_them(conf):
     config = load(
         [],
         conf_dir=conf(
-            passkey="train: {lr: 1e-3, clip: 3e0}\ntrainer:\n  max_steps: 2e2\n# run is left empty\nrun:\n"
+            passkey="train: {lr: 1e-3, clip: 3e0}\ntrainer:\n  max_steps: 2e2\n# empty:\nrun:\n"
         ),
     )
     assert (config.train.lr, config.train.clip, config.trainer.max_steps) == (1e-3, 3.0, 200)
@@ -266,7 +241,7 @@ def test_eval_only_keys_are_unknown_to_training():
     assert message(["ckpt=x"]).startswith("ckpt: no such key")
 
 
-# -- conf files -------------------------------------------------------------------------------------------------------------------------
+# -- conf files ------------------------------------------------------------------------------------
 
 
 def test_unknown_confs_get_the_nearest_match_and_the_list(conf):
@@ -321,7 +296,8 @@ def test_a_missing_value_names_its_key_and_its_place(conf):
     folder = conf(passkey="data:\n  haystack: ???\n")
     text = message([], conf_dir=folder)
     assert text.startswith(
-        "data.haystack: missing (conf/passkey.yaml:2 leaves it open), give it as data.haystack=VALUE"
+        "data.haystack: missing (conf/passkey.yaml:2 leaves it open), give it as "
+        "data.haystack=VALUE"
     )
     assert load(["data.haystack=x.txt"], conf_dir=folder).data.haystack == "x.txt"
 
@@ -332,280 +308,3 @@ def test_binary_and_unreadable_files_are_one_line(conf):
     assert "conf/passkey.yaml" in message([], conf_dir=folder)
     (folder / "folder.yaml").mkdir()
     assert "conf/folder.yaml: cannot be read" in message(["conf=folder"], conf_dir=folder)
-
-
-# -- eval.py ----------------------------------------------------------------------------------------------------------------------------
-
-
-def test_eval_starts_from_the_checkpoint_then_conf_then_keys(conf):
-    folder = conf(
-        base="train: {lr: 9.0}",
-        scrolls="data: {kind: scrolls, max_length: 300}\nmodel: {chunk_size: 30}",
-    )
-    base = to_dict(
-        load(["train.lr=0.5", "model.global_size=3", "data.train_length=99"], conf_dir=folder)
-    )
-    same = load(["ckpt=x", "out=y"], "eval", base=base, conf_dir=folder)
-    assert same == from_dict(base)
-    key = load(["ckpt=x", "eval.depths=2"], "eval", base=base, conf_dir=folder)
-    assert key == dataclasses.replace(same, eval=dataclasses.replace(same.eval, depths=2))
-    other = load(["ckpt=x", "conf=scrolls"], "eval", base=base, conf_dir=folder)
-    assert other.data == ScrollsData(max_length=300)
-    assert (other.conf, other.train.lr, other.model.chunk_size, other.model.global_size) == (
-        "scrolls",
-        0.5,
-        30,
-        3,
-    )
-
-
-def test_eval_without_a_known_configuration_takes_base_and_keys_only(conf):
-    folder = conf(base="seed: 3", passkey="seed: 4")
-    config = load(["ckpt=x", "data.train_length=128"], "eval", conf_dir=folder)
-    assert (config.conf, config.seed, config.data.train_length) == (None, 3, 128)
-
-
-def test_eval_paths():
-    assert eval_paths(["ckpt=runs/a=b", "eval.depths=3", "out=o"]) == (Path("runs/a=b"), Path("o"))
-    assert eval_paths(["ckpt=x"]) == (Path("x"), None)
-    with pytest.raises(UserError, match=r"^ckpt: missing"):
-        eval_paths(["out=x"])
-
-
-def test_a_checkpoint_with_keys_of_another_version_is_one_line():
-    values = to_dict(load([]))
-    values["train"]["novelty"] = 3
-    with pytest.raises(
-        UserError, match=r"train\.novelty: no such key \(the checkpoint's configuration\)"
-    ):
-        from_dict(values)
-
-
-# -- the result -------------------------------------------------------------------------------------------------------------------------
-
-
-@given(
-    name=st.sampled_from(conf_names(CONF_DIR)),
-    lr=st.floats(1e-8, 1e3),
-    steps=st.integers(1, 10**9),
-    stride=st.none() | st.integers(1, 999),
-)
-def test_dict_yaml_and_pickle_round_trips(name: str, lr: float, steps: int, stride: int | None):
-    shown = "null" if stride is None else stride
-    config = load(
-        [
-            f"conf={name}",
-            f"train.lr={lr!r}",
-            f"trainer.max_steps={steps}",
-            f"model.compression_stride={shown}",
-        ]
-    )
-    assert (config.train.lr, config.trainer.max_steps, config.model.compression_stride) == (
-        lr,
-        steps,
-        stride,
-    )
-    assert from_dict(to_dict(config)) == config
-    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
-    assert pickle.loads(pickle.dumps(config)) == config
-
-
-def test_the_result_is_frozen_and_plain():
-    config = load(["data.length_schedule=[[0,8]]"])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.train.lr = 1.0  # type: ignore[misc]
-
-    def plain(value: Any) -> bool:
-        if isinstance(value, dict):
-            return type(value) is dict and all(plain(item) for item in value.values())
-        if isinstance(value, list):
-            return type(value) is list and all(plain(item) for item in value)
-        return value is None or type(value) in (bool, int, float, str)
-
-    assert plain(to_dict(config))
-
-
-def test_defaults_are_never_shared_between_configs():
-    before = list(load([]).train.betas)
-    load([]).train.betas.append(3.0)
-    assert load([]).train.betas == before
-    from_dict({}).train.betas.append(3.0)
-    assert from_dict({}).train.betas == [0.9, 0.999]
-
-
-@pytest.mark.parametrize("name", conf_names(CONF_DIR))
-def test_every_conf_of_the_project_loads_and_round_trips(name: str):
-    config = load([f"conf={name}"])
-    assert config.conf == name and from_dict(to_dict(config)) == config
-
-
-@pytest.mark.parametrize("name", conf_names(CONF_DIR, "backbone"))
-def test_every_backbone_of_the_project_loads(name: str):
-    assert load([f"backbone={name}"]).backbone is not None
-
-
-def test_every_default_satisfies_its_own_rules():
-    assert from_dict({"conf": "passkey"}) == Config()
-    for kind, schema in DATA_KINDS.items():
-        assert from_dict({"data": {"kind": kind}}).data == schema()
-
-
-# -- help and errors at the command line ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("command", ["train", "eval"])
-def test_help_lists_every_conf_and_every_key_with_default_and_meaning(command: str, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "140")
-    text = help_text(command)
-    flat = " ".join(text.split())
-    for name in conf_names(CONF_DIR):
-        comment = (
-            (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        )
-        assert f"conf={name} {comment}" in flat
-    keys = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    lines = {line.split()[0]: line for line in reversed(keys)}
-    starts = [number for number, line in enumerate(keys) if line.split()[0] == "data.kind"]
-    parts = [
-        {line.split()[0]: line for line in keys[start:end]}
-        for start, end in zip(starts, [*starts[1:], None], strict=True)
-    ]
-    hints = get_type_hints(Config)
-    for one in dataclasses.fields(Config):
-        schemas = [*DATA_KINDS.values()] if one.name == "data" else [hints[one.name]]
-        for schema, part in zip(schemas, parts if one.name == "data" else [lines], strict=True):
-            for leaf in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
-                assert leaf.metadata["help"].split()[0] in part[f"{one.name}.{leaf.name}"]
-    assert " 1024 " in lines["data.train_length"]
-    assert " scalar, elementwise, none " in lines["model.gate"]
-    assert {"conf", "resume", "seed"} <= set(lines) and ({"ckpt", "out"} <= set(lines)) == (
-        command == "eval"
-    )
-
-
-@pytest.mark.parametrize("columns", [20, 100, 500])
-def test_help_fits_the_terminal(columns: int, monkeypatch):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    widest = max(len(line) for line in help_text().splitlines())
-    assert widest <= min(max(columns, 100), 160)
-
-
-def test_help_shows_the_values_of_the_default_conf(conf):
-    folder = conf(passkey="# My job.\ntrain: {lr: 0.125}")
-    assert "conf=passkey  My job." in help_text(conf_dir=folder)
-    assert any(
-        line.startswith("train.lr ") and " 0.125 " in line
-        for line in help_text(conf_dir=folder).splitlines()
-    )
-
-
-@pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_load_prints_help_and_exits_with_success(flag: str, capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as caught:
-        help_asked(["conf=nonsense", flag])
-    assert caught.value.code == 0 and "train.memory_lr_factor" in capsys.readouterr().out
-
-
-def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "train.lrr=1"])
-    with pytest.raises(SystemExit) as caught:
-        run_cli(lambda argv: print(load(argv)))
-    output = capsys.readouterr()
-    assert caught.value.code == 2 and output.out == ""
-    assert output.err == "error: train.lrr: no such key (did you mean train.lr?)\n"
-
-
-def test_an_error_of_several_lines_is_printed_as_one(capsys):
-    def main(argv: list[str]) -> None:
-        raise UserError("first\n  second")
-
-    with pytest.raises(SystemExit) as caught:
-        run_cli(main)
-    assert caught.value.code == 2 and capsys.readouterr().err == "error: first second\n"
-
-
-def test_the_configuration_needs_neither_torch_nor_lightning():
-    """Loaded without comet_pl/__init__.py (which offers the model), help and errors come without the heavy imports."""
-    code = (
-        "import sys, types; package = types.ModuleType('comet_pl'); package.__path__ = ['comet_pl']; sys.modules['comet_pl'] = package\n"
-        "from comet_pl.config.help import help_text\nfrom comet_pl.config.load import load\n"
-        "load(['conf=scrolls']); help_text()\n"
-        "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert result.stdout.strip() == "[]", result.stderr
-
-
-FAMILIES = {one.name: one for one in dataclasses.fields(BackboneConfig)}["model_type"].metadata[
-    "choices"
-]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_can_be_built_from_scratch(family):
-    from comet_pl.build import build_model
-    from comet_pl.model.cell import SUPPORTED
-    from data.tokenizer import train_tokenizer
-
-    assert set(SUPPORTED) == set(FAMILIES)
-    sizes = [
-        "hidden_size=16",
-        "head_dim=8",
-        "num_attention_heads=2",
-        "num_key_value_heads=2",
-        "intermediate_size=24",
-    ]
-    config = load([f"backbone.model_type={family}", *(f"backbone.{size}" for size in sizes)])
-    model = build_model(config, train_tokenizer(["a b c"], 300))
-    assert model.config.backbone_config.model_type == family
-    assert (
-        model.config.backbone_config.max_position_embeddings == 8 + 16 + 64 + 8 + 8
-    )  # m + K + C + C/s + m of conf=passkey
-
-
-def test_a_folder_that_make_builds_is_named_with_its_target(tmp_path, monkeypatch):
-    from comet_pl.build import build_tokenizer
-
-    config = load(["backbone=smollm2_135m"])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        UserError,
-        match=r"backbone.path: models/smollm2_135m is not there yet; `make smollm2` builds it",
-    ):
-        build_tokenizer(config)
-
-
-@pytest.mark.parametrize("conf", ["scrolls_paper", "agent_paper", "user_behavior_paper"])
-def test_the_paper_confs_hold_the_papers_recipe(conf):
-    config = load([f"conf={conf}"])
-    m, t = config.model, config.train
-    assert (
-        m.chunk_size,
-        m.global_size,
-        m.compression_stride,
-        m.temporary_capacity,
-        m.adapter_rank,
-    ) == (2048, 512, 8, 2048, 8)
-    assert (
-        t.lr,
-        t.memory_lr_factor,
-        t.betas,
-        t.weight_decay,
-        t.warmup_steps,
-        t.final_lr,
-        t.clip,
-    ) == (5e-5, 5, [0.9, 0.999], 0, 10, 0, 1)
-    assert config.backbone.path == "Qwen/Qwen3-4B-Instruct-2507"
-    length = config.data.train_length if conf.startswith("user") else config.data.max_length
-    assert length == 32768
-    assert conf.startswith("user") or (
-        config.data.chunk_plan,
-        config.data.dynamic_stride,
-        config.trainer.max_epochs,
-    ) == (
-        "mixture",
-        True,
-        3,
-    )

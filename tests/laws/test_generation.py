@@ -1,10 +1,7 @@
-"""Hugging Face's generate, unchanged, on a model whose chunks roll over and whose internal tokens never show."""
+"""Hugging Face's generate, unchanged, on a model whose chunks roll over and whose internal tokens
+never show."""
 
 import itertools
-import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +67,8 @@ def test_greedy_equals_repeated_passes_through_roll_overs(family, comet):
     extra=st.integers(0, 3),
 )
 def test_a_ragged_batch_generates_like_its_rows(comet, lengths, extra):
-    """Token for token, through two roll-overs at least, whatever the prompts' lengths. Left-padded: generate looks at the last column."""
+    """Token for token, through two roll-overs at least, whatever the prompts' lengths. Left-padded:
+    generate looks at the last column."""
     model = tiny(**comet)
     prompts = [text(1, n, seed=n) for n in lengths]
     ids, mask = ragged(prompts)
@@ -136,7 +134,8 @@ def test_beams_are_hugging_faces_on_a_model_with_both_memories_off(family, tmp_p
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_carry_their_own_memories(family):
-    """Each returned sequence's score is that of reading it in one go: a cache that was not reordered would give another one."""
+    """Each returned sequence's score is that of reading it in one go: a cache that was not
+    reordered would give another one."""
     model = tiny(family)
     ids, mask = ragged([text(1, n, seed=n) for n in (4, 9)])
     options = {
@@ -281,86 +280,6 @@ def test_stop_strings_and_stop_tokens_end_each_row_alone():
         if len(kept) < 32:
             assert stop in tokenizer.decode(kept)
     assert 10 <= (out[0] != 0).sum() <= 19
-
-
-# ---- a memory that is kept
-
-
-def test_generation_goes_on_from_a_cache():
-    """A text is read once (its document in listed chunks), then asked."""
-    model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
-    with torch.no_grad():
-        cache = model(
-            document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1
-        ).past_key_values
-    ids = torch.cat([document, question], 1)
-    first = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
-    again = model.generate(
-        question,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache.clone(),
-        max_new_tokens=6,
-        do_sample=False,
-    )
-    assert torch.equal(first[:, 24:], again[:, 4:])
-
-
-def test_one_memory_answers_in_beams_and_samples():
-    model, document, question = tiny(), text(1, 23), text(1, 4, seed=5)
-    with torch.no_grad():
-        cache = model(document, use_cache=True, logits_to_keep=1).past_key_values
-    ids = torch.cat([document, question], 1)
-    wide = cache.clone()
-    wide.batch_repeat_interleave(3)
-    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
-    assert torch.equal(
-        model.generate(ids, past_key_values=wide, **options), model.generate(ids, **options)
-    )
-
-
-CONTINUE = """
-import json, sys, torch
-sys.path[:0] = {paths!r}
-from transformers import AutoModelForCausalLM
-import comet_pl
-from comet_pl import CometCache
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float64)
-cache = CometCache.load({file!r})
-answers = []
-for question in ({questions!r}):
-    fork, mask = cache.clone(), torch.ones(2, cache.get_seq_length() + len(question[0]), dtype=torch.long)
-    ids = torch.tensor(question)
-    out = model.generate(ids, attention_mask=mask, past_key_values=fork, max_new_tokens=16, do_sample=False)
-    answers.append(out[:, ids.shape[1]:].tolist())
-print(json.dumps(answers))
-"""
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_memory_on_disk_goes_on_in_another_process(family, tmp_path):
-    """Saved, loaded elsewhere, cloned twice and continued differently = never interrupted."""
-    model, document = tiny(family), text(2, 33)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model(document, use_cache=True, logits_to_keep=1).past_key_values.save(
-            tmp_path / "memory.safetensors"
-        )
-    questions = [text(2, n, seed=n).tolist() for n in (3, 8)]
-    root = Path(__file__).parents[2]
-    script = CONTINUE.format(
-        paths=[str(root)],
-        folder=str(tmp_path / "model"),
-        file=str(tmp_path / "memory.safetensors"),
-        questions=questions,
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=root
-    )
-    assert done.returncode == 0, done.stderr
-    for question, answer in zip(questions, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        ids = torch.cat([document, torch.tensor(question)], 1)
-        uninterrupted = model.generate(ids, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :]
-        assert answer == uninterrupted.tolist()
 
 
 # ---- what is refused

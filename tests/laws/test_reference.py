@@ -93,7 +93,8 @@ def test_loss_and_gradients(case, recompute, implementation):
 
 
 def test_greedy_continuation(implementation):
-    """Crosses compression tokens and chunk boundaries; through Hugging Face's generate, with a cache."""
+    """Crosses compression tokens and chunk boundaries; through Hugging Face's generate, with a
+    cache."""
     model, expected, _ = load("decode")
     model.set_attn_implementation(implementation)
     prompt = expected["input_ids.0"][None]

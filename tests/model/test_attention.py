@@ -79,7 +79,8 @@ def test_the_bias_used_on_cuda_is_lower_right():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_reads_and_decodes(dtype):
-    """Half precision follows double within its own rounding: 8 (bf16) or 11 (fp16) bits, some ten operations deep."""
+    """Half precision follows double within its own rounding: 8 (bf16) or 11 (fp16) bits, some ten
+    operations deep."""
     model, ids = tiny(dtype=dtype), text(2, 23)
     with torch.no_grad():
         reference = tiny()(ids).logits

@@ -1,4 +1,5 @@
-"""Chunk layouts against a token-by-token specification written from the rules, one token at a time."""
+"""Chunk layouts against a token-by-token specification written from the rules, one token at a
+time."""
 
 import numpy as np
 from hypothesis import given
@@ -10,7 +11,8 @@ TEXT, COMPRESSION, READOUT = 0, 1, 2
 
 
 def specification(tokens, chunk_size, stride, m):
-    """Reads one text token at a time, as the definition of open and closed chunks says; returns the chunks' own tokens (closed, open)."""
+    """Reads one text token at a time, as the definition of open and closed chunks says; returns the
+    chunks' own tokens (closed, open)."""
     closed, chunk, fill = [], [], 0
     for _ in range(tokens):
         if fill == chunk_size:  # the chunk is full and more text comes: it closes

@@ -91,7 +91,8 @@ def test_the_trainer_evaluates_and_keeps_the_best(folder, tmp_path):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_trainer_trains_it_with_token_correct_accumulation(folder, tmp_path, recompute):
-    """Two micro-batches with different numbers of targets: the loss is the mean over tokens, as of one batch."""
+    """Two micro-batches with different numbers of targets: the loss is the mean over tokens, as of
+    one batch."""
     ids = AutoTokenizer.from_pretrained(folder)(TEXT * 2, return_tensors="pt").input_ids[0]
     rows = [
         {"input_ids": ids, "labels": ids},

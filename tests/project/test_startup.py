@@ -44,7 +44,8 @@ def test_the_import_help_and_mistakes_load_nothing_heavy():
     code = (
         "import runpy, sys, comet_pl\n"
         "assert set(comet_pl.__all__) >= {'CometCache', 'CometConfig', 'CometForCausalLM'}\n"
-        "for arguments in (['train.py', '--help'], ['train.py', 'train.lrr=1'], ['eval.py'], ['eval.py', 'ckpt=no/such']):\n"
+        "commands = 'train.py --help', 'train.py train.lrr=1', 'eval.py', 'eval.py ckpt=no/such'\n"
+        "for arguments in map(str.split, commands):\n"
         "    sys.argv = arguments\n"
         "    try:\n"
         "        runpy.run_path(arguments[0], run_name='__main__')\n"
@@ -58,7 +59,8 @@ def test_the_import_help_and_mistakes_load_nothing_heavy():
 
 
 def test_after_the_import_alone_the_auto_classes_load_a_folder(tmp_path: Path):
-    """The model's class is imported with the first configuration; what it needs is heavy, or the test above could not fail."""
+    """The model's class is imported with the first configuration; what it needs is heavy, or the
+    test above could not fail."""
     tiny().save_pretrained(tmp_path)
     code = (
         "import sys, comet_pl; assert 'comet_pl.model.modeling_comet' not in sys.modules\n"

@@ -69,7 +69,8 @@ def text(rows, columns, seed=0):
 
 @st.composite
 def memories(draw):
-    """Any backbone with any memory configuration: odd strides, either memory off, all gates, both adapters."""
+    """Any backbone with any memory configuration: odd strides, either memory off, all gates, both
+    adapters."""
     return {
         "family": draw(st.sampled_from(list(FAMILIES))),
         "chunk_size": draw(st.integers(1, 9)),

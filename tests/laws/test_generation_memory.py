@@ -1,0 +1,89 @@
+"""Generation from a memory that is kept, in this process and in another."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.models import FAMILIES, text, tiny
+
+# ---- a memory that is kept
+
+
+def test_generation_goes_on_from_a_cache():
+    """A text is read once (its document in listed chunks), then asked."""
+    model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
+    with torch.no_grad():
+        cache = model(
+            document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1
+        ).past_key_values
+    ids = torch.cat([document, question], 1)
+    first = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
+    again = model.generate(
+        question,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache.clone(),
+        max_new_tokens=6,
+        do_sample=False,
+    )
+    assert torch.equal(first[:, 24:], again[:, 4:])
+
+
+def test_one_memory_answers_in_beams_and_samples():
+    model, document, question = tiny(), text(1, 23), text(1, 4, seed=5)
+    with torch.no_grad():
+        cache = model(document, use_cache=True, logits_to_keep=1).past_key_values
+    ids = torch.cat([document, question], 1)
+    wide = cache.clone()
+    wide.batch_repeat_interleave(3)
+    options = {"max_new_tokens": 12, "num_beams": 3, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids, past_key_values=wide, **options), model.generate(ids, **options)
+    )
+
+
+CONTINUE = """
+import json, torch
+from transformers import AutoModelForCausalLM
+import comet_pl
+from comet_pl import CometCache
+model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float64)
+cache = CometCache.load({file!r})
+answers = []
+for question in ({questions!r}):
+    fork, columns = cache.clone(), cache.get_seq_length() + len(question[0])
+    ids, mask = torch.tensor(question), torch.ones(2, columns, dtype=torch.long)
+    settings = dict(past_key_values=fork, max_new_tokens=16, do_sample=False)
+    out = model.generate(ids, attention_mask=mask, **settings)
+    answers.append(out[:, ids.shape[1]:].tolist())
+print(json.dumps(answers))
+"""
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_memory_on_disk_goes_on_in_another_process(family, tmp_path):
+    """Saved, loaded elsewhere, cloned twice and continued differently = never interrupted."""
+    model, document = tiny(family), text(2, 33)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        model(document, use_cache=True, logits_to_keep=1).past_key_values.save(
+            tmp_path / "memory.safetensors"
+        )
+    questions = [text(2, n, seed=n).tolist() for n in (3, 8)]
+    root = Path(__file__).parents[2]
+    script = CONTINUE.format(
+        folder=str(tmp_path / "model"),
+        file=str(tmp_path / "memory.safetensors"),
+        questions=questions,
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    for question, answer in zip(questions, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        ids = torch.cat([document, torch.tensor(question)], 1)
+        uninterrupted = model.generate(ids, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :]
+        assert answer == uninterrupted.tolist()

@@ -43,8 +43,7 @@ class LengthReport(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         size = pl_module.model.config.chunk_size
-        sizes, resets = batch.get("chunk_sizes"), batch.get("resets")
-        chunks = chunk_of_columns(batch["attention_mask"], size, sizes, resets)
+        chunks = chunk_of_columns(batch["attention_mask"], size, batch.get("plans"))
         self.metric.update(*self.losses, chunks)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]

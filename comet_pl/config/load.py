@@ -71,6 +71,10 @@ def load(
     if base is None:
         layers = [read_file(conf_dir / "base.yaml", f"{conf_dir.name}/base.yaml")]
     else:
+        strategy = base.get("trainer", {}).get("strategy")
+        if arguments.get("trainer.strategy", strategy) != strategy:
+            # The section's values are for the strategy that the run had.
+            base = {key: value for key, value in base.items() if key != "strategy"}
         layers = [checkpoint_layer(base)]
     if base is None or command == "eval":
         layers += conf_layers(conf, conf_dir) if conf is not None else []

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics import Metric
 
-from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 
 BUCKETS = 48  # 2^46 chunks and more are counted together
 Bucket = dict[str, Any]
@@ -63,29 +63,24 @@ class LossByPosition(Metric):
 
 
 def chunk_of_columns(
-    mask: Tensor,
-    chunk_size: int,
-    chunk_sizes: Sequence[Sequence[int]] | None = None,
-    resets: Sequence[Sequence[bool]] | None = None,
+    mask: Tensor, chunk_size: int, plans: Sequence[ChunkPlan] | None = None
 ) -> np.ndarray:
     """(B, N) int: the chunk of each real column, from 0 on at its document's begin; 0 at padding.
 
     Args:
         mask: (B, N), 0 = padding on any side.
-        chunk_size: C, where no chunk_sizes are prescribed.
-        chunk_sizes, resets: a list each row, as the model takes them.
+        chunk_size: C, where no plans are prescribed.
+        plans: one a row.
     """
     real = mask.bool().cpu().numpy()
     chunks = np.zeros(real.shape, dtype=np.int64)
     for row, columns in enumerate(real):
-        if chunk_sizes is None:
-            sizes = fixed_chunks(int(columns.sum()), chunk_size)
-        else:
-            sizes = list(chunk_sizes[row])
+        fixed = tuple(fixed_chunks(int(columns.sum()), chunk_size))
+        sizes, resets, _ = ChunkPlan(fixed) if plans is None else plans[row]
         numbers = np.arange(len(sizes))
         # a document's first chunk is number 0
         if resets is not None:
-            numbers -= np.maximum.accumulate(np.where(resets[row], numbers, 0))
+            numbers -= np.maximum.accumulate(np.where(resets, numbers, 0))
         chunks[row, columns] = np.repeat(numbers, sizes)
     return chunks
 

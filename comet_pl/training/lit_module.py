@@ -22,9 +22,9 @@ from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.training.text_reader import TextReader, WindowReader
-from comet_pl.training.windows import Window, batch_plans, count_targets, cut_windows, split_rows
+from comet_pl.training.windows import Window, count_targets, cut_windows, split_rows
 
-FORWARD = ("input_ids", "attention_mask", "labels", "logits_to_keep")  # keys of a batch
+FORWARD = ("input_ids", "attention_mask", "labels", "plans", "logits_to_keep")  # of a batch
 
 
 @runtime_checkable
@@ -199,8 +199,7 @@ class CometModule(lightning.LightningModule):
         """Teacher-forced loss of a batch, a sum over its targets, and the logits of the last
         batch["logits_to_keep"] columns if the batch has that key."""
         inputs = {name: batch[name] for name in FORWARD if name in batch}
-        plans = batch_plans(batch)
-        output = self.model(**inputs, plans=plans, use_cache=False, num_items_in_batch=1)
+        output = self.model(**inputs, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)
         self.val_targets.update(count_targets(batch))
         return {"loss": output.loss, "logits": output.logits}

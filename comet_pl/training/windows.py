@@ -69,7 +69,7 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     targets[:, :-1] = batch["labels"].gather(1, columns)[:, 1:]
     past = torch.arange(1, ids.shape[1] + 1, device=ids.device) >= _column(lengths, ids)
     targets.masked_fill_(past, IGNORED)
-    plans = batch_plans(batch) or [ChunkPlan(tuple(fixed_chunks(n, chunk_size))) for n in lengths]
+    plans = batch.get("plans") or [ChunkPlan(tuple(fixed_chunks(n, chunk_size))) for n in lengths]
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
         if plan.tokens != n:
             raise ValueError(f"plans: row {row} sums to {plan.tokens}, but it has {n} real tokens")
@@ -82,18 +82,6 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     while windows and not windows[-1].targets:
         windows.pop()
     return windows
-
-
-def batch_plans(batch: dict[str, Any]) -> list[ChunkPlan] | None:
-    """The plans that the data prescribe."""
-    if "chunk_sizes" not in batch:
-        return batch.get("plans")
-    rows = len(batch["chunk_sizes"])
-    resets, strides = batch.get("resets") or [None] * rows, batch.get("strides") or [None] * rows
-    return [
-        ChunkPlan(tuple(sizes), flags and tuple(flags), stride)
-        for sizes, flags, stride in zip(batch["chunk_sizes"], resets, strides, strict=True)
-    ]
 
 
 def count_targets(batch: dict[str, Any]) -> int:

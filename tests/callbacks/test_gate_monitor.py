@@ -19,7 +19,7 @@ from comet_pl import build
 from comet_pl.config.load import load
 from comet_pl.config.schema import TrainConfig
 from comet_pl.experiment.run_folder import plan_run
-from comet_pl.model.chunk_layout import fixed_chunks
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 from comet_pl.training.lit_module import CometModule
 from tests.support.models import tiny
 from tests.support.training import fit, loader, ragged
@@ -106,8 +106,7 @@ def test_windows_do_not_move_chunks(recompute, chunks):
 def test_a_packed_document_starts_without_a_gate():
     batch = {
         **ragged([12], 1.0),
-        "chunk_sizes": [[3, 3, 3, 3]],
-        "resets": [[True, False, True, False]],
+        "plans": [ChunkPlan((3, 3, 3, 3), (True, False, True, False))],
     }
     monitor = GateMonitor()
     fit(tiny(chunk_size=3), [batch], [monitor], EVERY_STEP, bptt_chunks=2)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from callbacks.length_report import LengthReport
 from comet_pl.config.schema import TrainConfig
 from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
+from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
 from comet_pl.model.loss import cross_entropies, summed_cross_entropy
 from comet_pl.model.observer import Observer, observing
 from comet_pl.training.lit_module import CometModule
@@ -42,14 +43,13 @@ def batches(draw):
     )
     batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     if draw(st.booleans()):
-        plans, resets = [], []
+        batch["plans"] = []
         for n in lengths:
-            plan = []
-            while sum(plan) < n:
-                plan.append(min(n - sum(plan), draw(st.integers(1, 7))))
-            plans.append(plan)
-            resets.append([draw(st.integers(0, 3)) == 0 for _ in plan])
-        batch |= {"chunk_sizes": plans, "resets": resets}
+            sizes = []
+            while sum(sizes) < n:
+                sizes.append(min(n - sum(sizes), draw(st.integers(1, 7))))
+            resets = tuple(draw(st.integers(0, 3)) == 0 for _ in sizes)
+            batch["plans"].append(ChunkPlan(tuple(sizes), resets))
     return batch
 
 
@@ -59,13 +59,9 @@ def by_a_loop(model, batch):
     for row in range(len(batch["input_ids"])):
         real = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
-        size = model.config.chunk_size
-        plan = (
-            batch["chunk_sizes"][row]
-            if "chunk_sizes" in batch
-            else [min(size, len(ids) - start) for start in range(0, len(ids), size)]
-        )
-        flags = batch["resets"][row] if "resets" in batch else [False] * len(plan)
+        plan, flags = fixed_chunks(len(ids), model.config.chunk_size), ()
+        if "plans" in batch:
+            plan, flags = list(batch["plans"][row].sizes), batch["plans"][row].resets
         begins = [0, *[number for number, flag in enumerate(flags) if flag and number], len(plan)]
         for first, last in pairwise(begins):
             start, chunks = sum(plan[:first]), plan[first:last]

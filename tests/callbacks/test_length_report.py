@@ -1,15 +1,16 @@
-"""Loss by position in the document: against a loop over tokens, whatever the padding, packing and labels."""
+"""Loss by position in the document: against a loop over tokens, with any padding and packing."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from callbacks.length_report import LengthReport
@@ -21,27 +22,17 @@ from comet_pl.model.observer import Observer, observing
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.windows import count_targets
 from tests.support.models import text, tiny
+from tests.support.training import ragged
 
 MODEL = tiny()
-BOUNDS = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15)]
 
 
 @st.composite
 def batches(draw):
-    """Ragged rows, padded on either side, labels on any tokens; half of them packed: documents of any chunks, each restarting."""
-    lengths = draw(st.lists(st.integers(1, 50), min_size=1, max_size=3))
-    width, seed = max(lengths), draw(st.integers(0, 99))
-    generator = torch.Generator().manual_seed(seed)
+    """Ragged rows, padded on either side; half of the batches packed: any chunks and resets."""
+    lengths = draw(st.lists(st.integers(1, 40), min_size=1, max_size=2))
     share = draw(st.sampled_from([0.0, 0.1, 1.0]))
-    left = draw(st.booleans())
-    mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, n in enumerate(lengths):
-        mask[row, width - n if left else 0 : width if left else n] = 1
-    ids = text(len(lengths), width, seed)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) >= share, -100).masked_fill(
-        mask == 0, -100
-    )
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = ragged(lengths, share, draw(st.integers(0, 99)), draw(st.booleans()))
     if draw(st.booleans()):
         batch["plans"] = []
         for n in lengths:
@@ -54,44 +45,30 @@ def batches(draw):
 
 
 def by_a_loop(model, batch):
-    """{bucket: [losses]}: each row without its padding, each document by itself, token by token."""
-    found = {}
+    """{bucket: [losses]}: each row without its padding, each document alone, token by token."""
+    losses = defaultdict(list)
     for row in range(len(batch["input_ids"])):
         real = batch["attention_mask"][row].bool()
         ids, labels = batch["input_ids"][row][real], batch["labels"][row][real]
-        plan, flags = fixed_chunks(len(ids), model.config.chunk_size), ()
-        if "plans" in batch:
-            plan, flags = list(batch["plans"][row].sizes), batch["plans"][row].resets
-        begins = [0, *[number for number, flag in enumerate(flags) if flag and number], len(plan)]
+        fixed = fixed_chunks(len(ids), model.config.chunk_size)
+        sizes, resets, _ = batch["plans"][row] if "plans" in batch else (fixed, None, None)
+        resets = resets or [False] * len(sizes)
+        begins = [0, *[k for k, reset in enumerate(resets) if reset and k], len(sizes)]
         for first, last in pairwise(begins):
-            start, chunks = sum(plan[:first]), plan[first:last]
+            start, chunks = sum(sizes[:first]), list(sizes[first:last])
             document = ids[start : start + sum(chunks)]
             with torch.no_grad():
-                logits = (
-                    model(document[None], chunk_sizes=chunks, use_cache=False).logits[0].double()
-                )
+                logits = model(document[None], chunk_sizes=chunks, use_cache=False).logits[0]
             number = [chunk for chunk, n in enumerate(chunks) for _ in range(n)]
-            for token in range(len(document)):
-                if (
-                    start + token + 1 < len(ids)
-                    and (target := int(labels[start + token + 1])) != -100
-                ):
-                    loss = -float(logits[token].log_softmax(-1)[target])
-                    bucket = (
-                        next(
-                            place
-                            for place, (low, high) in enumerate(BOUNDS)
-                            if low <= number[token] <= high
-                        )
-                        if number[token] < 16
-                        else 5
-                    )
-                    found.setdefault(bucket, []).append(loss)
-    return found
+            for token, target in enumerate(labels[start + 1 : start + 1 + len(document)].tolist()):
+                if target != -100:
+                    loss = -float(logits[token].double().log_softmax(-1)[target])
+                    losses[int(number[token]).bit_length()].append(loss)
+    return losses
 
 
 def validated(batches, tmp_path, model=MODEL):
-    """The callback around validation_step, as Lightning calls them; returns what was recorded, and the module."""
+    """(buckets, recorded values, outputs) of the callback around validation_step."""
     module, recorded = CometModule(model, TrainConfig(), max_steps=1), {}
     module.record = recorded.update
     trainer = SimpleNamespace(global_step=7, is_global_zero=True)
@@ -107,18 +84,17 @@ def validated(batches, tmp_path, model=MODEL):
     return buckets, recorded, outputs
 
 
-@settings(max_examples=40)
 @given(st.lists(batches(), min_size=1, max_size=2))
 def test_it_equals_a_loop_over_tokens(tmp_path_factory, given):
     buckets, recorded, _ = validated(given, tmp_path_factory.mktemp("run"))
-    wanted = {}
+    wanted = defaultdict(list)
     for batch in given:
         for bucket, losses in by_a_loop(MODEL, batch).items():
-            wanted.setdefault(bucket, []).extend(losses)
+            wanted[bucket] += losses
     assert sum(one["labels"] for one in buckets) == sum(map(count_targets, given))
     assert len(buckets) == max(wanted, default=-1) + 1
     for number, one in enumerate(buckets):
-        losses = wanted.get(number, [])
+        losses = wanted[number]
         assert one["labels"] == len(losses)
         assert (one["loss"] is None) == (not losses)
         if losses:

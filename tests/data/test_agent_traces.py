@@ -311,11 +311,9 @@ def test_real_traces(shared_data):
         messages = check_messages(one)
         for number, message in enumerate(messages):
             found[distance := turn_distance(messages, number)] += bool(message.calls)
-            if distance:  # some value of the call stands in the message that is so far back
-                words = re.findall(
-                    r"\w{3,}", json.dumps([call.arguments for call in message.calls]).lower()
-                )
-                assert set(words) & set(
-                    re.findall(r"\w{3,}", messages[number - distance].text.lower())
-                )
+            if distance:  # the message so far back has some value of the call
+                values = json.dumps([call.arguments for call in message.calls])
+                both = (values, messages[number - distance].text)
+                words, there = (set(re.findall(r"\w{3,}", text.lower())) for text in both)
+                assert words & there
     assert sum(count for distance, count in found.items() if distance and distance >= 8) >= 3

@@ -1,4 +1,4 @@
-"""ResumableLoader: every row once an epoch, another order in each, and exact resumption, with a real Lightning Trainer too."""
+"""ResumableLoader: every row once an epoch, a new order in each, and exact resumption."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Messages to tokens: loss on the assistant's texts and stop tokens and on nothing else, in the template's own rendering."""
+"""Messages to tokens, with loss on the assistant's texts and stop tokens and nothing else."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def tokenizer(template: str | None, *special: str, eos: str = "<|end|>") -> PreT
     made = train_tokenizer(TEXTS, 330, [*AGENT_TOKENS, *special])
     made.eos_token = eos
     made.chat_template = template
-    made.backend_tokenizer.post_processor = processors.ByteLevel(
-        trim_offsets=True
-    )  # as many have it; ours has not
+    # as many have it; ours has not
+    made.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     return made
 
 
@@ -39,19 +38,19 @@ OURS = train_tokenizer(TEXTS, 330, AGENT_TOKENS)
 BEGIN, STOP = "<|im_start|>", "<|im_end|>"
 CHATML_TURN = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
 CHATML = tokenizer(
-    "{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
-    + CHATML_TURN
-    + "{% endfor %}",
+    "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}" + CHATML_TURN + "{% endfor %}",
     BEGIN,
     STOP,
 )
-# as Qwen3's: results in a row share one user turn, old thoughts go, the last turn gets an empty thought
+# as Qwen3's: results in a row share one user turn, old thoughts go, the last turn gets an empty one
 QWEN = tokenizer(
     "{% for m in messages %}{% if m.role == 'tool' %}"
     "{% if loop.first or loop.previtem.role != 'tool' %}<|im_start|>user{% endif %}"
     "{{ '\n<tool_response>\n' + m.content + '\n</tool_response>' }}"
     "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
-    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% elif m.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+    "{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% else %}"
     + CHATML_TURN
     + "{% endif %}{% endfor %}",
@@ -62,7 +61,8 @@ QWEN = tokenizer(
 # as Llama's: texts trimmed, results in JSON
 LLAMA = tokenizer(
     "<|begin|>{% for m in messages %}{{ '<|header|>' + m.role + '<|header_end|>\n\n' }}"
-    "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}<|eot|>{% endfor %}",
+    "{% if m.role == 'tool' %}{{ m.content | tojson }}{% else %}{{ m.content | trim }}{% endif %}"
+    "<|eot|>{% endfor %}",
     "<|begin|>",
     "<|header|>",
     "<|header_end|>",
@@ -70,27 +70,14 @@ LLAMA = tokenizer(
 )
 # as Mistral's first: no tools, no header for the assistant, spaces around its text
 MISTRAL = tokenizer(
-    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}{% elif m.role != 'tool' %}"
-    "{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ' ' + m.content + ' ' + eos_token }}"
+    "{% elif m.role != 'tool' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}"
     "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
-PLAIN = tokenizer(None)
-ALL = {
-    "ours": OURS,
-    "chatml": CHATML,
-    "qwen": QWEN,
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "plain": PLAIN,
-}
-STOPS = {
-    "ours": "<|end|>",
-    "chatml": STOP,
-    "qwen": STOP,
-    "llama": "<|eot|>",
-    "mistral": " <|end|>",
-    "plain": "<|end|>",
-}
+ALL = {"ours": OURS, "chatml": CHATML, "qwen": QWEN, "llama": LLAMA, "mistral": MISTRAL}
+ALL["plain"] = tokenizer(None)
+STOPS = dict.fromkeys(ALL, "<|end|>") | {"chatml": STOP, "qwen": STOP}
+STOPS |= {"llama": "<|eot|>", "mistral": " <|end|>"}
 
 names = st.sampled_from(["find", "book_flight"])
 values = st.recursive(
@@ -101,19 +88,9 @@ values = st.recursive(
 calls = st.builds(
     Call, names, st.dictionaries(st.text(max_size=4), values, max_size=2) | st.just("no JSON")
 )
-words = st.text('ab \n.é😀{"', max_size=8) | st.sampled_from(
-    [
-        "<|end|>",
-        "Hi<|im_end|>",
-        "<|user|> x",
-        "<|eot|>\n",
-        "[INST]",
-        " two  spaces ",
-        "\n\n\nab",
-        "\n\n",
-        "\u20631\u2063",
-    ]
-)
+SPECIAL = ["<|end|>", "Hi<|im_end|>", "<|user|> x", "<|eot|>\n", "[INST]", "\u20631\u2063"]
+SPACES = [" two  spaces ", "\n\n\nab", "\n\n"]
+words = st.text('ab \n.é😀{"', max_size=8) | st.sampled_from(SPECIAL + SPACES)
 
 
 @st.composite
@@ -158,7 +135,8 @@ def test_the_tokens_are_the_templates_own(name, messages):
     assert tok.decode(found) == tok.apply_chat_template(chat, tokenize=False)
     special = set(tok.get_added_vocab())
     as_text = any(token in message.text for message in messages for token in special)
-    # one that opens with white space would merge with its header; and white space of two new lines merges differently before a text
+    # a text that opens with white space merges with its header, and so do headers that end in two
+    # new lines
     merging = any(
         one.role == "assistant" and (one.text[0].isspace() or name in ("qwen", "llama"))
         for one in messages
@@ -183,142 +161,98 @@ def test_special_tokens_in_a_text_are_only_text(name):
         for chat in (messages, harmless)
     ]
     assert count[0] == count[1]
-    assert (
-        tok.decode(render(tok, messages, 1).ids[render(tok, messages, 1).mask])
-        == "".join(special) + STOPS[name]
-    )
+    last = render(tok, messages, 1)
+    assert tok.decode(last.ids[last.mask]) == "".join(special) + STOPS[name]
+
+
+def said(content, *calls) -> dict:
+    return {"role": "assistant", "content": content, "tool_calls": list(calls)}
 
 
 def test_our_own_template():
-    messages = check_messages(
-        {
-            "messages": [
-                {"role": "system", "content": "Help."},
-                {"role": "user", "content": "Rome?"},
-                {
-                    "role": "assistant",
-                    "content": None,
-                    "tool_calls": [{"id": "1", "name": "find", "arguments": {"b": 1, "a": "é"}}],
-                },
-                {"role": "tool", "content": "", "tool_call_id": "1"},
-                {"role": "assistant", "content": "No."},
-            ]
-        }
-    )
+    arguments = {"b": 1, "a": "é"}
+    chat = [
+        {"role": "system", "content": "Help."},
+        {"role": "user", "content": "Rome?"},
+        said(None, {"id": "1", "name": "find", "arguments": arguments}),
+        {"role": "tool", "content": "", "tool_call_id": "1"},
+        said("No."),
+    ]
+    messages = check_messages({"messages": chat})
     found = render(OURS, messages)
     call = '<tool_call>\n{"name": "find", "arguments": {"b": 1, "a": "é"}}\n</tool_call>'
-    assert (
-        OURS.decode(found.ids)
-        == f"<|system|>Help.<|user|>Rome?<|assistant|>{call}<|end|><|tool|><|assistant|>No.<|end|>"
-    )
+    shown = f"<|system|>Help.<|user|>Rome?<|assistant|>{call}<|end|><|tool|><|assistant|>No.<|end|>"
+    assert OURS.decode(found.ids) == shown
     assert OURS.decode(found.ids[found.mask]) == f"{call}<|end|>No.<|end|>"
     assert found.ids.dtype == np.int32 and found.mask.dtype == bool
-    assert parse_action(messages[2].text) == ("find", {"b": 1, "a": "é"})
+    assert parse_action(messages[2].text) == ("find", arguments)
     assert [turn.content - turn.start for turn in found.turns] == [1] * 5
 
 
 def test_results_are_users_turns_where_a_template_knows_no_tools():
-    messages = [
-        Message("user", "u"),
-        Message("assistant", "", (Call("find", {}),)),
-        Message("tool", "found"),
-    ]
-    text = MISTRAL.decode(render(MISTRAL, messages).ids)
-    assert text.endswith(
-        "</tool_call> <|end|>[INST] <tool_response>\nfound\n</tool_response> [/INST]"
+    call = Message("assistant", "", (Call("find", {}),))
+    text = MISTRAL.decode(
+        render(MISTRAL, [Message("user", "u"), call, Message("tool", "found")]).ids
     )
+    result = "[INST] <tool_response>\nfound\n</tool_response> [/INST]"
+    assert text.endswith(f"</tool_call> <|end|>{result}")
 
 
 def test_thoughts_that_the_template_drops_have_no_loss():
-    messages = [
-        Message("user", "u"),
-        Message("assistant", "<think>\nhm\n</think>\n\nSo"),
-        Message("user", "v"),
-        Message("assistant", "Yes"),
-    ]
-    found = render(QWEN, messages)
+    thought = Message("assistant", "<think>\nhm\n</think>\n\nSo")
+    later = [Message("user", "v"), Message("assistant", "Yes")]
+    found = render(QWEN, [Message("user", "u"), thought, *later])
     assert QWEN.decode(found.ids[found.mask]) == f"So{STOP}Yes{STOP}"
     header = QWEN.decode(found.ids[found.turns[3].start : found.turns[3].content])
     assert header == "\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+
+
+EACH, LAST = "{% for m in messages %}", "{% endfor %}"
 
 
 @pytest.mark.parametrize(
     ("template", "line"),
     [
         (
-            "{% for m in messages %}{{ m.content | upper }}<|end|>{% endfor %}",
+            EACH + "{{ m.content | upper }}<|end|>" + LAST,
             r"changes the text of messages\[0\]",
         ),
         (
-            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content }}{% endif %}<|end|>{% endfor %}",
+            EACH + "{% if m.role != 'system' %}{{ m.content }}{% endif %}<|end|>" + LAST,
             r"leaves out messages\[0\], of role system",
         ),
+        ("{{ raise_exception('No system role') }}", "refuses them: No system role"),
         (
-            "{{ raise_exception('System role not supported') }}",
-            "refuses them: System role not supported",
-        ),
-        (
-            "{% for m in messages %}{{ m.content }}\n{% endfor %}",
+            EACH + "{{ m.content }}\n" + LAST,
             "backbone.path: .* ends the assistant's turns with no special token",
         ),
     ],
 )
 def test_a_template_that_cannot_be_taken_apart_is_refused(template, line):
+    messages = [Message("system", "abc"), Message("user", "u"), Message("assistant", "a")]
     with pytest.raises(UserError, match=line):
-        render(
-            tokenizer(template),
-            [Message("system", "abc"), Message("user", "u"), Message("assistant", "a")],
-        )
+        render(tokenizer(template), messages)
 
 
 # -- rows
 
-USER, ASKS = (
-    {"role": "user", "content": "u"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"id": "call_1", "function": {"name": "f"}}],
-    },
-)
-
 
 def test_messages_in_every_shape():
+    parts = [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}]
+    function = {"name": "f", "arguments": '{"x": [1, 2.5]}'}
+    several = [{"id": "b", "name": "g", "arguments": {}}, {"name": "h", "arguments": ""}]
+    texts = [{"name": "broken", "arguments": "{x: 1"}, {"name": "list", "arguments": "[1]"}]
     row = [
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "one, "}, {"type": "text", "text": "two"}],
-            "name": "Ann",
-        },
+        {"role": "user", "content": parts, "name": "Ann"},
         {
             "role": "assistant",
-            "tool_calls": [
-                {
-                    "id": "a",
-                    "type": "function",
-                    "function": {"name": "f", "arguments": '{"x": [1, 2.5]}'},
-                }
-            ],
+            "tool_calls": [{"id": "a", "type": "function", "function": function}],
         },
         {"role": "tool", "content": "1", "tool_call_id": "a", "name": "f"},
-        {
-            "role": "assistant",
-            "content": "then",
-            "tool_calls": [
-                {"id": "b", "name": "g", "arguments": {}},
-                {"name": "h", "arguments": ""},
-            ],
-        },
+        said("then", *several),
         {"role": "tool", "content": "2", "tool_call_ids": ["b"]},
         {"role": "tool", "content": None},
-        {
-            "role": "user",
-            "content": "",
-            "tool_calls": [
-                {"name": "broken", "arguments": "{x: 1"},
-                {"name": "list", "arguments": "[1]"},
-            ],
-        },
+        {"role": "user", "content": "", "tool_calls": texts},
         {"role": "assistant", "content": "done", "tool_calls": None},
     ]
     expected = [
@@ -336,62 +270,64 @@ def test_messages_in_every_shape():
     assert parse_action(expected[6].text) == ("broken", "{x: 1")
 
 
+def user(content, **keys) -> dict:
+    return {"role": "user", "content": content, **keys}
+
+
+def result(**ids) -> dict:
+    return {"role": "tool", "content": "1", **ids}
+
+
+ASKS = said("", {"id": "call_1", "function": {"name": "f"}})
+UNKNOWN = "given, no call before it has this id"
+
+
 @pytest.mark.parametrize(
-    ("messages", "line"),
+    ("messages", "key", "line"),
     [
-        (None, "messages: None given, a list of messages is needed"),
-        ([], "messages: empty, a list of messages is needed"),
-        ("[{", "messages: text that is not JSON: Expecting property name"),
-        ({"role": "user"}, "messages: {'role': 'user'} given, a list"),
-        (["hi"], "messages[0]: an object is needed, but this is a str"),
+        (None, "", "None given, a list of messages is needed"),
+        ([], "", "empty, a list of messages is needed"),
+        ("[{", "", "text that is not JSON: Expecting property name"),
+        ({"role": "user"}, "", "{'role': 'user'} given, a list"),
+        (["hi"], "[0]", "an object is needed, but this is a str"),
         (
-            [USER, {"role": "asistant", "content": "x"}],
-            "messages[1].role: 'asistant' given (did you mean assistant?), allowed: system, user, assistant, tool",
+            [user("u"), {"role": "asistant", "content": "x"}],
+            "[1].role",
+            "'asistant' given (did you mean assistant?), allowed: system, user, assistant, tool",
         ),
-        ([{"content": "x"}], "messages[0].role: missing, allowed: system, user"),
-        (
-            [USER, {"role": "assistant", "content": None}],
-            "messages[1].content: null, and no tool_calls",
-        ),
-        ([{"role": "user", "content": " \n"}], "messages[0].content: empty, and no tool_calls"),
-        (
-            [{"role": "user", "content": 5}],
-            "messages[0].content: 5 given, allowed: text, null, or a list of text parts",
-        ),
-        (
-            [{"role": "user", "content": [{"type": "image_url"}]}],
-            "messages[0].content[0]: type 'image_url' given, allowed: text",
-        ),
-        ([{"role": "user", "content": "\ud800"}], "messages[0].content: not Unicode text"),
+        ([{"content": "x"}], "[0].role", "missing, allowed: system, user"),
+        ([user("u"), said(None)], "[1].content", "null, and no tool_calls"),
+        ([user(" \n")], "[0].content", "empty, and no tool_calls"),
+        ([user(5)], "[0].content", "5 given, allowed: text, null, or a list of text parts"),
+        ([user([{"type": "image"}])], "[0].content[0]", "type 'image' given, allowed: text"),
+        ([user("\ud800")], "[0].content", "not Unicode text"),
         (
             [{**ASKS, "role": "system"}],
-            "messages[0].tool_calls: given with role system, allowed: with user and assistant",
+            "[0].tool_calls",
+            "given with role system, allowed: with user and assistant",
         ),
         (
-            [{**ASKS, "tool_calls": ["f"]}],
-            "messages[0].tool_calls[0]: 'f' given, a name is needed, in it or in its function",
+            [said("", "f")],
+            "[0].tool_calls[0]",
+            "'f' given, a name is needed, in it or in its function",
         ),
-        ([{**ASKS, "tool_calls": "f"}], "messages[0].tool_calls: 'f' given, a list is needed"),
+        ([user("", tool_calls="f")], "[0].tool_calls", "'f' given, a list is needed"),
+        ([user("u"), result()], "[1]", "a tool's result, but no message before it calls a tool"),
         (
-            [USER, {"role": "tool", "content": "1"}],
-            "messages[1]: a tool's result, but no message before it calls a tool",
+            [ASKS, result(tool_call_id="call_2")],
+            "[1].tool_call_id",
+            f"'call_2' {UNKNOWN} (did you mean call_1?)",
         ),
+        ([ASKS, result(tool_call_id={"id": 1})], "[1].tool_call_id", f"{{'id': 1}} {UNKNOWN}"),
         (
-            [ASKS, {"role": "tool", "content": "1", "tool_call_id": "call_2"}],
-            "messages[1].tool_call_id: 'call_2' given, no call before it has this id (did you mean call_1?)",
-        ),
-        (
-            [ASKS, {"role": "tool", "content": "1", "tool_call_id": {"id": 1}}],
-            "messages[1].tool_call_id: {'id': 1} given, no call",
-        ),
-        (
-            [ASKS, {"role": "tool", "content": "1", "tool_call_ids": ["call_1", "x"]}],
-            "messages[1].tool_call_ids[1]: 'x' given, no call",
+            [ASKS, result(tool_call_ids=["call_1", "x"])],
+            "[1].tool_call_ids[1]",
+            f"'x' {UNKNOWN}",
         ),
     ],
 )
-def test_malformed_messages_are_named(messages, line):
-    with pytest.raises(UnusableRow, match=re.escape(line)) as error:
+def test_malformed_messages_are_named(messages, key, line):
+    with pytest.raises(UnusableRow, match=re.escape(f"messages{key}: {line}")) as error:
         check_messages({"messages": messages})
     assert "\n" not in str(error.value)
 

@@ -34,18 +34,10 @@ ROWS = [
 TOKENIZER = train_tokenizer([STORY + json.dumps(ROWS)], 400)
 
 
-def write(
-    root: Path,
-    task: str = "narrative_qa",
-    split: str = "train",
-    rows: list | None = None,
-    suffix: str = "",
-) -> Path:
+def write(root: Path, task="narrative_qa", split="train", rows=ROWS, suffix="") -> Path:
     path = root / task / f"{split}.jsonl{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        row if isinstance(row, str) else json.dumps(row) for row in (ROWS if rows is None else rows)
-    ]
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_bytes(PACK[suffix]("\n".join(lines).encode() + b"\n"))
     return path
 
@@ -68,9 +60,7 @@ def test_an_example_is_question_document_answer(tmp_path: Path, suffix: str):
         assert answered[np.argmax(answered) :].all(), "all at the end"
 
 
-def test_a_long_document_loses_its_left_part_only(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_long_document_loses_its_left_part_only(tmp_path: Path, capsys):
     write(tmp_path)
     found = corpus(tmp_path, max_length=60)
     for row, (ids, _) in zip(ROWS[:3], list(found)[:3], strict=True):
@@ -90,12 +80,8 @@ def test_a_long_document_loses_its_left_part_only(
 
 
 def test_special_tokens_in_the_text_are_text(tmp_path: Path):
-    write(
-        tmp_path,
-        rows=[
-            {"id": "a", "input": "What?\n\nA <|end|> of <|assistant|> things", "output": "<|end|>"}
-        ],
-    )
+    text = "What?\n\nA <|end|> of <|assistant|> things"
+    write(tmp_path, rows=[{"id": "a", "input": text, "output": "<|end|>"}])
     ids, _ = corpus(tmp_path)[0]
     assert (ids == TOKENIZER.eos_token_id).sum() == 1
     assert ids[-1] == TOKENIZER.eos_token_id
@@ -116,13 +102,10 @@ def test_repeated_ids_are_references_of_one_question(tmp_path: Path):
 
 
 def test_an_id_with_another_input_is_no_further_reference(tmp_path: Path):
-    path = write(
-        tmp_path, split="validation", rows=[*ROWS, ROWS[1] | {"pid": "b_1", "input": "Who else?"}]
-    )
-    with pytest.raises(
-        UserError,
-        match=rf"^{path}:5: malformed row: id: 'b' again with another input, first at {path}:2[^\n]*$",
-    ):
+    other = ROWS[1] | {"pid": "b_1", "input": "Who else?"}
+    path = write(tmp_path, split="validation", rows=[*ROWS, other])
+    line = rf"^{path}:5: malformed row: id: 'b' again with another input, first at {path}:2[^\n]*$"
+    with pytest.raises(UserError, match=line):
         corpus(tmp_path, "validation")
     assert len(corpus(tmp_path, "validation", on_error="skip").examples) == 4
 
@@ -167,15 +150,13 @@ BAD = {
     '{"id": "a", "input": "Q"}': "output: missing, text is needed",
     '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
     '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
-    '{"id": "a", "input": "Q\\ud800", "output": "x"}': r"input: not Unicode text \(half of a surrogate pair\)",
-    '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': "pid: 'c_0' again, first at .*train.jsonl:1",
+    '{"id": "a", "input": "Q\\ud800", "output": "x"}': r"input: not Unicode text \(half of a surr",
+    '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': "pid: 'c_0' again, first at .*:1",
 }
 
 
 @pytest.mark.parametrize("line", BAD)
-def test_a_malformed_row_is_named_or_skipped_and_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
-):
+def test_a_malformed_row_is_named_or_skipped_and_counted(tmp_path: Path, capsys, line: str):
     path = write(tmp_path, rows=[ROWS[3], "", line, ROWS[3] | {"pid": "c_1"}, line])
     with pytest.raises(UserError, match=rf"^{path}:3: malformed row: {BAD[line]}[^\n]*$"):
         corpus(tmp_path, max_length=90)
@@ -184,34 +165,26 @@ def test_a_malformed_row_is_named_or_skipped_and_counted(
     assert line.startswith(f"train: 2 unusable rows skipped; the first: {path}:3: ")
 
 
-def test_a_row_that_is_too_long_may_have_a_larger_max_length(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_row_that_is_too_long_may_have_a_larger_max_length(tmp_path: Path, capsys):
     row = {"id": "a", "input": "Why " * 90 + "\n\nD", "output": "x"}
     path = write(tmp_path, rows=[ROWS[3], row])
     message = r"question and answer alone have (\d+) tokens, data.max_length is 90"
-    with pytest.raises(
-        UserError,
-        match=rf"^{path}:2: {message} \(data.max_length=\d+ makes room for those of this row; data.on_error=skip",
-    ) as error:
+    remedy = r"\(data.max_length=\d+ makes room for those of this row; data.on_error=skip"
+    with pytest.raises(UserError, match=rf"^{path}:2: {message} {remedy}") as error:
         corpus(tmp_path, max_length=90)
     least = int(str(error.value).split("data.max_length=")[1].split()[0])
     with pytest.raises(UserError):
         corpus(tmp_path, max_length=least - 1)
     assert len(corpus(tmp_path, max_length=least)[1][0]) == least, "as it says"
     assert len(corpus(tmp_path, max_length=90, on_error="skip")) == 1
-    assert (
-        capsys.readouterr()
-        .out.splitlines()[-1]
-        .startswith(f"train: 1 unusable row skipped; the first: {path}:2: question and answer")
-    )
+    line = f"train: 1 unusable row skipped; the first: {path}:2: question and answer"
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line)
 
 
 @pytest.mark.parametrize("suffix", [".xz", ".gz", ".zst"])
 def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str):
-    path = write(
-        tmp_path, rows=[{**ROWS[3], "id": str(number)} for number in range(300)], suffix=suffix
-    )
+    rows = [{**ROWS[3], "id": str(number)} for number in range(300)]
+    path = write(tmp_path, rows=rows, suffix=suffix)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match=rf"^{path}: cannot be read after line \d+: [^\n]+$"):
         corpus(tmp_path, on_error="skip")
@@ -232,16 +205,15 @@ def test_which_tasks(tmp_path: Path):
     assert tasks(ScrollsData(root=str(tmp_path), tasks=["narrative_qa"])) == ["narrative_qa"]
     assert tasks(ScrollsData(root=None)) == list(SCROLLS)
     assert set(METRICS) == set(MAX_NEW_TOKENS) == {*SCROLLS, "squality"}
+    near = r"no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa"
     refused = {
-        (
-            "qmsun",
-        ): r"'qmsun' given, no task of SCROLLS \(did you mean qmsum\?\); there are: qmsum, narrative_qa",
-        ("qasper",): rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
-        ("qmsum", "qmsum"): "qmsum given twice; data.weights says how often",
+        "qmsun": f"'qmsun' given, {near}",
+        "qasper": rf"'qasper' given, {tmp_path} has no qasper/<split>.jsonl",
+        "qmsum qmsum": "qmsum given twice; data.weights says how often",
     }
     for names, message in refused.items():
         with pytest.raises(UserError, match=f"^data.tasks: {message}"):
-            tasks(ScrollsData(root=str(tmp_path), tasks=list(names)))
+            tasks(ScrollsData(root=str(tmp_path), tasks=names.split()))
     for root, message in (
         (tmp_path / "none", "is no folder"),
         (tmp_path / "notes", "holds no <task>/<split>.jsonl"),
@@ -250,7 +222,7 @@ def test_which_tasks(tmp_path: Path):
             tasks(ScrollsData(root=str(root)))
 
 
-def test_the_datamodule(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_batches(tmp_path: Path, capsys):
     write(tmp_path)
     write(tmp_path, split="validation")
     write(tmp_path, "contract_nli", rows=ROWS[3:])
@@ -296,17 +268,10 @@ def test_training_samples_are_the_rows_that_evaluation_reads(tmp_path: Path):
         source, whole = ScrollsSource(data, TOKENIZER, "train"), Corpus(data, TOKENIZER, "train")
         samples = list(encoded(source, Complaints("raise")))
         assert [sample.group for sample in samples][:2] == ["narrative_qa", "contract_nli"]
-        pairs = {
-            (tuple(sample.ids), tuple(np.where(sample.learned, sample.ids, -100)))
-            for sample in samples
-        }
-        assert pairs == {
-            (tuple(ids), tuple(labels)) for ids, labels in (whole[k] for k in range(len(whole)))
-        }
-        assert (
-            len(samples) == len(whole)
-            and sum(sample.notes["cut"] for sample in samples) == whole.cut
-        )
+        pairs = {tuple(map(tuple, sample.pair())) for sample in samples}
+        assert pairs == {tuple(map(tuple, whole[k])) for k in range(len(whole))}
+        assert len(samples) == len(whole)
+        assert sum(sample.notes["cut"] for sample in samples) == whole.cut
 
 
 def test_nothing_to_train_on(tmp_path: Path):
@@ -323,9 +288,7 @@ def test_weights_that_leave_nothing(tmp_path: Path):
         ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
-def test_streaming_looks_beyond_unusable_rows_and_counts_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_streaming_looks_beyond_unusable_rows_and_counts_them(tmp_path: Path, capsys):
     """More of them than the first window has; and a corpus with nothing else names them."""
     bad = [{**ROWS[3], "id": str(n), "pid": str(n), "output": None} for n in range(40)]
     path = write(tmp_path, rows=[*bad, ROWS[3]])
@@ -335,15 +298,11 @@ def test_streaming_looks_beyond_unusable_rows_and_counts_them(
     module = ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
     assert len(list(module.train_loader())) == 3  # the only row in three epochs
     module.finish()
-    assert (
-        f"train: 40 unusable rows skipped; the first: {path}:1: output: None given"
-        in capsys.readouterr().out
-    )
+    line = f"train: 40 unusable rows skipped; the first: {path}:1: output: None given"
+    assert line in capsys.readouterr().out
     write(tmp_path, rows=bad)
-    with pytest.raises(
-        UserError,
-        match=r"has no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output",
-    ):
+    line = "no training rows for narrative_qa; 40 unusable rows skipped; the first: .*:1: output"
+    with pytest.raises(UserError, match=line):
         ScrollsBatches(data, TOKENIZER, seed=0, chunk_size=64, stride=8, max_steps=3)
 
 
@@ -357,17 +316,15 @@ def test_texts_have_every_document_once(tmp_path: Path):
     )
 
 
-def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_of_a_zip_as_on_the_hub(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     with zipfile.ZipFile(tmp_path / "qmsum.zip", "w") as archive:
         archive.writestr("qmsum/train.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
     found = list(hub_rows("qmsum", "train", str(tmp_path / "{task}.zip")))
     assert [row for _, row in found] == ROWS
     assert found[2][0] == f"{tmp_path}/qmsum.zip/train.jsonl:3"
-    with pytest.raises(
-        UserError,
-        match=r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$",
-    ):
+    line = r"^data.root: null given, but validation rows of .*qmsum.zip cannot be read: [^\n]+$"
+    with pytest.raises(UserError, match=line):
         list(hub_rows("qmsum", "validation", str(tmp_path / "{task}.zip")))
 
 

@@ -187,6 +187,7 @@ def test_a_text_file_as_haystack(tmp_path: Path):
     check_book(PasskeyData(haystack=book(tmp_path, 3000)))
 
 
+@pytest.mark.slow
 def test_a_real_book_as_haystack(shared_data: Path):
     check_book(PasskeyData(haystack=str(shared_data / "books" / "moby_dick.txt")))
 

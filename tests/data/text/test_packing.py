@@ -1,4 +1,4 @@
-"""Packing: every document once, little padding, new company each epoch, and no document sees another."""
+"""Packing: every document once, little padding, and documents that see only themselves."""
 
 from __future__ import annotations
 

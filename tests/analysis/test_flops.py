@@ -202,7 +202,8 @@ def test_floor_of_a_training_step():
 
 
 def test_a_cell_by_hand():
-    """Qwen3-0.6B: W = 2048 + 256 + 512, M = 2560; a slot 2,097,152, a token 15,728,640, a pair 4,096 multiply-adds."""
+    """Qwen3-0.6B: W = 2048 + 256 + 512, M = 2560. Multiply-adds: a slot 2,097,152, a token
+    15,728,640, a pair 4,096."""
     config = papers("qwen3_0_6b")
     one = flops.cell(config, flops.whole_chunk(config))
     assert one.linear == 2 * 2816 * 15_728_640
@@ -228,9 +229,9 @@ def test_floors_of_decoding(name, times, with_head):
 
 
 def test_bytes_of_decoding_by_hand():
-    """One layer, d = 16, queries 16, keys 8, f = 24, C = 2, s = 2, m = 1, K = 1: a cycle of two tokens and a closing step.
+    """A cycle of two tokens and a closing step: d = 16, queries 16, keys 8, f = 24.
 
-    Columns seen: 2 slots + 1, 2 slots + 2, then 2 slots + 2 + the last compression token + the readout token.
+    Columns seen: 2 slots + 1, 2 slots + 2, then 2 slots + 2 text, compression and readout tokens.
     """
     comet = {"chunk_size": 2, "global_size": 1, "compression_stride": 2, "temporary_capacity": 1}
     config = CometConfig(backbone_config=backbone(layers=1), **comet)
@@ -251,7 +252,7 @@ def test_bytes_of_decoding_by_hand():
 
 
 def test_a_clock_may_stand_anywhere():
-    """A text read in two calls takes what it takes in one; the same with tokens one by one, but for logits."""
+    """A text in several calls takes what it takes in one, but for logits."""
     config = CometConfig(
         backbone_config=backbone(),
         chunk_size=5,

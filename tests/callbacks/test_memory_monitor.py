@@ -1,4 +1,4 @@
-"""What is said about the memories: against the model's own attention, planted states, and each chunk's cache."""
+"""The memories' report: against the model's own attention, planted states and the cache."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from tests.support.models import memories, text, tiny
 
 
 def seen_by_the_kernel(model, ids, monkeypatch):
-    """For each cell visited: the share of every own token's attention on [global, temporary, own], by the model's attention itself: values
-    that say which part a column belongs to come out as the parts' shares."""
+    """For each cell: every own token's shares of attention on [global, temporary, own].
+
+    The model's attention computes them: values that mark a column's part come out as shares."""
     found, attend = [], backbone.attend
 
     def spy(implementation, q, k, v, chunk, scale):
@@ -137,7 +138,7 @@ def test_effective_rank():
 
 
 def test_a_planted_state_of_one_direction_has_rank_one():
-    """Gates none: the state is the candidate; a norm weight of zero but for one channel leaves one direction."""
+    """A norm weight of zero but for one channel leaves one direction."""
     model = tiny(gate="none")
     for cell in model.model.layers:
         cell.global_memory.norm.weight.data[1:] = 0

@@ -1,4 +1,4 @@
-"""What a validation's examples were answered with, as files and text: nothing is predicted again for it."""
+"""A validation's answers as files and text; nothing is predicted twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Module:
 
 
 def test_a_prediction_is_the_likeliest_token_at_each_label(tmp_path):
-    """Left-padded; the last row's answer has one token less; its second token is predicted wrong, and a new token never counts."""
+    """Left-padded; the last row's answer is one token shorter; a new token never counts."""
     ids = torch.tensor([[9, 9, 1, 2, 3, 4, 0], [9, 1, 2, 3, 5, 6, 0], [7, 7, 8, 8, 7, 5, 0]])
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1], [1] * 7])
     labels = ids.clone()
@@ -187,7 +187,7 @@ def test_scrolls_answers_are_generated_once(tmp_path, monkeypatch):
 
 
 def test_the_worst_come_first(tmp_path):
-    """Equal scores in the file's order, secret answers last; a line's text may hold what Python takes for line ends."""
+    """Equal scores in the file's order, secret answers last; texts may hold line separators."""
     scores = [1.0, None, 0.0, 0.5, 0.0]
     answers = [
         {"id": str(n), "prediction": "a\u2028b\x85", "references": [], "score": score}

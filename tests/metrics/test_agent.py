@@ -1,4 +1,4 @@
-"""Scores of an agent's next step: calls out of text, equality as JSON, perplexity, and the buckets of turn distance."""
+"""Scores of an agent's next turn: equality as JSON, perplexity, the buckets of turn distance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from torchmetrics.text import SQuAD
 
@@ -22,68 +21,8 @@ from comet_pl.metrics.agent import (
     same_json,
 )
 from comet_pl.metrics.scrolls import f1
-from data.tool_calls import action_text, as_arguments, parse_action
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-9, 9)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=4),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-    ),
-    max_leaves=6,
-)
-
-
-@given(st.text(min_size=1), st.dictionaries(st.text(max_size=4), JSON, max_size=3))
-def test_a_call_survives_its_text(name, arguments):
-    text = action_text(name, arguments)
-    assert parse_action(text) == (name, arguments)
-    assert parse_action(f"I look it up.\n{text}\n{action_text('another', {})}") == (name, arguments)
-    assert parse_action(text.removesuffix("\n</tool_call>")) == (name, arguments)
-
-
-@pytest.mark.parametrize(
-    ("text", "action"),
-    [
-        ("Which order?", None),
-        ("", None),
-        ("<tool_call>", None),
-        ('<tool_call>{"name": "find", "arguments": {"a"', None),  # cut off
-        ("<tool_call>[1]</tool_call>", None),
-        ('<tool_call>{"arguments": {}}</tool_call>', None),
-        ('<tool_call>{"name": 5}</tool_call>', None),
-        ('<tool_call>{"name": "find"}</tool_call>', ("find", {})),
-        ('<tool_call>{"name": "find", "arguments": "{\\"a\\": 1}"}', ("find", {"a": 1})),
-        ('<tool_call>{"name": "find", "arguments": "a = 1"}', ("find", "a = 1")),
-        (' {"name": "find", "arguments": {"a": 1}} ', ("find", {"a": 1})),
-        ('{"name": "find"} it is', None),
-        ("{" * 100_000, None),
-    ],
-)
-def test_parse_action(text, action):
-    assert parse_action(text) == action
-
-
-@pytest.mark.parametrize(
-    ("given", "arguments"),
-    [
-        (None, {}),
-        ("", {}),
-        (" ", {}),
-        ("null", {}),
-        ({}, {}),
-        ('{"a": 1}', {"a": 1}),
-        ("[1]", "[1]"),
-        ([1], "[1]"),
-        ("{a", "{a"),
-        ("5", "5"),
-    ],
-)
-def test_arguments(given, arguments):
-    assert as_arguments(given) == arguments
+from data.tool_calls import action_text
+from tests.support.json_values import JSON
 
 
 @given(JSON)
@@ -119,19 +58,7 @@ def test_json_that_differs(one, other):
 
 def test_buckets():
     names = [bucket(value) for value in (0, 1, 2, 3, 4, 7, 8, 15, 16, 1000, math.nan)]
-    assert names == [
-        "0-1",
-        "0-1",
-        "2-3",
-        "2-3",
-        "4-7",
-        "4-7",
-        "8-15",
-        "8-15",
-        "16+",
-        "16+",
-        NOWHERE,
-    ]
+    assert names == [*(name for name in BUCKETS for _ in range(2)), NOWHERE]
 
 
 CALL = action_text("find", {"order": "W123", "count": 2})

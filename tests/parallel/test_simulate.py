@@ -145,10 +145,8 @@ def test_layer_level_is_a_line_of_machines(costs, P, L, transfer):
     service = [sum(costs[start:end]) for start, end in spans("layer_level", costs, P)]
     service += [transfer] * (len(service) - 1)
     forward = sum(service) + (L - 1) * max(service)
-    assert (
-        simulate("layer_level", P, L, costs, transfer=transfer, forward_only=True).makespan
-        == forward
-    )
+    timeline = simulate("layer_level", P, L, costs, transfer=transfer, forward_only=True)
+    assert timeline.makespan == forward
     both = simulate("layer_level", P, L, costs, transfer=transfer, backward_transfer=2 * transfer)
     assert both.makespan == 3 * forward
 
@@ -174,10 +172,8 @@ def test_chunk_level_adds_up(costs, P, L, transfer):
     # A layer's memory leaves as it is ready; the next span waits for the last one.
     for _, end in parts[:-1]:
         forward += transfer + (L - 1) * max(0, transfer - costs[end - 1])
-    assert (
-        simulate("chunk_level", P, L, costs, transfer=transfer, forward_only=True).makespan
-        == forward
-    )
+    timeline = simulate("chunk_level", P, L, costs, transfer=transfer, forward_only=True)
+    assert timeline.makespan == forward
 
 
 @given(T=COUNTS, P=COUNTS, extra=st.integers(0, 6), transfer=TRANSFERS)
@@ -219,9 +215,8 @@ def cells(timeline):
 def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
     timeline = simulate(**case)
     grid = {(t, i) for t in range(len(case["chunks"])) for i in range(case["layers"])}
-    assert set(cells(timeline)) == {
-        (kind, *cell) for kind in ("forward", "backward") for cell in grid
-    }
+    both = {(kind, *cell) for kind in ("forward", "backward") for cell in grid}
+    assert set(cells(timeline)) == both
     for tasks in timeline.by_rank:
         there, back = (
             [(task.layer, task.chunks) for task in tasks if task.kind == kind]
@@ -235,9 +230,8 @@ def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
 def test_nothing_starts_before_what_it_needs(case):
     timeline = simulate(**case)
     found, T, L = cells(timeline), len(case["chunks"]), case["layers"]
-    back_transfer = (
-        case["transfer"] if case["backward_transfer"] is None else case["backward_transfer"]
-    )
+    back = case["backward_transfer"]
+    back_transfer = case["transfer"] if back is None else back
 
     def after(late, early, transfer=0.0):
         one, two = found[early], found[late]
@@ -303,12 +297,8 @@ def test_the_unit_of_time_is_free(case, unit):
 @given(costs=COSTS, L=COUNTS, transfer=TRANSFERS)
 def test_one_rank_is_never_idle(costs, L, transfer):
     for timeline in compare(1, L, costs, transfer=transfer):
-        assert (timeline.makespan, timeline.idle, timeline.speedup, timeline.messages) == (
-            3 * L * sum(costs),
-            0,
-            1,
-            0,
-        )
+        values = timeline.makespan, timeline.idle, timeline.speedup, timeline.messages
+        assert values == (3 * L * sum(costs), 0, 1, 0)
 
 
 @given(P=COUNTS, extra=COUNTS, costs=COSTS)

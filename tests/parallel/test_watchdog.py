@@ -1,4 +1,7 @@
-"""A rank that dies, hangs or fails ends all others in time, with one line on each node that names it; nothing else ends a rank."""
+"""A rank that dies, hangs or fails ends all others in time with one line a node that names it.
+
+Nothing else ends a rank.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,125 +25,97 @@ from comet_pl.parallel.watchdog import Watch
 WORLD = 3
 TIMEOUT = 2.0  # seconds; silence is noticed after half of it
 BEAT = 0.2
-SILENT = r"(has not answered for 1\.\d s|is gone)"  # gone: another that ends for it was the first to notice
+# The first of several ranks that notice it ends, and the others may see its connection close.
+SILENT = r"(has not answered for 1\.\d s|is gone)"
 ADVICE = "Go on with resume=true."
 ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
 
 
 class Ranks:
-    """WORLD forked processes, each in a gloo group; act(ranks, rank) is what they do."""
+    """WORLD forked processes, each in a gloo group; each runs act(ranks, rank)."""
 
-    def __init__(
-        self,
-        folder: Path,
-        act: Callable[[Ranks, int], object],
-        timeout: float,
-        nodes: tuple[tuple[int, ...], ...],
-    ):
+    def __init__(self, folder, act, timeout, nodes):
         self.folder, self.act, self.timeout, self.nodes = folder, act, timeout, nodes
-        context = multiprocessing.get_context("fork")
-        self.processes = [
-            context.Process(target=self.run, args=(rank,), daemon=True) for rank in range(WORLD)
-        ]
+        make = multiprocessing.get_context("fork").Process
+        self.processes = [make(target=self.run, args=(rank,), daemon=True) for rank in range(WORLD)]
         for process in self.processes:
             process.start()
 
     # ---- in a rank's process
 
-    def run(self, rank: int) -> None:
+    def run(self, rank):
+        output = os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for number in (1, 2):
-            os.dup2(
-                os.open(self.folder / f"output{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND),
-                number,
-            )
+            os.dup2(output, number)
         sys.stdout, sys.stderr = (
             open(number, "w", closefd=False, buffering=1) for number in (1, 2)
         )
         torch.set_num_threads(1)
-        os.environ["RES_OPTIONS"] = (
-            "timeout:1 attempts:1"  # the store looks up who connects: 5 s where no name server answers
-        )
+        # The store looks up who connects: 5 s where no name server answers.
+        os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
         port = self.folder / "port"
         if rank:
             until(port.exists)
-        store = dist.TCPStore(
-            "127.0.0.1",
-            int(port.read_text()) if rank else 0,
-            None,
-            rank == 0,
-            wait_for_workers=False,
-        )
+        number = int(port.read_text()) if rank else 0
+        store = dist.TCPStore("127.0.0.1", number, None, rank == 0, wait_for_workers=False)
         if not rank:
             (self.folder / "new").write_text(str(store.port))
             (self.folder / "new").rename(port)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
         self.act(self, rank)
 
-    def watch(self, rank: int) -> Watch:
-        """Started, and everyone has been heard."""
+    def new_watch(self, rank):
+        node = next(node for node in self.nodes if rank in node)
+        watch = Watch(_get_default_store(), rank, WORLD, self.timeout, node, ADVICE)
+        watch.beat = BEAT
+        return watch
+
+    def watch(self, rank):
+        """Started and connected."""
         watch = self.new_watch(rank)
         watch.start()
         until(lambda: len(watch.names) == len(watch.heard))
         self.mark("ready", rank)
         return watch
 
-    def new_watch(self, rank: int) -> Watch:
-        watch = Watch(
-            _get_default_store(),
-            rank,
-            WORLD,
-            self.timeout,
-            next(node for node in self.nodes if rank in node),
-            ADVICE,
-        )
-        watch.beat = BEAT
-        return watch
-
-    def mark(self, word: str, rank: int) -> None:
+    def mark(self, word, rank):
         (self.folder / f"{word}{rank}").touch()
 
     # ---- in the test
 
-    def ready(self, word: str = "ready", count: int = WORLD) -> Ranks:
-        def marks() -> bool:
+    def ready(self, word="ready", count=WORLD):
+        def marks():
             ended = [process.exitcode for process in self.processes]
-            found = len(list(self.folder.glob(f"{word}?"))) == count
-            assert found or not any(ended), self.lines(0, 1, 2)
-            return found
+            complete = len(list(self.folder.glob(f"{word}?"))) == count
+            assert complete or not any(ended), self.lines(0, 1, 2)
+            return complete
 
         until(marks)
         return self
 
-    def send(self, number: int, *ranks: int) -> float:
+    def send(self, number, *ranks):
         """Sends a signal; returns the time."""
         for rank in ranks:
             os.kill(self.processes[rank].pid, number)
         return time.monotonic()
 
-    def codes(self, *ranks: int, within: float, since: float) -> list[int | None]:
+    def codes(self, *ranks, within, since):
         """Exit codes; None for a rank that still runs when the time is over."""
         for rank in ranks:
             self.processes[rank].join(max(0.0, since + within - time.monotonic()))
         return [self.processes[rank].exitcode for rank in ranks]
 
-    def lines(self, *ranks: int) -> list[str]:
-        return [
-            line
-            for rank in ranks
-            for line in (self.folder / f"output{rank}").read_text().splitlines()
-        ]
+    def lines(self, *ranks):
+        texts = [(self.folder / f"output{rank}").read_text() for rank in ranks]
+        return [line for text in texts for line in text.splitlines()]
 
-    def is_line(self, line: str, culprit: int, what: str) -> bool:
-        who = re.escape(
-            f"rank {culprit} (pid {self.processes[culprit].pid} on {socket.gethostname()}) "
-        )
-        return (
-            re.fullmatch(f"error: {who}{what}; this run ends. {re.escape(ADVICE)}", line)
-            is not None
-        )
+    def is_line(self, line, culprit, what):
+        pid = self.processes[culprit].pid
+        who = re.escape(f"rank {culprit} (pid {pid} on {socket.gethostname()})")
+        return re.fullmatch(f"error: {who} {what}; this run ends. {re.escape(ADVICE)}", line)
 
-    def check(self, culprit: int, what: str, since: float, within: float = TIMEOUT) -> None:
-        """All but the culprit have ended with code 1, and the lowest of them on each node has said so, in one line."""
+    def check(self, culprit, what, since, within=TIMEOUT):
+        """All others have ended with code 1; the lowest on each node has said so in one line."""
         others = [rank for rank in range(WORLD) if rank != culprit]
         assert self.codes(*others, within=within, since=since) == [1, 1], self.lines(*others)
         for node in self.nodes:
@@ -157,7 +130,7 @@ def launch(tmp_path):
     """launch(act, ...): Ranks. At the test's end none is left."""
     launched = []
 
-    def make(act, timeout=TIMEOUT, nodes=ONE_NODE) -> Ranks:
+    def make(act, timeout=TIMEOUT, nodes=ONE_NODE):
         folder = tmp_path / str(len(launched))
         folder.mkdir()
         launched.append(Ranks(folder, act, timeout, nodes))
@@ -169,15 +142,15 @@ def launch(tmp_path):
         process.join(10)
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
+def until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
 
 
-def blocked(victim: int) -> Callable[[Ranks, int], None]:
-    """The others wait for each other inside gloo, where no error reaches them; the victim does nothing."""
+def blocked(victim):
+    """The others wait inside gloo, where no error reaches them; the victim does nothing."""
 
     def act(ranks, rank):
         watch = ranks.watch(rank)
@@ -190,7 +163,7 @@ def blocked(victim: int) -> Callable[[Ranks, int], None]:
 
 
 @contextmanager
-def explaining(watch: Watch):
+def explaining(watch):
     """What to do with a communication error."""
     try:
         yield
@@ -224,8 +197,7 @@ def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(launch):
         assert ranks.codes(victim, within=TIMEOUT, since=times[victim]) == [1]
         (line,) = ranks.lines(victim)
         assert re.fullmatch(
-            rf"error: rank {victim} \(pid .*\) {SILENT}; the others have ended, and so does .*",
-            line,
+            rf"error: rank {victim} \(pid .*\) {SILENT}; the others have ended, .*", line
         ), line
 
 
@@ -347,12 +319,12 @@ def test_explain_returns_if_all_answer(launch):
 
     began = time.monotonic()
     ranks = launch(act)
-    assert ranks.codes(0, 1, 2, within=10, since=began) == [0, 0, 0]
-    assert ranks.lines(0, 1, 2) == []
+    codes = ranks.codes(0, 1, 2, within=10, since=began)
+    assert (codes, ranks.lines(0, 1, 2)) == ([0, 0, 0], [])
 
 
 def test_a_regular_end_is_silent(launch):
-    """Whoever stops first or last, rank 0 with the store included; a second watch on the same store starts afresh."""
+    """Rank 0 stops first, then last; a second watch on the same store starts afresh."""
 
     def act(pauses):
         def do(ranks, rank):
@@ -366,10 +338,8 @@ def test_a_regular_end_is_silent(launch):
 
     groups = [launch(act(pauses)) for pauses in ((0, 0.15, 0.3), (0.8, 0.4, 0))]
     for ranks in groups:
-        assert ranks.codes(0, 1, 2, within=20, since=time.monotonic()) == [0, 0, 0], ranks.lines(
-            0, 1, 2
-        )
-        assert ranks.lines(0, 1, 2) == []
+        codes = ranks.codes(0, 1, 2, within=20, since=time.monotonic())
+        assert (codes, ranks.lines(0, 1, 2)) == ([0, 0, 0], [])
 
 
 def test_stop_waits_for_nobody(launch):

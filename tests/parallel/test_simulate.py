@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,12 @@ TRANSFERS = st.sampled_from([0.0, 0.25, 0.5, 1.0, 1.5, 3.0])
 
 def rows(timeline):
     """Each rank's tasks: 'start F|B layer:chunks'."""
-    return [
-        ", ".join(
-            f"{task.start:g} {'FB'[task.kind == 'backward']}{task.layer}:"
-            + "+".join(map(str, range(*task.chunks)))
-            for task in tasks
-        )
-        for tasks in timeline.by_rank
-    ]
+
+    def name(task):
+        chunks = "+".join(map(str, range(*task.chunks)))
+        return f"{task.start:g} {task.kind[0].upper()}{task.layer}:{chunks}"
+
+    return [", ".join(map(name, tasks)) for tasks in timeline.by_rank]
 
 
 # Schedule, P, L, costs of the chunks, options; each rank's row; makespan and messages.
@@ -215,14 +212,11 @@ def cells(timeline):
 def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
     timeline = simulate(**case)
     grid = {(t, i) for t in range(len(case["chunks"])) for i in range(case["layers"])}
-    both = {(kind, *cell) for kind in ("forward", "backward") for cell in grid}
-    assert set(cells(timeline)) == both
+    kinds = "forward", "backward"
+    assert set(cells(timeline)) == {(kind, *cell) for kind in kinds for cell in grid}
     for tasks in timeline.by_rank:
-        there, back = (
-            [(task.layer, task.chunks) for task in tasks if task.kind == kind]
-            for kind in ("forward", "backward")
-        )
-        assert there == back[::-1]
+        done = [[(one.layer, one.chunks) for one in tasks if one.kind == kind] for kind in kinds]
+        assert done[0] == done[1][::-1]
     assert set(cells(simulate(**case, forward_only=True))) == {("forward", *cell) for cell in grid}
 
 
@@ -254,10 +248,7 @@ def test_nothing_starts_before_what_it_needs(case):
 
 @given(case=cases())
 def test_no_rank_does_two_things_at_once_and_none_goes_back_too_early(case):
-    by_rank = defaultdict(list)
-    for task in simulate(**case).tasks:
-        by_rank[task.rank].append(task)
-    for tasks in by_rank.values():
+    for tasks in simulate(**case).by_rank:
         for one, two in itertools.pairwise(tasks):
             assert one.end <= two.start
             assert (one.kind, two.kind) != ("backward", "forward")
@@ -329,9 +320,8 @@ def test_each_column_of_the_text_shows_its_middle(case, width):
     _, *lines = text(timeline, width)
     assert len(lines) == timeline.ranks and max(map(len, lines)) <= width
     room = width - len("rank 0 ")
-    step = (
-        1 / (room // timeline.makespan) if timeline.makespan <= room else timeline.makespan / room
-    )
+    a_cell = room // timeline.makespan
+    step = 1 / a_cell if a_cell else timeline.makespan / room
     for rank, line in enumerate(lines):
         assert line.startswith(f"rank {rank} ")
         mine = [task for task in timeline.tasks if task.rank == rank]
@@ -339,12 +329,10 @@ def test_each_column_of_the_text_shows_its_middle(case, width):
             middle = (column + 0.5) * step
             if any(abs(middle - edge) < 1e-6 for task in mine for edge in (task.start, task.end)):
                 continue  # either side is right
-            running = [
-                ("0123456789" if task.kind == "forward" else "abcdefghij")[task.layer]
-                for task in mine
-                if task.start < middle < task.end
-            ]
-            assert symbol == "".join(running or ".")
+            running = [task for task in mine if task.start < middle < task.end]
+            symbols = {"forward": "0123456789", "backward": "abcdefghij"}
+            shown = "".join(symbols[task.kind][task.layer] for task in running)
+            assert symbol == (shown or ".")
 
 
 def test_command_prints_every_schedule_and_draws_it(tmp_path, monkeypatch, capsys):

@@ -9,7 +9,6 @@ import lightning
 from callbacks.figures import show_figure
 from callbacks.predictions import Predictions
 from comet_pl.metrics.behavior import BehaviorAccuracy, curves
-from comet_pl.training.lit_module import CometModule
 from data.batches import IGNORED
 
 
@@ -30,8 +29,8 @@ class BehaviorScores(lightning.Callback):
     ) -> None:
         self.metric = BehaviorAccuracy().to(pl_module.device)
 
-    def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, *_: Any
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         count = batch["logits_to_keep"] - 1
         targets = batch["labels"][:, -count:] if count else batch["labels"][:, :0]
@@ -47,7 +46,7 @@ class BehaviorScores(lightning.Callback):
             facts = [{"kind": kind, "age": age} for kind, age in pairs]
             self.predictions.add_likeliest(trainer, batch, logits, correct, facts)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         values = self.metric.compute()
         if not values["n"]:
             return

@@ -63,15 +63,15 @@ class GateMonitor(lightning.Callback):
         # the same of the logged steps since the last figure
         self.since = torch.zeros(3, 0, 0)
         # of each layer: collapsed to "0", "1" or None; logged steps in a row; is it reported
-        self.runs: list[list[Any]] = []
+        self.streaks: list[list[Any]] = []
         # what the current step's forward passes have shown
         self.shown: list[tuple[int, list[int], Tensor, Tensor | None]] = []
         self.watches = False
 
     # -- what is gathered
 
-    def on_train_batch_start(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         number = trainer.global_step + 1
         self.logs, self.draws = pl_module.logs_at(number), number % self.every == 0
@@ -96,9 +96,7 @@ class GateMonitor(lightning.Callback):
                 self.bins[layer] += bins.cpu()
         self.shown = []
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, *_: Any
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Any, *_: Any) -> None:
         if not self.watches:
             return
         self.watches, pl_module.model.observer = False, None
@@ -128,13 +126,13 @@ class GateMonitor(lightning.Callback):
         self.since = widen(before, columns) + widen(self.step, columns)
 
     def _watch(self, module: CometModule, layer: int, mean: float) -> None:
-        while len(self.runs) <= layer:
-            self.runs.append([None, 0, False])
+        while len(self.streaks) <= layer:
+            self.streaks.append([None, 0, False])
         side = "1" if mean > SATURATED else "0" if mean < 1 - SATURATED else None
-        before, steps, reported = self.runs[layer]
+        before, steps, reported = self.streaks[layer]
         steps = steps + 1 if side == before else 1
         late = side is not None and steps >= PATIENCE and not reported
-        self.runs[layer] = [side, steps, reported or late]
+        self.streaks[layer] = [side, steps, reported or late]
         if late:
             step = module.global_step
             line = (
@@ -155,10 +153,10 @@ class GateMonitor(lightning.Callback):
         writer = module.logger.experiment  # type: ignore[union-attr]
         writer.add_histogram_raw(f"gate/layer_{layer}", *values)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: lightning.Trainer, module: CometModule) -> None:
@@ -173,10 +171,13 @@ class GateMonitor(lightning.Callback):
     # -- a resumed run continues counting
 
     def state_dict(self) -> dict[str, Any]:
-        return {"since": self.since, "runs": [list(run) for run in self.runs]}
+        return {"since": self.since, "runs": [list(streak) for streak in self.streaks]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.since, self.runs = state_dict["since"], [list(run) for run in state_dict["runs"]]
+        self.since, self.streaks = (
+            state_dict["since"],
+            [list(streak) for streak in state_dict["runs"]],
+        )
 
 
 def half_life(mean: float) -> float:

@@ -16,7 +16,6 @@ from callbacks.figures import show_figure
 from comet_pl.files import as_json, replace_file
 from comet_pl.metrics.loss_by_position import LossByPosition, chunk_of_columns, curve, name
 from comet_pl.model.observer import Observer
-from comet_pl.training.lit_module import CometModule
 
 
 class LengthReport(lightning.Callback):
@@ -35,18 +34,18 @@ class LengthReport(lightning.Callback):
     def _keep(self, places: Tensor, losses: Tensor) -> None:
         self.losses = places, losses
 
-    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.metric = LossByPosition().to(pl_module.device)
         pl_module.model.observer = Observer(losses=self._keep)
 
-    def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, *_: Any
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         size = pl_module.model.config.chunk_size
         chunks = chunk_of_columns(batch["attention_mask"], size, batch.get("plans"))
         self.metric.update(*self.losses, chunks)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         pl_module.model.observer = None
         buckets = self.metric.compute()
         if not buckets or not trainer.is_global_zero:

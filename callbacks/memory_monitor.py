@@ -13,7 +13,6 @@ from torch import Tensor
 
 from callbacks.figures import show_figure
 from comet_pl.analysis.memory import picture, read_memory
-from comet_pl.training.lit_module import CometModule
 
 
 class MemoryMonitor(lightning.Callback):
@@ -34,7 +33,7 @@ class MemoryMonitor(lightning.Callback):
         if batch_idx == 0 and trainer.global_step % self.every == 0:
             self.ids = batch["input_ids"][:1, batch["attention_mask"][0].bool()]
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         ids, self.ids = self.ids, None
         if ids is None:
             return

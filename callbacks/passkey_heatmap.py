@@ -10,7 +10,6 @@ from torch import Tensor
 from callbacks.figures import show_figure
 from callbacks.predictions import Predictions
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, mean
-from comet_pl.training.lit_module import CometModule
 from data.batches import IGNORED
 from data.passkey import DIGITS
 
@@ -34,8 +33,8 @@ class PasskeyHeatmap(lightning.Callback):
     ) -> None:
         self.metric = PasskeyAccuracy().to(pl_module.device)
 
-    def on_validation_batch_end(  # type: ignore[override]
-        self, trainer: lightning.Trainer, pl_module: CometModule, outputs: Any, batch: Any, *_: Any
+    def on_validation_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any
     ) -> None:
         if "length" in batch:
             # generation suppresses the new tokens
@@ -47,7 +46,7 @@ class PasskeyHeatmap(lightning.Callback):
                 facts = [{"length": batch["length"], "depth": depth} for depth in batch["depth"]]
                 self.predictions.add_likeliest(trainer, batch, logits, correct.tolist(), facts)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: CometModule) -> None:  # type: ignore[override]
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         if not self.metric.update_called:
             return
         cells = self.metric.compute()

@@ -3,7 +3,6 @@ figures are computed right."""
 
 import json
 import math
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -97,21 +96,6 @@ def test_lanes_decode_greedily(what):
     assert answer == expected[0, 12:].tolist()
 
 
-def test_slices_add_up_and_alternate():
-    order = []
-
-    class Fake(NamedTuple):
-        what: str
-        step: Any = lambda: None
-
-        def run(self, steps, device):
-            order.append((self.what, steps))
-
-    sides = {"comet": 9, "full_attention": 5}
-    assert sum(lanes.decode([Fake(what) for what in sides], sides, 2, "cpu")) == 14
-    assert order == [("comet", 4), ("full_attention", 2), ("full_attention", 3), ("comet", 5)]
-
-
 def test_what_does_not_fit_is_skipped_with_the_reason():
     wanted = [("full_attention", 10), ("full_attention", 100), ("in_place", 50)]
     kept, [skipped] = lanes.affordable(wanted, 2**30, 100 * 2**30)  # 80 GiB may be taken
@@ -168,32 +152,25 @@ def test_verdict():
 
 
 def test_the_bound_by_bytes_by_hand():
-    """Floor 2, so that 2.3 is allowed: 2.2 meets it, 2.4 does not. Memory is full after 4 chunks,
-    as 3 compression tokens fill 10 slots."""
+    """Floor 2, so that 2.3 is allowed. Memory is full after 4 chunks, as 3 compression tokens fill
+    10 slots; the step that closes the fourth one fills it."""
     cells = [("comet", 16, 50.0), ("comet", 32, 24.0), ("full_attention", 8, 24 / 2.2)]
-    cells += [("in_place", 8, 10.0), ("full_attention", 9, 1.0)]
     keys = ("what", "length", "processor_ms_per_token")
-    rows = [dict(zip(keys, cell, strict=True)) for cell in cells]
+    rows = [dict(zip(keys, cell, strict=True)) for cell in [*cells, ("in_place", 8, 10.0)]]
     comet = {"chunk_size": 5, "compression_stride": 2, "temporary_capacity": 10}
     result = {"comet": comet, "clock": "processor", "floor": {"context": 8, "ratio": 2.0}}
-
-    def against(rows):
-        return decode.against_floor(result | {"lengths": rows})
-
-    bound = against(rows)
-    assert (bound["after"], bound["context"], bound["floor"]) == (32, 8, 2.0)
-    assert bound["bound"] == pytest.approx(2.3)
-    assert bound["ratios"] == {
-        "full_attention": {"value": pytest.approx(2.2), "met": True},
-        "in_place": {"value": 2.4, "met": False},
-    }
-    assert against(rows[1:3])["ratios"]["in_place"] == {"value": None, "met": None}
-    # The step that closes the fourth chunk fills the memory.
+    bound = decode.against_floor(result | {"lengths": rows})
+    assert (bound["after"], bound["bound"]) == (32, pytest.approx(2.3))
+    assert bound["ratios"]["full_attention"] == {"value": pytest.approx(2.2), "met": True}
+    assert bound["ratios"]["in_place"] == {"value": 2.4, "met": False}
+    bound = decode.against_floor(result | {"lengths": rows[1:3]})
+    assert bound["ratios"]["in_place"] == {"value": None, "met": None}
+    for n, full in ((19, False), (20, True)):
+        lengths = [rows[0] | {"length": n}]
+        assert (decode.against_floor(result | {"lengths": lengths}) is not None) == full
     model = tiny("llama", global_size=2, **comet)
     slots = [lanes.clock_after(model, n + 1).temporary_slots for n in (15, 20, 40)]
     assert slots == [9, 10, 10]
-    assert against([rows[0] | {"length": 20}]) is not None
-    assert against([rows[0] | {"length": 19}]) is None and against(rows[2:]) is None
 
 
 def test_summary_of_a_lane():

@@ -102,22 +102,17 @@ def findings(**changes):
 
 def test_verdict_by_hand():
     """L = 12, P = 2, no transfer time: 24 / 13 predicted; two at once take 5 s, not 4: 1.6."""
+    times = speedup.cell_times(JOB, steps(), transfer=0.001)
+    assert times["transfer_cells"] == pytest.approx(0.001 / (4 / 3 / (16 * 12)))
+    assert times["backward_cells"] == pytest.approx(2)
     result = findings()
+    expected = {"ceiling": 1.6, "predicted": 24 / 13, "bound": 0.9 * 1.6 / 2 * 24 / 13}
     for verdict in result["verdict"].values():
-        assert verdict["predicted"] == pytest.approx(24 / 13)
-        assert verdict["ceiling"] == verdict["speedup"] == pytest.approx(1.6)
-        assert verdict["bound"] == pytest.approx(0.9 * 1.6 / 2 * 24 / 13)  # 1.329
-        assert verdict["met"]
+        assert verdict == pytest.approx(expected | {"least": 0.9, "speedup": 1.6, "met": True})
     assert not findings(layer_level=3.1)["verdict"]["wall"]["met"]  # 1.29
     assert result["clock"] == "wall" and result["agreement"]["met"]
     assert findings(others=0.2)["clock"] == "processor"
     assert not findings(gradients=1e-3)["agreement"]["met"]
-
-
-def test_cell_times_by_hand():
-    times = speedup.cell_times(JOB, steps(), transfer=0.001)
-    assert times["transfer_cells"] == pytest.approx(0.001 / (4 / 3 / (16 * 12)))
-    assert times["backward_cells"] == pytest.approx(2)
 
 
 @pytest.fixture(scope="module")

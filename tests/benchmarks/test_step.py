@@ -66,9 +66,9 @@ def test_verdict_by_hand():
     short = cells(1024, 30.0, 1.0)
     verdict = step.verdict([*short, *cells(8192, 12.0, 2.0), *cells(16384, 15.0, 4.0)], 8192)
     first, *_, last = verdict["ratios"]
-    sizes = first["tensors_mib"], last["tensors_mib"], last["process_mib"]
-    assert sizes == pytest.approx((0.75, 0.375, 0.375))
-    assert (last["seconds_to_cell"], last["seconds_to_none"]) == pytest.approx((1.2, 1.5))
+    keys = ("tensors_mib", "process_mib", "seconds_to_cell", "seconds_to_none")
+    assert first["tensors_mib"] == 0.75
+    assert [last[key] for key in keys] == pytest.approx([0.375, 0.375, 1.2, 1.5])
     assert verdict["growth"]["beyond_boundaries"] == pytest.approx(0.1)
     bad = [*cells(8192, 12.0, 2.0), *cells(16384, 25.0, 4.0, grad_norm=1.001)]
     for rows, expected in (

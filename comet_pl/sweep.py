@@ -41,9 +41,9 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
+from comet_pl.config.key import key
 from comet_pl.config.load import filled, load, to_dict
 from comet_pl.config.rules import fits
-from comet_pl.config.schema import key
 from comet_pl.config.sources import hints_of, read_arguments, read_yaml
 from comet_pl.errors import UserError, nearest, run_cli
 from comet_pl.experiment import sweep_table

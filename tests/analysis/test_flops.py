@@ -22,7 +22,7 @@ from comet_pl.model.naive import SlotsInFull
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import cut_windows, split_rows
-from tests.support.models import FAMILIES, backbone, chunk_plans, memories, text, tiny
+from tests.support.models import FAMILIES, FEW, backbone, chunk_plans, memories, text, tiny
 from tests.support.training import fit, ragged
 
 QWEN3 = {
@@ -72,9 +72,10 @@ def counted(run):
 # ---- against torch's counter
 
 
+@FEW
 @given(
     comet=memories(),
-    rows=st.integers(1, 3),
+    rows=st.integers(1, 2),
     n=st.integers(1, 30),
     rank=st.integers(0, 2),
     data=st.data(),
@@ -130,6 +131,7 @@ def test_full_attention_takes_what_torch_counts(family):
     assert found == 2 * flops.full_attention(config, 4, past=30, logits=4, dense=True).total
 
 
+@FEW
 @given(comet=memories(), n=st.integers(1, 40))
 def test_slots_in_full_take_what_torch_counts(comet, n):
     comet["global_size"] = max(1, comet["global_size"])

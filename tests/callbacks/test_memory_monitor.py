@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from callbacks.memory_monitor import MemoryMonitor
@@ -16,7 +16,7 @@ from comet_pl.analysis import memory
 from comet_pl.analysis.memory import effective_rank, picture, read_memory, slot_similarity
 from comet_pl.model import cell as backbone
 from comet_pl.model.probe import attention_shares
-from tests.support.models import memories, text, tiny
+from tests.support.models import FEW, memories, text, tiny
 
 
 def seen_by_the_kernel(model, ids, monkeypatch):
@@ -40,7 +40,7 @@ def seen_by_the_kernel(model, ids, monkeypatch):
     return found
 
 
-@settings(max_examples=15)
+@FEW
 @given(memories(), st.integers(2, 30))
 def test_shares_are_those_of_the_models_own_attention(configuration, columns):
     model, ids = tiny(**configuration), text(1, columns)
@@ -72,21 +72,17 @@ def test_a_text_is_reported_by_layer(monkeypatch, attention):
     report = read_memory(model, ids)
     assert len(report.layers) == 3
     for layer, values in enumerate(report.layers):
-        chunks = [
-            share[chunk.tokens.source[0] < 23].mean(0) for chunk, share in kernel[layer::3]
-        ]  # a chunk has 5 text tokens: fewer than QUERIES
-        wanted = torch.stack(chunks).mean(0).tolist()
-        assert [values[f"attention_{part}"] for part in memory.PARTS] == pytest.approx(
-            wanted, abs=1e-10
-        )
+        # A chunk has 5 text tokens: fewer than QUERIES.
+        shares = [share[chunk.tokens.source[0] < 23].mean(0) for chunk, share in kernel[layer::3]]
+        wanted = torch.stack(shares).mean(0).tolist()
+        found = [values[f"attention_{part}"] for part in memory.PARTS]
+        assert found == pytest.approx(wanted, abs=1e-10)
     assert not any(cell._forward_pre_hooks for cell in model.model.layers)
 
 
 def test_norms_ranks_and_similarity_are_those_of_the_cache():
-    model, ids = (
-        tiny(),
-        text(1, 23),
-    )  # 5 chunks of at most 5; the last one finds what 20 tokens left
+    # 5 chunks of at most 5; the last one finds what 20 tokens left.
+    model, ids = tiny(), text(1, 23)
     report = read_memory(model, ids)
     with torch.no_grad():
         caches = [
@@ -94,20 +90,17 @@ def test_norms_ranks_and_similarity_are_those_of_the_cache():
             for n in (5, 10, 15, 20)
         ]
     for layer, values in enumerate(report.layers):
-        state, temporary = (
-            caches[-1].memories[layer].state[0],
-            caches[-1].memories[layer].temporary[0],
-        )
-        cell = model.model.layers[layer]
-        assert values["norm_state"] == pytest.approx(float(state.norm(dim=1).mean()), rel=1e-6)
-        assert values["norm_global"] == pytest.approx(
-            float(cell.adapt(cell.global_memory, state).detach().norm(dim=1).mean()), rel=1e-6
-        )
-        assert values["norm_temporary"] == pytest.approx(
-            float(temporary.norm(dim=1).mean()), rel=1e-6
-        )
-        assert values["rank_state"] == pytest.approx(effective_rank(state), rel=1e-6)
-        assert values["rank_temporary"] == pytest.approx(effective_rank(temporary), rel=1e-6)
+        last, cell = caches[-1].memories[layer], model.model.layers[layer]
+        state, temporary = last.state[0], last.temporary[0]
+        slots = cell.adapt(cell.global_memory, state).detach()
+        expected = {
+            "norm_state": float(state.norm(dim=1).mean()),
+            "norm_global": float(slots.norm(dim=1).mean()),
+            "norm_temporary": float(temporary.norm(dim=1).mean()),
+            "rank_state": effective_rank(state),
+            "rank_temporary": effective_rank(temporary),
+        }
+        assert {name: values[name] for name in expected} == pytest.approx(expected, rel=1e-6)
     wanted = np.zeros((4, 4))
     for t, one in enumerate(caches):
         for u, other in enumerate(caches):

@@ -67,38 +67,15 @@ def test_a_prediction_is_the_likeliest_token_at_each_label(tmp_path):
         callback.on_validation_epoch_start(trainer, Module)
     scores.on_validation_batch_end(trainer, Module, {"logits": logits}, batch, 0)
     predictions.on_validation_epoch_end(trainer, Module)
-    found = [
-        json.loads(line) for line in (tmp_path / "predictions-3.jsonl").read_text().splitlines()
+    keys = ("id", "prompt_end", "prediction", "references", "score", "kind", "age")
+    answers = [
+        ("0", "ab", "cd", ["cd"], 1.0, "count", 1),
+        ("1", "abc", "eh", ["ef"], 0.0, "count", 2),
+        ("2", "gghhg", "e", ["e"], 1.0, "count", 3),
     ]
-    assert found == [
-        {
-            "id": "0",
-            "prompt_end": "ab",
-            "prediction": "cd",
-            "references": ["cd"],
-            "score": 1.0,
-            "kind": "count",
-            "age": 1,
-        },
-        {
-            "id": "1",
-            "prompt_end": "abc",
-            "prediction": "eh",
-            "references": ["ef"],
-            "score": 0.0,
-            "kind": "count",
-            "age": 2,
-        },
-        {
-            "id": "2",
-            "prompt_end": "gghhg",
-            "prediction": "e",
-            "references": ["e"],
-            "score": 1.0,
-            "kind": "count",
-            "age": 3,
-        },
-    ]
+    lines = (tmp_path / "predictions-3.jsonl").read_text().splitlines()
+    expected = [dict(zip(keys, answer, strict=True)) for answer in answers]
+    assert [json.loads(line) for line in lines] == expected
     predictions.on_validation_epoch_start(trainer, Module)
     assert predictions.answers == []
 
@@ -114,10 +91,8 @@ def test_answers_of_all_ranks_come_together(tmp_path):
         )
         predictions.on_validation_epoch_end(trainer, Module)
         assert (tmp_path / "predictions-1.jsonl").exists() == (rank == 0)
-    assert [
-        json.loads(line)["id"]
-        for line in (tmp_path / "predictions-1.jsonl").read_text().splitlines()
-    ] == ["a", "b", "c"]
+    lines = (tmp_path / "predictions-1.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["a", "b", "c"]
 
 
 def test_a_table_shows_texts_as_they_are():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from comet_pl import CometConfig, CometForCausalLM
 
 VOCABULARY = 40
+# For properties whose examples are dear: half of the profile's.
+FEW = settings(max_examples=settings().max_examples // 2)
 FAMILIES = {
     "qwen3": Qwen3Config,
     "qwen2": Qwen2Config,

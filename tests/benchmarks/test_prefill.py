@@ -190,7 +190,10 @@ def test_full_size_measures_the_layer_of_qwen3_4b_too(size, files, tmp_path, mon
     names = set()
     monkeypatch.setattr(prefill, "benchmark", lambda options: {})
     monkeypatch.setattr(prefill, "ratio_alone", lambda options, shape: {"of": shape.name})
-    publish = lambda options, parts, *_, **__: names.add("-".join(filter(None, parts)))  # noqa: E731
+
+    def publish(options, parts, *_, **plots):
+        names.add("-".join(filter(None, parts)))
+
     monkeypatch.setattr(report, "publish", publish)
     prefill.main([*size, "--out", str(tmp_path)])
     assert names == {f"prefill{name}" for name in files}

@@ -58,7 +58,7 @@ def measure(job):
     shape = Shape(**job["shape"])
     model = CometForCausalLM(shape.comet()).train()
     model.gradient_checkpointing = job["recompute"] != "none"
-    chunk_checkpointing.Boundaries = Watched  # type: ignore[misc]
+    chunk_checkpointing.Boundaries = Watched
     by_chunk = job["recompute"] == "chunk"
     read = chunk_checkpointing.read_chunks if by_chunk else read_windows
     losses = []

@@ -70,7 +70,8 @@ class CometModule(lightning.LightningModule):
             model.compile_cells()
 
     def setup(self, stage: str) -> None:
-        strategy, data = self.trainer.strategy, self.trainer.datamodule  # type: ignore[attr-defined]
+        strategy = self.trainer.strategy
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
         by_chunk = partial(read_chunks, offload=self.settings.offload)
         read = by_chunk if self.settings.recompute == "chunk" else None
         self.reader: TextReader = (

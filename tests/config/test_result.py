@@ -96,7 +96,7 @@ def test_dict_yaml_and_pickle_round_trips(name: str, lr: float, steps: int, stri
 def test_the_result_is_frozen_and_plain():
     config = load(["data.length_schedule=[[0,8]]"])
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.train.lr = 1.0  # type: ignore[misc]
+        config.train.lr = 1.0
 
     def plain(value: Any) -> bool:
         if isinstance(value, dict):

@@ -5,19 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from functools import cache
 
 import pytest
 import torch
 
 import eval as eval_script
-from comet_pl import CometConfig, CometForCausalLM, build
+from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.config.load import load
 from comet_pl.config.schema import EvalConfig
 from comet_pl.errors import UserError
 from comet_pl.evaluation import evaluate, passkey
 from comet_pl.evaluation.generation import Engine
-from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import choose
 from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.metrics.scrolls import scores
@@ -27,59 +25,15 @@ from data.passkey import DIGITS
 from data.scrolls import Example
 from data.scrolls_rows import SCROLLS, options
 from data.tokenizer import train_tokenizer
+from tests.support.evaluation import PASSKEY, built, greedy, lines_of, passkeys
 from tests.support.models import VOCABULARY, backbone, text, tiny
-from tests.support.tiny_runs import ROOT, TINY
-
-PASSKEY = [
-    *TINY,
-    "conf=passkey",
-    "backbone.vocab_size=400",
-    f"data.haystack={ROOT / 'LICENSE'}",
-    "data.train_length=64",
-    "data.length_schedule=null",
-    "eval.lengths=[200,64]",
-    "eval.depths=3",
-    "eval.examples=2",
-]
+from tests.support.tiny_runs import TINY
 
 
 class Ids:
     """A tokenizer of which only the special ids are asked."""
 
     eos_token_id, pad_token_id = 0, 1
-
-
-@cache
-def built(*argv):
-    """(model, tokenizer), shared by tests: none may change them."""
-    config = load(list(argv))
-    tokenizer = build.build_tokenizer(config)
-    torch.manual_seed(0)
-    return build.build_model(config, tokenizer), tokenizer
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    monkeypatch.setattr(Results, "draw", lambda *_: None)
-
-
-def passkeys(*keys):
-    return *built(*PASSKEY), load([*PASSKEY, *keys])
-
-
-def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def greedy(model, prompts, count, end):
-    """Continuations of prompts (B, N) by whole forward passes, each up to its end token."""
-    ids = prompts
-    for _ in range(count):
-        logits = model(ids).logits[:, -1].clone()
-        logits[:, model.config.new_token_ids] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(1)[:, None]], 1)
-    rows = ids[:, prompts.shape[1] :].tolist()
-    return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
 
 @pytest.mark.parametrize("columns", [1, 4, 5, 6, 14, 15, 16, 33])

@@ -34,7 +34,6 @@ from tests.support.pipeline_runs import (
     same_run,
     until,
 )
-from tests.support.tiny_runs import ROOT
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -186,7 +185,6 @@ def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
 
 FAULTY = """
 import os, sys
-sys.path.insert(0, {root!r})
 import train
 from comet_pl.errors import UserError, run_cli
 from data.passkey import TrainingRows
@@ -207,7 +205,7 @@ run_cli(train.main)
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_fails_says_why_and_ends_the_other(tmp_path, victim):
     script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.format(root=str(ROOT), rank=victim))
+    script.write_text(FAULTY.format(rank=victim))
     with Training(tmp_path / "runs", "fails", *ENDLESS, script=script) as run:
         ranks = run.at_step(1)
         assert run.ended(TIMEOUT + 10) == (2 if victim == 0 else 1)

@@ -66,7 +66,12 @@ class Training:
         argv = [sys.executable, str(script), *where, *KEYS, *on, *keys]
         with self.out.open("w") as out, self.err.open("w") as err:
             self.main = subprocess.Popen(
-                argv, cwd=ROOT, stdout=out, stderr=err, start_new_session=True
+                argv,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
             )
 
     def __enter__(self):

@@ -1,0 +1,12 @@
+"""Evaluation without its pictures."""
+
+from __future__ import annotations
+
+import pytest
+
+from comet_pl.evaluation.results import Results
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    monkeypatch.setattr(Results, "draw", lambda *_: None)

@@ -1,0 +1,71 @@
+"""read and ask on a tiny model: how tests call them, and what they have to answer."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import torch
+
+from comet_pl import CometConfig, CometForCausalLM
+from data.chat_template import encode
+from tests.support.models import backbone
+from tests.support.tiny_runs import ROOT
+
+TEXT = "It was a dark night; the rain fell in torrents, and the wind swept up the streets.\n"
+MEMORY = {
+    "chunk_size": 5,
+    "global_size": 2,
+    "compression_stride": 3,
+    "temporary_capacity": 4,
+    "adapter_rank": 2,
+}
+
+
+def save_model(folder, tokenizer, seed=0, layers=2):
+    """A CoMeT in double precision, with its tokenizer."""
+    config = backbone(layers=layers)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(seed)
+    CometForCausalLM(CometConfig(backbone_config=config, **MEMORY)).double().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def start(module, *arguments):
+    return [sys.executable, "-m", f"comet_pl.{module}", *map(str, arguments)]
+
+
+def run(module, *arguments):
+    argv = start(module, *arguments)
+    return subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def call(program, *arguments):
+    program.main([str(argument) for argument in arguments])
+
+
+def typed(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def one_go(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values
+
+
+def greedy(model, tokenizer, ids, count):
+    """Generation from the whole text, without a stop token at its end."""
+    ids, end = torch.tensor([ids]), tokenizer.eos_token_id
+    options = {"max_new_tokens": count, "do_sample": False, "eos_token_id": end}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    answer = out[0, ids.shape[1] :].tolist()
+    return answer[:-1] if answer[-1] == end else answer
+
+
+def joined(tokenizer, *parts):
+    """Ids of texts and ids, each text tokenised alone."""
+    return [
+        i for part in parts for i in (encode(tokenizer, part) if isinstance(part, str) else part)
+    ]

@@ -76,9 +76,10 @@ def load(
             # The section's values are for the strategy that the run had.
             base = {key: value for key, value in base.items() if key != "strategy"}
         layers = [checkpoint_layer(base)]
-    if base is None or command == "eval":
-        layers += conf_layers(conf, conf_dir) if conf is not None else []
-        layers += conf_layers(f"backbone/{backbone}", conf_dir) if backbone is not None else []
+    if conf is not None and (base is None or command == "eval"):
+        layers += conf_layers(conf, conf_dir)
+    if backbone is not None:
+        layers += conf_layers(f"backbone/{backbone}", conf_dir)
     layers.append(command_line_layer(arguments))
     config = merge(layers, base.get("conf") if conf is None and base is not None else conf)
     check_together(config, command)

@@ -75,6 +75,13 @@ class Chunk:
             memory = memory._replace(keys=None, values=None)
         return keys[:, :, : self.columns], values[:, :, : self.columns], memory
 
+    def push(self, temporary: Tensor | None, new: Tensor) -> Tensor:
+        """T after the chunk: the last K entries of [T ; new]."""
+        t = self.temporary_before
+        if temporary is not None and t:
+            new = torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
+        return put(temporary, self.newest(new), self.in_place)
+
     # What the two kinds of chunk do each in its own way:
 
     @property
@@ -98,8 +105,8 @@ class Chunk:
         """Outputs R (B, m, d) of the readout tokens."""
         raise NotImplementedError
 
-    def push(self, temporary: Tensor | None, new: Tensor) -> Tensor:
-        """T after the chunk: the last K entries of [T ; new]."""
+    def newest(self, entries: Tensor) -> Tensor:
+        """The last K of each row's entries of [T ; new]."""
         raise NotImplementedError
 
     def settle(self, state: Tensor | None, new: Tensor) -> Tensor:
@@ -159,11 +166,8 @@ class UniformChunk(Chunk):
     def readout(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.readout_place]
 
-    def push(self, temporary: Tensor | None, new: Tensor) -> Tensor:
-        t = self.temporary_before
-        if temporary is not None and t:
-            new = torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
-        return put(temporary, new[:, -self.capacity :], self.in_place)
+    def newest(self, entries: Tensor) -> Tensor:
+        return entries[:, -self.capacity :]
 
     def settle(self, state: Tensor | None, new: Tensor) -> Tensor:
         return put(state, new, self.in_place)
@@ -211,13 +215,10 @@ class RaggedChunk(Chunk):
         assert self.readout_place is not None
         return take(hidden, self.readout_place)
 
-    def push(self, temporary: Tensor | None, new: Tensor) -> Tensor:
-        t = self.temporary_before
-        if temporary is not None and t:
-            new = torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
+    def newest(self, entries: Tensor) -> Tensor:
         if self.temporary_entries is not None:
-            new = take(new, self.temporary_entries)
-        return put(temporary, new[:, -self.capacity :], self.in_place)
+            entries = take(entries, self.temporary_entries)
+        return entries[:, -self.capacity :]
 
     def settle(self, state: Tensor | None, new: Tensor) -> Tensor:
         old = torch.zeros_like(new) if state is None else state.to(new.dtype)

@@ -38,7 +38,7 @@ class CallFacts:
     in_place: bool  # tensors are written into the cache's buffers; only without gradients
     keeps: bool  # the cache is kept after the call
     device: torch.device
-    rope: Callable[[Tensor], Rope]
+    rope: Callable[[Tensor, int], Rope]  # of positions (B, W) in a chunk of L columns
 
     def tensor(self, array: np.ndarray | list[bool]) -> Tensor:
         return torch.as_tensor(array, device=self.device)
@@ -95,13 +95,17 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
     slots = None
     if memory and not before.fill:
         places = facts.tensor(np.arange(memory)[None])
-        slots = Slots(before.global_slots, before.temporary_slots, places, facts.rope(places))
+        slots = Slots(
+            before.global_slots, before.temporary_slots, places, facts.rope(places, memory + last)
+        )
     held, gated = pending_tokens(before), segment.closes and before.global_slots > 0
     compression: slice | Tensor | None = evenly(entering) if len(entering) else None
     if compression is None and len(entering):
         compression = facts.tensor(entering[None].repeat(rows, 0))
     return UniformChunk(
-        tokens=Tokens(facts.tensor(source), positions, facts.rope(positions), wanted, target),
+        tokens=Tokens(
+            facts.tensor(source), positions, facts.rope(positions, memory + last), wanted, target
+        ),
         slots=slots,
         columns=memory + last,
         in_place=facts.in_place,
@@ -191,7 +195,7 @@ def ragged_chunk(
     compression, pending_place = compression_places(facts, layout, entering, pending_after)
     return RaggedChunk(
         tokens=Tokens(
-            facts.tensor(layout.source), positions, facts.rope(positions), wanted, target
+            facts.tensor(layout.source), positions, facts.rope(positions, columns), wanted, target
         ),
         slots=ragged_slots(facts, before, opening, columns),
         columns=columns,
@@ -229,7 +233,7 @@ def ragged_slots(
         place[b, :own_m] = np.arange(own_m)
         place[b, m : m + own_t] = own_m + np.arange(own_t)
     positions = facts.tensor(place)
-    return Slots(m, t, positions, facts.rope(positions))
+    return Slots(m, t, positions, facts.rope(positions, columns))
 
 
 def compression_places(

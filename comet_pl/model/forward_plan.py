@@ -50,7 +50,7 @@ class ForwardPlan:
         return max(map(len, self.segments), default=0)
 
     def facts(self, in_place: bool, device: torch.device, rope: Any) -> CallFacts:
-        """What the chunks of this call share. rope: positions (B, W) -> Rope."""
+        """What the chunks of this call share. rope: see CallFacts."""
         return CallFacts(
             width=self.wanted.shape[1],
             columns=self.columns,

@@ -203,7 +203,6 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         for t, i in TRAVERSALS[self.traversal](plan.chunks, len(cells)):
             if i == 0:
                 chunks[t] = plan.chunk(t, facts)
-                check_positions(self.config.backbone_config, chunks[t].columns)
                 hidden[t] = self.model.embed_tokens(ids.gather(1, chunks[t].tokens.source))
             visit = cells[i], hidden[t], transport.receive(i) if t == 0 else memory[i], chunks[t]
             if recompute:
@@ -225,8 +224,13 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         kept = cache if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
 
-    def rope(self, positions: Tensor) -> Rope:
-        """Cosines and sines of positions (B, W)."""
+    def rope(self, positions: Tensor, columns: int) -> Rope:
+        """Cosines and sines of positions (B, W) in a chunk of L key columns.
+
+        Raises:
+            ValueError: RoPE would change its frequencies for so many columns.
+        """
+        check_positions(self.config.backbone_config, columns)
         return self.model.rotary_emb(self.model.embed_tokens.weight, positions)
 
     def show_gate(self, layer: int, chunk: Chunk) -> None:

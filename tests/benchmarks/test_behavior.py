@@ -55,7 +55,8 @@ def test_mean_and_range_over_runs(tmp_path, capsys, monkeypatch):
 
 def test_a_run_without_results_is_named(tmp_path):
     out = ["--out", str(tmp_path)]
-    missing = r"x/eval/user_behavior.json: No such file.*; python eval.py ckpt=.*x writes it"
+    missing = r"x/eval/user_behavior.json: No such file or directory; "
+    missing += r"python eval.py ckpt=.*x writes it"
     with pytest.raises(UserError, match=missing):
         behavior.main([str(tmp_path / "x"), *out])
     folder = run(tmp_path / "y", "bbab", "bbaa")

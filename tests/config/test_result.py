@@ -147,8 +147,3 @@ def test_a_former_versions_data_mean_what_they_meant(old: dict[str, Any], new: d
     assert {key: data[key] for key in new} == new and "day_header" not in data
     # None of the later augmentations.
     assert (data["keep_events"], data["shift_days"], data["new_days"]) == (1.0, 0, None)
-
-
-@pytest.mark.parametrize(("old", "new"), [(True, "cell"), (False, "none"), ("chunk", "chunk")])
-def test_a_former_versions_recompute_is_a_name(old: Any, new: str):
-    assert from_dict({"train": {"recompute": old}}).train.recompute == new

@@ -150,8 +150,12 @@ BAD = {
     '{"id": "a", "input": "Q"}': "output: missing, text is needed",
     '{"id": "a", "input": "Q", "output": 7}': "output: 7 given, text is needed",
     '{"id": "a", "input": " ", "output": "x"}': "input: ' ' given, text is needed",
-    '{"id": "a", "input": "Q\\ud800", "output": "x"}': r"input: not Unicode text \(half of a surr",
-    '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': "pid: 'c_0' again, first at .*:1",
+    '{"id": "a", "input": "Q\\ud800", "output": "x"}': (
+        r"input: not Unicode text \(half of a surrogate pair\)"
+    ),
+    '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': (
+        "pid: 'c_0' again, first at .*train.jsonl:1"
+    ),
 }
 
 

@@ -252,12 +252,14 @@ def test_mistakes_are_one_line():
         build.check_device(load(["trainer.accelerator=cpu"]))
         with pytest.raises(
             UserError,
-            match=r"train\.compile: true given, but no C\+\+ compiler .* or leave it false$",
+            match=r"train\.compile: true given, but no C\+\+ compiler is found here; .* or leave "
+            r"it false$",
         ):
             build.check_device(load(keys))
     with pytest.raises(
         UserError,
-        match=r"train\.compile: true given, .*\.sharding is zero2, .* strategy\.sharding=none$",
+        match=r"train\.compile: true given, but strategy\.sharding is zero2, .* "
+        r"strategy\.sharding=none$",
     ):
         load([*keys, "trainer.strategy=layer_pipeline", "strategy.sharding=zero2"])
 

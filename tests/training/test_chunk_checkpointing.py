@@ -200,7 +200,8 @@ def test_mistakes_are_one_line(keys, line):
 def test_old_values_in_a_conf_file_are_named_with_their_place(tmp_path):
     (tmp_path / "base.yaml").write_text("")
     (tmp_path / "old.yaml").write_text("train:\n  recompute: true\n")
-    line = r"train\.recompute: true given \(.*old\.yaml:2\), allowed: none \(once false\), cell"
+    line = r"train\.recompute: true given \(.*old\.yaml:2\), allowed: none \(once false\), "
+    line += r"cell \(once true\)"
     with pytest.raises(UserError, match=line):
         load(["conf=old"], conf_dir=tmp_path)
 

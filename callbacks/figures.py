@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from comet_pl.files import as_png, replace_file
 from comet_pl.training.lit_module import CometModule
@@ -12,8 +14,10 @@ from comet_pl.training.lit_module import CometModule
 
 def show_figure(module: CometModule, tag: str, figure: Figure, file: Path | None = None) -> None:
     """Writes a figure to TensorBoard under its tag, and to `file`; for rank 0."""
+    picture = as_png(figure)
     if file is not None:
-        replace_file(file, as_png(figure), "run.root")
+        replace_file(file, picture, "run.root")
     if module.logger is not None:
         writer = module.logger.experiment  # type: ignore[attr-defined]
-        writer.add_figure(tag, figure, global_step=module.global_step)
+        pixels = imread(io.BytesIO(picture))[..., :3]
+        writer.add_image(tag, pixels, global_step=module.global_step, dataformats="HWC")

@@ -80,8 +80,12 @@ def save_folder(folder: Path, *parts: Any) -> None:
 
 
 def as_png(figure: Figure) -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.image import imsave
+
+    canvas, picture = FigureCanvasAgg(figure), io.BytesIO()
+    canvas.draw()  # savefig draws a figure with a layout engine twice
+    imsave(picture, canvas.buffer_rgba(), format="png")
     return picture.getvalue()
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.support.models import FAMILIES, text, tiny
@@ -46,44 +45,44 @@ def test_one_memory_answers_in_beams_and_samples():
 
 
 CONTINUE = """
-import json, torch
+import json, pathlib, torch
 from transformers import AutoModelForCausalLM
 import comet_pl
 from comet_pl import CometCache
-model = AutoModelForCausalLM.from_pretrained({folder!r}, dtype=torch.float64)
-cache = CometCache.load({file!r})
-answers = []
-for question in ({questions!r}):
-    fork, columns = cache.clone(), cache.get_seq_length() + len(question[0])
-    ids, mask = torch.tensor(question), torch.ones(2, columns, dtype=torch.long)
-    settings = dict(past_key_values=fork, max_new_tokens=16, do_sample=False)
-    out = model.generate(ids, attention_mask=mask, **settings)
-    answers.append(out[:, ids.shape[1]:].tolist())
+answers = {{}}
+for folder in pathlib.Path({root!r}).iterdir():
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    cache, answers[folder.name] = CometCache.load(folder / "memory"), []
+    for question in {questions!r}:
+        fork, columns = cache.clone(), cache.get_seq_length() + len(question[0])
+        ids, mask = torch.tensor(question), torch.ones(2, columns, dtype=torch.long)
+        settings = dict(past_key_values=fork, max_new_tokens=16, do_sample=False)
+        out = model.generate(ids, attention_mask=mask, **settings)
+        answers[folder.name].append(out[:, ids.shape[1]:].tolist())
 print(json.dumps(answers))
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_memory_on_disk_goes_on_in_another_process(family, tmp_path):
+def test_memories_on_disk_continue_in_another_process(tmp_path):
     """Saved, loaded elsewhere, cloned twice and continued differently = never interrupted."""
-    model, document = tiny(family), text(2, 33)
-    model.save_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model(document, use_cache=True, logits_to_keep=1).past_key_values.save(
-            tmp_path / "memory.safetensors"
-        )
+    models, document = {family: tiny(family) for family in FAMILIES}, text(2, 33)
+    for family, model in models.items():
+        model.save_pretrained(tmp_path / family)
+        with torch.no_grad():
+            cache = model(document, use_cache=True, logits_to_keep=1).past_key_values
+        cache.save(tmp_path / family / "memory")
     questions = [text(2, n, seed=n).tolist() for n in (3, 8)]
-    root = Path(__file__).parents[2]
-    script = CONTINUE.format(
-        folder=str(tmp_path / "model"),
-        file=str(tmp_path / "memory.safetensors"),
-        questions=questions,
-    )
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, cwd=root
+        [sys.executable, "-c", CONTINUE.format(root=str(tmp_path), questions=questions)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        cwd=Path(__file__).parents[2],
     )
     assert done.returncode == 0, done.stderr
-    for question, answer in zip(questions, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        ids = torch.cat([document, torch.tensor(question)], 1)
-        uninterrupted = model.generate(ids, max_new_tokens=16, do_sample=False)[:, ids.shape[1] :]
-        assert answer == uninterrupted.tolist()
+    answers = json.loads(done.stdout.splitlines()[-1])
+    for family, model in models.items():
+        for question, answer in zip(questions, answers[family], strict=True):
+            ids = torch.cat([document, torch.tensor(question)], 1)
+            whole = model.generate(ids, max_new_tokens=16, do_sample=False)
+            assert answer == whole[:, ids.shape[1] :].tolist(), family

@@ -71,18 +71,27 @@ def test_decoding_is_one_set_of_graphs_for_ever(family, compiled, either_attenti
     )  # text; with a compression token; the roll-over's two steps
 
 
-def test_reading_and_training_compile_too(compiled, either_attention):
+@pytest.mark.parametrize(
+    ("either_attention", "chunks"),
+    [
+        ("kernels", 3),
+        pytest.param("kernels", 6, marks=pytest.mark.slow),
+        pytest.param("formula", 6, marks=pytest.mark.slow),
+    ],
+    indirect=["either_attention"],
+)
+def test_reading_and_training_compile_too(chunks, compiled, either_attention):
     """Whole chunks into full memory, without and with gradients; a real autograd trace."""
-    ids = text(2, 36)
+    ids = text(2, 6 * chunks)
     results = []
     for compile_it in (False, True):
         model = tiny(layers=1, **OPTIONS)
         if compile_it:
             compiled(model, "aot_eager")
         with torch.no_grad():
-            cache = model(ids, chunk_sizes=[6] * 6, use_cache=True).past_key_values
+            cache = model(ids, chunk_sizes=[6] * chunks, use_cache=True).past_key_values
             logits = model(ids[:, :12], chunk_sizes=[6, 6], past_key_values=cache).logits
-        model.train()(ids, labels=ids, chunk_sizes=[6] * 6).loss.backward()
+        model.train()(ids, labels=ids, chunk_sizes=[6] * chunks).loss.backward()
         results.append((logits, {name: p.grad for name, p in model.named_parameters()}))
     torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
 

@@ -41,3 +41,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished training of four steps, evaluated."""
+    from tests.support.trained import run
+
+    return run(tmp_path_factory.mktemp("runs"), "trained")

@@ -26,7 +26,7 @@ from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.experiment.run_folder import plan_run
 from data.batches import ResumableLoader, pad_rows, validation_loader
 from tests.support.tiny_data import write_events, write_scrolls, write_traces
-from tests.support.tiny_runs import ROOT, TINY, command, same_run, train
+from tests.support.tiny_runs import ROOT, TINY, command, same_run
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
 slow = pytest.mark.slow
@@ -339,9 +339,8 @@ def killed_equals_straight(tmp_path, conf, keys, *more, kills=1):
     """Kills a run at random moments, resumes it after each, and compares it with one that was left
     alone."""
     draw, killed = random.Random(), tmp_path / conf / "killed"
-    runpy.run_path(str(ROOT / "train.py"))["main"](
-        [f"run.root={tmp_path}", "run.name=straight", *keys]
-    )
+    train_here = runpy.run_path(str(ROOT / "train.py"))["main"]
+    train_here([f"run.root={tmp_path}", "run.name=straight", *keys])
     keys = [*keys, *more, "resume=true"]
     while kills:
         moment = draw.randint(1, 21), draw.uniform(0, 0.05)
@@ -350,7 +349,8 @@ def killed_equals_straight(tmp_path, conf, keys, *more, kills=1):
             continue
         if draw.random() < 0.5:  # start anew now and then: a resumed run has fewer moments left
             killed.rename(killed.with_name(f"old{kills}"))
-    train(tmp_path, "killed", *keys)
+    time.sleep(1)  # TensorBoard orders files by the second in their names
+    train_here([f"run.root={tmp_path}", "run.name=killed", *keys])
     same_run(tmp_path / conf / "straight", killed)
 
 

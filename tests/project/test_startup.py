@@ -26,6 +26,7 @@ HEAVY = [
     "torch.distributed.fsdp",
 ]
 HEAVY += ["transformers.modeling_utils", "transformers.generation.utils"]
+HEAVY += ["comet_pl.model.modeling_comet", "lightning.pytorch.trainer"]
 
 
 def python(code: str, *arguments: str) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -88,17 +86,3 @@ def test_types_are_ignored_only_where_they_are_checked():
     assert re.search(
         rf"^TYPED := {' '.join(SOURCES)}$", (ROOT / "Makefile").read_text(), re.MULTILINE
     )
-
-
-@pytest.mark.parametrize(
-    ("statement", "absent"),
-    [
-        ("import data.passkey", ["comet_pl.model.modeling_comet", "lightning.pytorch.trainer"]),
-        ("import comet_pl", ["comet_pl.model.modeling_comet", "lightning"]),
-        ("import comet_pl.config.load", ["comet_pl.model.modeling_comet", "lightning"]),
-    ],
-)
-def test_an_import_loads_no_more_than_it_needs(statement: str, absent: list[str]):
-    code = f"{statement}; import sys; print([m for m in {absent!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr

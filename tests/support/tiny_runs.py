@@ -3,7 +3,6 @@ the place of the first."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,15 +29,6 @@ TINY = [
 def command(root: Path, name: str, *keys: str) -> list[str]:
     """train.py in a process of its own; keys: TINY and others."""
     return [sys.executable, "train.py", f"run.root={root}", f"run.name={name}", *keys]
-
-
-def train(root: Path, name: str, *keys: str, timeout: int = 120) -> str:
-    """Runs the command to its end; returns what it printed on both streams."""
-    done = subprocess.run(
-        command(root, name, *keys), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")

@@ -21,6 +21,7 @@ from comet_pl import sweep
 from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment import sweep_table
+from tests.support.models import FEW
 from tests.support.tiny_runs import ROOT, TINY
 
 SMALL = [
@@ -73,9 +74,10 @@ def test_a_list_is_swept_unless_the_key_takes_it(argument, items):
     assert sweep.list_items(*argument.split("=", 1)) == items
 
 
+@FEW
 @given(
-    st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
-    st.lists(st.floats(1e-6, 1), min_size=1, max_size=4, unique=True),
+    st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True),
+    st.lists(st.floats(1e-6, 1), min_size=1, max_size=2, unique=True),
 )
 def test_the_runs_are_what_train_py_makes_of_each_point(sizes, rates):
     _, runs = sweep.plan([f"model.global_size={sizes}", f"train.lr={rates}"])

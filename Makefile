@@ -24,10 +24,10 @@ train: setup
 	$(BIN)/python train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-full: setup
-	HYPOTHESIS_PROFILE=wide $(BIN)/python -m pytest -q -n $(WORKERS) $(ARGS)
+	HYPOTHESIS_PROFILE=wide $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

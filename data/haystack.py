@@ -2,7 +2,6 @@
 
 It has no digits, so that a passkey has no rival.
 """
-# ruff: noqa: SIM905 - lists of words read better as text
 
 from __future__ import annotations
 

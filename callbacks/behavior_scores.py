@@ -1,7 +1,5 @@
 """val/accuracy and the figure val/by_age: right answers about behaviour, by age of the evidence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

@@ -5,8 +5,6 @@ between a step and its validation (a resumed run then leaves that validation out
 may save half a step.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Where a callback's figure goes."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 A warning says where gates no longer decide anything. Legend: L layers, T chunks of a text, n rows.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 They show the loss by position in the document, at each validation.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 They show what the memories hold and who attends to them.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

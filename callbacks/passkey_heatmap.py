@@ -1,7 +1,5 @@
 """val/accuracy and the figure val/heatmap: how often passkeys are found, by depth and length."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

@@ -1,7 +1,5 @@
 """val/predictions and monitor/predictions-<step>.jsonl: the answers to a validation's examples."""
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from pathlib import Path

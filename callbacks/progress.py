@@ -1,7 +1,5 @@
 """The progress bar: steps of max_steps, loss, tokens/s, time left."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

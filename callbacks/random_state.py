@@ -1,7 +1,5 @@
 """Each rank's random states go into a checkpoint and come back when training resumes."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """TensorBoard events straight in the run's folder, and the configuration in them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

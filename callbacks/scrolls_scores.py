@@ -1,7 +1,5 @@
 """val/<task>: SCROLLS' official score of a few questions, answered at each validation."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

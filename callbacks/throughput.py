@@ -1,7 +1,5 @@
 """train/tokens_per_s, train/padding, train/tflops, train/mfu and memory/peak_gb."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -1,7 +1,5 @@
 """Users' mistakes: one clear line on stderr, exit code 2, no traceback."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import signal

@@ -5,8 +5,6 @@ and separately trained rows are merged into plain weights. CometForCausalLM.from
 loads the result; after `import comet_pl`, so does AutoModelForCausalLM.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from comet_pl.errors import Parser, run_cli

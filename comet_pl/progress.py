@@ -1,7 +1,5 @@
 """The progress bar of whatever reads tokens."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

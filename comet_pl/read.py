@@ -4,8 +4,6 @@ The memory has the same size for a page and for a million tokens; python -m come
 questions from it. --help lists the options.
 """
 
-from __future__ import annotations
-
 import codecs
 import sys
 import time

@@ -22,8 +22,6 @@ Beside the folders: <name>.md and <name>.png (mean over seeds ± standard deviat
 line a run).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import hashlib

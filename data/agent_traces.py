@@ -11,8 +11,6 @@ its farthest needed value, as the call needs all of them; None without one, and 
 call.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

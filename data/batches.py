@@ -1,7 +1,5 @@
 """What every data.kind shares: padded batches, loaders that resume exactly, and shards."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence

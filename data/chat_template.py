@@ -3,8 +3,6 @@
 before | the user's words | after | the model's answer | between | the user's words | after ...
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jinja2

@@ -1,7 +1,5 @@
 """The LightningDataModule of every data.kind."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning

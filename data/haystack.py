@@ -3,8 +3,6 @@
 It has no digits, so that a passkey has no rival.
 """
 
-from __future__ import annotations
-
 import random
 
 NOUNS = """sun moon star sky wind rain snow sea lake hill tree leaf farm field road town house door

@@ -1,7 +1,5 @@
 """Rows of jsonl files, plain or compressed, one at a time; complaints name file and line."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

@@ -11,8 +11,6 @@ cannot be taken apart like this is refused.
 A tool call is text, whoever makes it: see data/tool_calls.py. Further keys of messages are ignored.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ function of the step, so training resumes exactly. The loss is on the five digit
 token. Each digit is one token, whatever the tokenizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -10,8 +10,6 @@ Several rows of one id are further references of one question: each is a row in 
 evaluation accepts all of them.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -5,8 +5,6 @@ hub. The input is the question, a blank line and the document (gov_report and su
 document alone).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path

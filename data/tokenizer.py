@@ -1,7 +1,5 @@
 """The tokenizer of a decoder from scratch, and what data ask of any tokenizer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -5,8 +5,6 @@
 </tool_call>
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any, NamedTuple
 

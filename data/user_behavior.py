@@ -1,7 +1,5 @@
 """Questions about users' behaviour: a history of events as text, a question, a computed answer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial

@@ -9,8 +9,6 @@ work: processor time of both (the fastest round and the median) and the quotient
 the median over rounds with its quartiles. A machine that others use slows both sides of a round.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import statistics

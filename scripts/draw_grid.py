@@ -1,7 +1,5 @@
 """Draws docs/images/grid_of_cells.png, the picture of the method: python -m scripts.draw_grid"""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from matplotlib.axes import Axes

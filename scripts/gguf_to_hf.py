@@ -4,8 +4,6 @@ python -m scripts.gguf_to_hf FILE FOLDER; `make smollm2` calls it. The weights a
 float32 once, so that later loading takes seconds.
 """
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 import zipfile

@@ -5,8 +5,6 @@ TYPE_CHECKING count like all others. The table "Walls" of docs/architecture.md s
 may import.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import statistics

@@ -1,8 +1,6 @@
 """Set up for every test: one thread a process, reproducible hypothesis runs, GPU tests only where
 there is a GPU."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

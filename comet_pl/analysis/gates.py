@@ -1,7 +1,5 @@
 """The gates on one text, by layer and chunk. Legend: L layers, T chunks of the text."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ Legend: m global slots, n temporary slots, d width. S is a layer's state, G = S 
 global memory and T its temporary memory (comet_pl/model/memory.py).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -6,8 +6,6 @@ before, after and between are the frame of the tokenizer's chat template (data/c
 The document is the beginning of the user's first message.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

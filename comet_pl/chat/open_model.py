@@ -1,7 +1,5 @@
 """What read and ask start from: any decoder or CoMeT with its tokenizer, and a memory file."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

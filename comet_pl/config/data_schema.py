@@ -1,7 +1,5 @@
 """The data section, one class for each data.kind; schema.py has the other sections."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from comet_pl.config.key import key

@@ -1,7 +1,5 @@
 """What `--help` prints."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import shutil

@@ -1,7 +1,5 @@
 """A key of the schema: a dataclass field with its meaning and its rules."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from typing import Any
 

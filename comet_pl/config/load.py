@@ -6,8 +6,6 @@ rules.py has what is possible beyond a type. Every mistake is a UserError of one
 nor Lightning is imported here, so that `--help` and the message about a typo come soon.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path

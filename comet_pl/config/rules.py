@@ -1,7 +1,5 @@
 """Which values of a key are possible, and what is allowed in words. OmegaConf checks the types."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import types

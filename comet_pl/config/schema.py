@@ -4,8 +4,6 @@
 and the command line; rules.py explains the rules. Neither torch nor Lightning is imported.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

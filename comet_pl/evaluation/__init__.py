@@ -4,8 +4,6 @@ Files are replaced after each length, task or trace, so that an interrupted eval
 it has (comet_pl/evaluation/results.py).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a model would do in agents' traces, turn by turn, with a memory that is carried along."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

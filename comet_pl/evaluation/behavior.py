@@ -1,7 +1,5 @@
 """Questions about users' behaviour: the history through the memory, its end, or retrieval."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from comet_pl.config.schema import Config, UserBehaviorData

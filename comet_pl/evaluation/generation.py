@@ -1,7 +1,5 @@
 """Prompts in, greedy answers out: what all evaluations share."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Passkeys found, by length and depth."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

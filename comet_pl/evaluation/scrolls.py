@@ -1,7 +1,5 @@
 """SCROLLS' official scores, and the option that the model finds likeliest."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 It holds config.yaml (resolved), TensorBoard events, checkpoints/, monitor/, eval/, predictions/.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import shutil

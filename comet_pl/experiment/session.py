@@ -1,7 +1,5 @@
 """One training from its configuration to its evaluation: build, fit, and how it ends."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 

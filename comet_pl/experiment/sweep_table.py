@@ -1,8 +1,6 @@
 """What the runs of a sweep found, side by side: a table on the screen, in Markdown and as CSV, and
 a plot."""
 
-from __future__ import annotations
-
 import csv
 import fnmatch
 import io

@@ -5,8 +5,6 @@ tool, by the call (data/tool_calls.py): the tool's name, and name and arguments 
 are given by turn distance (data/agent_traces.py) and by the turn's number. Shares are from 0 to 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ that the answer needs. A count, a most frequent item or a total needs all the ev
 made of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ The position of a target is the chunk, counted from the document's first, of the
 predicted from. What lies in earlier chunks is known through the memory alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Passkey accuracy by length and depth, and its picture."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A metric that keeps a row of numbers for each example."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

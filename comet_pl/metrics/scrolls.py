@@ -15,8 +15,6 @@ question. As with the official scorer, the ids of both must be the same. --allow
 questions without a prediction as answered with nothing, and counts them.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import io

@@ -6,8 +6,6 @@ Legend: B rows, H query heads, H' key/value heads, h head width, W own tokens, L
 uniform chunk the last W columns are the own tokens.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

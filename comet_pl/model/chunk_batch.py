@@ -11,8 +11,6 @@ If all rows do the same, a UniformChunk selects by slices. Else a RaggedChunk ga
 what a row lacks stands at a column, or in an entry, that is never read.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Legend: B rows, N columns of input_ids, W own tokens (padded), M memory slots, L
 m global slots, n compression tokens that enter.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

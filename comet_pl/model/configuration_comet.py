@@ -1,7 +1,5 @@
 """CometConfig: a backbone's configuration plus the memory's."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

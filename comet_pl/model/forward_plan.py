@@ -4,8 +4,6 @@ are wanted.
 Legend: B rows, N columns of input_ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral

@@ -1,7 +1,5 @@
 """What tells whether a cache and a model belong together."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

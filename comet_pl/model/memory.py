@@ -7,8 +7,6 @@ Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
     new = RMSNorm(X) + W_up' W_down' RMSNorm(X)
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

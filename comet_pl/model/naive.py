@@ -10,8 +10,6 @@ Legend: B rows of equal length, N text tokens, W own tokens of a chunk, d width,
 s stride, K temporary capacity.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

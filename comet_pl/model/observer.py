@@ -1,7 +1,5 @@
 """What a forward pass shows to instruments, apart from what it computes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which kind of folder a path is, and the authors' checkpoints in."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Legend: m global slots, n temporary slots, W own tokens of a chunk, L key column
 H' key/value heads, h head width, d width, Q queries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple

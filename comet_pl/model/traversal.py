@@ -4,8 +4,6 @@ A cell needs the hidden states of (t, i - 1) and the memory of (t - 1, i), nothi
 therefore compute the same; the chunk-major one is the specification.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Protocol
 

@@ -5,8 +5,6 @@ A run is consecutive chunks of a window. Run k of a text is on rank k mod P, cou
 windows, so that memory only ever goes to the next rank of a ring.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -20,8 +20,6 @@ ours: n times less idle time for n times as many messages. layer_stages is only 
 (simulate.py).
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Ranks form a mesh of data x pipeline: rank d * P + p has index p in pipeline d. 
 pipeline read the same rows, each its own chunks of them; pipelines read different rows.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ keeps a connection to rank 0 and sends a heartbeat over it; rank 0 tells all who
 calls would have no time limit. Rank 0 listens on a port of its own, as gloo and NCCL do.
 """
 
-from __future__ import annotations
-
 import os
 import selectors
 import socket

@@ -10,8 +10,6 @@ the chunk before.
 Legend: B rows, m global slots, E entries of a temporary memory, d width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -22,8 +22,6 @@ token, theta_i the rotary frequencies, D how many tokens back, d the head's widt
 It needs an initializer_range of about 1 / sqrt(hidden_size).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """CometModule: one optimizer step a loader batch, read in windows of chunks."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any, Protocol, runtime_checkable

@@ -1,7 +1,5 @@
 """Parameter groups, the learning rate's schedule, and gradients summed over ranks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

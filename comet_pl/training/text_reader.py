@@ -1,8 +1,6 @@
 """How a process takes part in a training step: which texts it reads, how, and with whom it sums
 gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial

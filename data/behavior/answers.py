@@ -1,7 +1,5 @@
 """Answers to questions about events, computed from all or some of the events."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 

@@ -3,8 +3,6 @@
 All functions are pure: the generator decides everything.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

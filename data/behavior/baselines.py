@@ -1,7 +1,5 @@
 """What methods without memory see of a question's window: its end, or what retrieval finds."""
 
-from __future__ import annotations
-
 import logging
 
 import numpy as np

@@ -3,8 +3,6 @@
 Each line is tokenised on its own, so that an event's place in tokens is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 

@@ -24,8 +24,6 @@ of the class's candidates. Before that only the answer is drawn, if it can be ba
 are equally likely, and so are all counts up to 9 that the window allows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

@@ -13,8 +13,6 @@ price. An item table (item, description) is optional.
     numbers   Quantities are whole numbers; prices are kept exactly to four decimals.
 """
 
-from __future__ import annotations
-
 import math
 from array import array
 from dataclasses import dataclass, fields

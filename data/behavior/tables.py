@@ -1,7 +1,5 @@
 """Rows of a table in a jsonl, csv or parquet file, one at a time."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The batches of all corpora of texts: sources of samples in, packed and chunk-planned rows out."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -11,8 +11,6 @@ Legend: n tokens of the text, C chunk size, M max_length of a text, s compressio
 a list of sizes from 1 to C that sum to n. The caller makes the generator from (seed, epoch, index).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -6,8 +6,6 @@ samples are packed into rows of the batch and shuffled. The first rows of a wind
 batch. One pass of the loader is the whole training, over any number of epochs of the data.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice

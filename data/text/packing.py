@@ -7,8 +7,6 @@ from .8 to 1: within half a percent of the waste of longest first, with new comp
 Rows, and the documents of each row, are then put into random order.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 

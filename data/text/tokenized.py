@@ -4,8 +4,6 @@ A source gives rows and turns a row into a sample. Both ways hold a few rows in 
 of any size. Worker processes encode; the rows keep their order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

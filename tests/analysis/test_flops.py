@@ -1,7 +1,5 @@
 """Operation counts against torch's own counter and by hand; floors; train/tflops."""
 
-from __future__ import annotations
-
 import lightning
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Mean gates of one text, by layer and chunk, against the gates caught as they are made."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The accuracy on questions about behaviour that validation shows."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

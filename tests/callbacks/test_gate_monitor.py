@@ -1,7 +1,5 @@
 """gate/...: the gates of real tokens only, chunk by chunk; figures; collapsed gates are named."""
 
-from __future__ import annotations
-
 import math
 import warnings
 

@@ -1,7 +1,5 @@
 """Loss by position in the document: against a loop over tokens, with any padding and packing."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

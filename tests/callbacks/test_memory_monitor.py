@@ -1,7 +1,5 @@
 """The memories' report: against the model's own attention, planted states and the cache."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 

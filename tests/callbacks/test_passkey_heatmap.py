@@ -1,7 +1,5 @@
 """The validation's accuracy on passkeys."""
 
-from __future__ import annotations
-
 import torch
 
 from callbacks.passkey_heatmap import exact_match

@@ -1,7 +1,5 @@
 """A validation's answers as files and text; nothing is predicted twice."""
 
-from __future__ import annotations
-
 import json
 import runpy
 from types import SimpleNamespace

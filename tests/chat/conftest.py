@@ -1,7 +1,5 @@
 """A tiny model, its tokenizer, and a book that read has read."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

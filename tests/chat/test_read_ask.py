@@ -1,7 +1,5 @@
 """read and ask: from one process to another, what a conversation holds, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """What read and ask refuse, in one line each."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 

@@ -1,7 +1,5 @@
 """python -m comet_pl.export: plain weights that compute what the checkpoint computed."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

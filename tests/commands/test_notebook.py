@@ -1,7 +1,5 @@
 """notebooks/evaluate.ipynb: clean in git, thin, and shows what a run of each kind has."""
 
-from __future__ import annotations
-
 import ast
 import importlib
 import json

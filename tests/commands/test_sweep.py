@@ -1,8 +1,6 @@
 """Sweeps: which runs a grid has, what is refused, and that a killed sweep goes on to the same
 table."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

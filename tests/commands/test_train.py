@@ -1,8 +1,6 @@
 """train.py and its run folder: what it writes, what it refuses, and a trained model back from a
 checkpoint."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -1,7 +1,5 @@
 """A trained model back from a checkpoint or a folder, and what is refused."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

@@ -1,7 +1,5 @@
 """The configuration: what is merged in which order, and one clear line for every mistake."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The confs and families of the project."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

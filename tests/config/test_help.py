@@ -1,7 +1,5 @@
 """What --help prints, and how a mistake ends a command."""
 
-from __future__ import annotations
-
 import dataclasses
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """eval.py's configuration, and what a Config becomes: dicts, yaml, pickles, older versions."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Agent traces: which files and rows, split by task, filters that count, turn distance."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """The frame of a chat template: what the tokenizer itself renders around the texts."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Messages to tokens, with loss on the assistant's texts and stop tokens and nothing else."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SCROLLS rows: what is kept, cut, labelled, merged, skipped and refused."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import lzma

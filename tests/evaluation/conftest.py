@@ -1,7 +1,5 @@
 """Evaluation without its pictures."""
 
-from __future__ import annotations
-
 import pytest
 
 from comet_pl.evaluation.results import Results

@@ -1,7 +1,5 @@
 """The agent conf: reading turn by turn with a carried memory, and runs from train.py to a table."""
 
-from __future__ import annotations
-
 import json
 import re
 

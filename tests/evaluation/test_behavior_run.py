@@ -1,7 +1,5 @@
 """conf=user_behavior from train.py to its table."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Evaluation: what the model answers, what is counted, what is written; and eval.py's arguments."""
 
-from __future__ import annotations
-
 import csv
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Which checkpoint a path names."""
 
-from __future__ import annotations
-
 import pytest
 
 from comet_pl.errors import UserError

@@ -1,7 +1,5 @@
 """A run that resumes keeps the configuration that it was started with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

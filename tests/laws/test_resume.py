@@ -1,8 +1,6 @@
 """Law 7: a run that is killed anywhere and resumed ends bit for bit as if it had never been
 killed."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -1,7 +1,5 @@
 """Scores of an agent's next turn: equality as JSON, perplexity, the buckets of turn distance."""
 
-from __future__ import annotations
-
 import json
 import math
 

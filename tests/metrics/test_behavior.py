@@ -1,7 +1,5 @@
 """Accuracy by kind and age of the evidence, its table and its picture."""
 
-from __future__ import annotations
-
 import io
 import json
 

@@ -1,7 +1,5 @@
 """Passkey cells, their means, and the picture."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """SCROLLS' official scores against known values, an independent computation, and batching."""
 
-from __future__ import annotations
-
 import io
 import json
 import lzma

@@ -1,7 +1,5 @@
 """Slots in full, the readable reference, compute what the model computes."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st

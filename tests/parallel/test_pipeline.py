@@ -1,8 +1,6 @@
 """Law 3 over several processes: a pipeline's loss, gradients and memory are those of one
 process."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 

@@ -1,8 +1,6 @@
 """train.py under trainer.strategy=layer_pipeline: the same run as on one device; how it ends, and
 what it refuses."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Cuts of a window into spans: the best of all cuts, even ones, quick ones; mistakes of numbers."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

@@ -1,7 +1,5 @@
 """Schedules of a pipeline: small timelines by hand, closed formulas, laws of every simulation."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import re

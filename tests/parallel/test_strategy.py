@@ -1,7 +1,5 @@
 """LayerPipelineStrategy in a Trainer: all meshes and shardings train alike; checkpoints fit all."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, field
 from functools import partial

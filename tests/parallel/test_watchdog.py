@@ -3,8 +3,6 @@
 Nothing else ends a rank.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """What the documentation names exists."""
 
-from __future__ import annotations
-
 import ast
 import re
 from dataclasses import fields

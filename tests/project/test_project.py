@@ -1,7 +1,5 @@
 """The project's own files agree with each other: dependencies, pins, packages, make targets."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """A start loads what it needs; benchmarks/loading/startup.py counts the seconds."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

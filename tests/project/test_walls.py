@@ -1,7 +1,5 @@
 """The layout holds: no import circle, the walls of docs/architecture.md, lengths, types, paths."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """read and ask on a tiny model: how tests call them, and what they have to answer."""
 
-from __future__ import annotations
-
 import io
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Small models to evaluate, and their answers by whole forward passes."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
 

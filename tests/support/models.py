@@ -1,7 +1,5 @@
 """Tiny random models and texts for the laws."""
 
-from __future__ import annotations
-
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st

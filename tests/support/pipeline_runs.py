@@ -1,7 +1,5 @@
 """train.py on one device in this process, and on several ranks in processes of their own."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import signal

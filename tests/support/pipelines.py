@@ -1,8 +1,6 @@
 """A text that one process reads, and the ranks of pipelines: the same loss, gradients and
 memory."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any

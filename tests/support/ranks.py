@@ -1,8 +1,6 @@
 """Runs functions in several processes with a gloo group: fresh ones, or ones shared by many
 tests."""
 
-from __future__ import annotations
-
 import ctypes
 import io
 import multiprocessing

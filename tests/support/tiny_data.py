@@ -1,7 +1,5 @@
 """Small folders of data of each kind; each function returns the folder that it writes."""
 
-from __future__ import annotations
-
 import json
 import random
 from datetime import datetime, timedelta

@@ -1,8 +1,6 @@
 """The tiny run that several tests make by train.py's arguments; a key given again after these takes
 the place of the first."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """train.py in this process, on a model of a few weights."""
 
-from __future__ import annotations
-
 import runpy
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Batches, the training of a tiny model on them, and gradients to compare with."""
 
-from __future__ import annotations
-
 import copy
 
 import lightning

@@ -1,8 +1,6 @@
 """train.recompute=chunk: full backpropagation's gradients in the memory of a chunk and
 boundaries."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given

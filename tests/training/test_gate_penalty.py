@@ -1,7 +1,5 @@
 """train.gate_pull and train.gate_entropy: the formula's gradient, however a batch is read."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 

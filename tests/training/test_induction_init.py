@@ -1,8 +1,6 @@
 """A decoder from scratch that starts with lookups: its heads before any training, and what it
 learns in a few steps."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.functional import cross_entropy

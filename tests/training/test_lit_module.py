@@ -1,8 +1,6 @@
 """The training step: gradients that add up, clipping, skipped steps, precisions, groups,
 validation."""
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -1,7 +1,5 @@
 """What learns, bit for bit; the head's share of the new rows; counts; merged weights are plain."""
 
-from __future__ import annotations
-
 import copy
 import re
 

@@ -1,7 +1,5 @@
 """Windows are the rows cut at chunks; micro-batches keep what belongs to a row."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 

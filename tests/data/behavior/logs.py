@@ -1,7 +1,5 @@
 """Small event logs, and pandas' answers to questions about them."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import gzip

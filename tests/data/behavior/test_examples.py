@@ -1,7 +1,5 @@
 """Histories as text, and examples whose answers pandas derives again from the question's words."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Event logs out of files: every format, and every row and file that cannot be used."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

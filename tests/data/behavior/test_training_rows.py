@@ -1,7 +1,5 @@
 """Training rows of user behaviour: several questions a window, and histories made of real ones."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Chunk plans: sizes, places, the authors' mixtures, sentence ends."""
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """Samples cached or streamed, and their batches: exact order and resume; documents apart."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

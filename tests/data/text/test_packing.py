@@ -1,7 +1,5 @@
 """Packing: every document once, little padding, and documents that see only themselves."""
 
-from __future__ import annotations
-
 import time
 
 import numpy as np

@@ -6,7 +6,9 @@ rules.py has what is possible beyond a type. Every mistake is a UserError of one
 nor Lightning is imported here, so that `--help` and the message about a typo come soon.
 """
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -138,7 +140,7 @@ def merge(layers: list[Layer], conf: str | None) -> Config:
     """One Config from layers, the last one first in rank."""
     kind, layers = data_kind(layers)
     schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
-    root = structured(schemas)
+    root = copy.deepcopy(defaults(kind))
     places, written = {"conf": ""}, dict[str, Any]()
     for layer in layers:
         for key, value in leaves(layer, schemas, kind):
@@ -158,14 +160,16 @@ def merge(layers: list[Layer], conf: str | None) -> Config:
     return config
 
 
-def structured(schemas: Mapping[str, Any]) -> DictConfig:
-    """The defaults as OmegaConf's typed nodes, open for values."""
-    fields = [
-        (one.name, schemas[one.name], dataclasses.field(default_factory=schemas[one.name]))
-        if dataclasses.is_dataclass(schemas[one.name])
-        else (one.name, schemas[one.name], one.default)
-        for one in dataclasses.fields(Config)
-    ]
+@functools.cache
+def defaults(kind: str) -> DictConfig:
+    """The defaults with this data.kind as OmegaConf's typed nodes, open for values."""
+    schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
+    fields: list[Any] = []
+    for one in dataclasses.fields(Config):
+        schema = schemas[one.name]
+        section = dataclasses.is_dataclass(schema)
+        default = dataclasses.field(default_factory=schema) if section else one.default
+        fields.append((one.name, schema, default))
     root = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
     for name, schema in schemas.items():
         # Frozen classes make read-only nodes.

@@ -99,6 +99,7 @@ def test_the_benchmark_writes_seconds_and_verdicts(tmp_path: Path, monkeypatch: 
     }
 
 
+@pytest.mark.slow
 def test_the_first_step_is_reached_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -35,10 +35,8 @@ KEYS = [
     "train.lr=1e-3",
     "train.warmup_steps=3",
 ]
-LONG = [
-    "trainer.max_steps=60",
-    "trainer.val_check_interval=30",
-]  # still on its way when a test has seen its tenth step
+# Still on its way when a test has seen its tenth step.
+LONG = ["trainer.max_steps=40", "trainer.val_check_interval=20"]
 ENDLESS = ["trainer.max_steps=100000", "checkpoint.every_steps=null"]
 STRATEGY = ["trainer.strategy=layer_pipeline", f"strategy.timeout={TIMEOUT}"]
 ONE = ["trainer.devices=1", "trainer.strategy=auto"]

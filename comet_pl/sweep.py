@@ -15,11 +15,10 @@ changing fastest. All other arguments are train.py's, the same in all runs, and
   --dry-run             prints the grid, and which runs are finished, and ends
 
 Each run is train.py in a process of its own, in the folder <run.root>/<conf>/<values>-<digest of
-its configuration>, its output in a .log
-beside it. The same command goes on where a sweep was stopped or killed: finished runs are not
-repeated, others go on from their checkpoint.
-Beside the folders: <name>.md and <name>.png (mean over seeds ± standard deviation), <name>.csv (one
-line a run).
+its configuration>, with its output in a .log file beside it. The same command continues a sweep
+that was stopped or killed: finished runs stay, the others continue from their checkpoints. Beside
+the folders: <name>.md and <name>.png (mean over seeds ± standard deviation), <name>.csv (a line a
+run).
 """
 
 import dataclasses
@@ -50,7 +49,7 @@ from comet_pl.progress import PLAIN
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 DONE = "sweep.json"  # in a run's folder, once it is finished
-OWN = {"run.name": "a sweep names its runs itself", "resume": "a sweep goes on by itself"}
+OWN = {"run.name": "a sweep names its runs itself", "resume": "a sweep resumes by itself"}
 SINGLE = ("conf", "run.root")
 
 
@@ -257,7 +256,7 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                     console.print(f"  all it said: {run.log}", **PLAIN)
             time.sleep(0.05)
     except KeyboardInterrupt:
-        console.print("stopping: the runs save a checkpoint; the same command goes on", **PLAIN)
+        console.print("stopping: the runs save a checkpoint; the same command continues", **PLAIN)
         for process in running:
             process.wait()
         raise
@@ -291,8 +290,7 @@ def main(argv: list[str]) -> None:
         sweep_table.write(runs[0].folder.parent / settings.name, found, settings.metrics, console)
     if failed:
         console.print(
-            f"{len(failed)} of {len(runs)} runs are not finished; the same command goes on with "
-            "them",
+            f"{len(failed)} of {len(runs)} runs are not finished; the same command continues them",
             **PLAIN,
         )
         raise SystemExit(1)

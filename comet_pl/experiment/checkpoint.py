@@ -196,7 +196,7 @@ def _misfit(config: Config, trained: Mapping[str, Any], error: ValueError) -> st
     keys = (
         f"data.kind={config.data.kind} and its keys"
         if config.data.kind != trained["data"]["kind"]
-        else "the keys that shall change"
+        else "the keys to change"
     )
     return (
         f"conf={config.conf}: is for another model than this checkpoint's, which was trained with "

@@ -37,7 +37,7 @@ def run_session(config: Config, argv: list[str]) -> None:
     trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
     if trainer.is_global_zero:
         run.create()
-        start = f"goes on from step {run.step}" if run.checkpoint else "starts"
+        start = f"continues from step {run.step}" if run.checkpoint else "starts"
         print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
         if config.train.compile:
             print(

@@ -175,7 +175,7 @@ class UniformChunk(Chunk):
 class RaggedChunk(Chunk):
     """Rows differ, or some rest: gathers, scatters and a mask."""
 
-    continues: bool  # some row's open chunk goes on, or waits
+    continues: bool  # some row's open chunk grows, or waits
     first_rows: Tensor  # (B,)
     closing: Tensor  # (B,) rows that close
     compression: Tensor | None  # (B, n) where the entering compression tokens stand in W

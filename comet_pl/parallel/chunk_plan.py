@@ -1,7 +1,7 @@
 """Which rank reads which chunks of a batch, and what it receives and sends. All ranks know the
 whole plan beforehand.
 
-A run is consecutive chunks of a window. Run k of a text is on rank k mod P, counted through all
+A span is consecutive chunks of a window. Span k of a text is on rank k mod P, counted through all
 windows, so that memory only ever goes to the next rank of a ring.
 """
 
@@ -18,16 +18,16 @@ Slots = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Run:
+class Span:
     """Consecutive chunks of a window, for one rank to read."""
 
     number: int  # counted through the windows
     window: int
     part: Window | None  # None: a relay, which sends the memory as it was received
     clocks: list[RowClock]  # of each row at its start
-    receives: Slots  # from the run before
-    sends: Slots  # to the run after; none after the last run
-    # It sends back a gradient of what it receives: it or a later run of its window has targets.
+    receives: Slots  # from the span before
+    sends: Slots  # to the span after; none after the last span
+    # It sends back a gradient of what it receives: it or a later span of its window has targets.
     live_in: bool = False
     live_out: bool = False  # it gets a gradient of what it sends
     last: bool = False  # of the text
@@ -40,8 +40,8 @@ class Run:
 
 def plan_text(
     config: CometConfig, windows: Sequence[Window], schedule: str, ranks: int, aligned: bool = False
-) -> list[Run]:
-    """All runs of a text, in order.
+) -> list[Span]:
+    """All spans of a text, in order.
 
     Args:
         aligned: each window begins on the first rank; relays fill the ranks in between.
@@ -49,12 +49,12 @@ def plan_text(
     default = config.compression_stride or NO_STRIDE
     rows = windows[0].plans if windows else []
     clocks = [RowClock(stride=row.stride or default) for row in rows]
-    plan: list[Run] = []
+    plan: list[Span] = []
 
     def add(window: int, part: Window | None) -> None:
         nonlocal clocks
         after = clocks if part is None else _after(config, clocks, part)
-        plan.append(Run(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
+        plan.append(Span(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
         clocks = after
 
     for number, window in enumerate(windows):

@@ -1,7 +1,6 @@
-"""A batch that several ranks read: each reads its own runs of chunks and sends a layer's memory on
-as soon as it is written.
+"""A batch that several ranks read: each its own spans of chunks.
 
-Every rank has the whole batch, and reads only its own part of it.
+A layer's memory goes to the next rank as soon as it is written. Every rank has the whole batch.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel import p2p
-from comet_pl.parallel.chunk_plan import Run, Slots, plan_text
+from comet_pl.parallel.chunk_plan import Slots, Span, plan_text
 from comet_pl.parallel.sharding import Shards
 from comet_pl.training.windows import Window
 
@@ -41,8 +40,8 @@ class Pipeline:
         self.ring, self.index, self.ranks = ring, index, ranks
         self.schedule = schedule if ranks > 1 else "layer_level"
         self.shards: Shards | None = None
-        self.cache: CometCache | None = None  # after the last run that this rank has read
-        self.holds_last = False  # whether that was the text's last run
+        self.cache: CometCache | None = None  # after the last span that this rank has read
+        self.holds_last = False  # whether that was the text's last span
 
     def read(
         self,
@@ -51,7 +50,7 @@ class Pipeline:
         num_items: int,
         keep_cache: bool = False,
     ) -> Iterator[Tensor | None]:
-        """Reads this rank's runs; yields for each window its part of the loss, or None if there is
+        """Reads this rank's spans; yields for each window its part of the loss, or None if there is
         nothing to backpropagate.
 
         The caller backpropagates a loss before it asks for the next: gradients of the memory travel
@@ -59,20 +58,20 @@ class Pipeline:
 
         Args:
             num_items: divides the summed loss.
-            keep_cache: leave the memory after the text in `cache`, on the rank of the last run.
+            keep_cache: leave the memory after the text in `cache`, on the rank of the last span.
         """
         self.cache, self.holds_last = None, False
         layerwise = self.shards if self.shards is not None and self.shards.layerwise else None
         aligned = layerwise is not None
         plan = plan_text(model.config, windows, self.schedule, self.ranks, aligned)
-        own: list[list[Run]] = [[] for _ in windows]
-        for run in plan[self.index :: self.ranks]:
-            own[run.window].append(run)
+        own: list[list[Span]] = [[] for _ in windows]
+        for span in plan[self.index :: self.ranks]:
+            own[span.window].append(span)
         # zero3: data-parallel ranks gather every layer together, also those that have less to read.
         # They have the same index in their pipelines and windows. What a shorter text lacks are a
-        # window's last runs, whose backward passes come first: no rank waits for itself.
-        ahead = [sum(run.part is not None for run in mine) for mine in own]
-        back = [sum(run.learns for run in mine) for mine in own]
+        # window's last spans, whose backward passes come first: no rank waits for itself.
+        ahead = [sum(span.part is not None for span in mine) for mine in own]
+        back = [sum(span.learns for span in mine) for mine in own]
         spare = layerwise.spare(ahead, back) if layerwise is not None else [(0, 0)] * len(own)
         for w, (visits_ahead, visits_back) in enumerate(spare):
             mine = own[w] if w < len(own) else []
@@ -85,43 +84,43 @@ class Pipeline:
             self.ring.flush()
 
     def _window(
-        self, model: CometForCausalLM, mine: list[Run], num_items: int, keep_cache: bool
+        self, model: CometForCausalLM, mine: list[Span], num_items: int, keep_cache: bool
     ) -> Tensor | None:
-        """Reads this rank's runs of a window."""
+        """Reads this rank's spans of a window."""
         layers, losses = len(model.model.layers), []
         desk = None if self.ring is None else self._desk(self.ring, model, mine)
         transport, traversal = model.transport, model.traversal
         try:
             model.traversal = TRAVERSAL[self.schedule]
-            for run in mine:
-                if run.part is None:
+            for span in mine:
+                if span.part is None:
                     assert desk is not None
-                    desk.relay(layers if any(run.sends) else 0)
+                    desk.relay(layers if any(span.sends) else 0)
                     continue
-                past = CometCache.at(run.clocks, layers, model.fingerprint)
+                past = CometCache.at(span.clocks, layers, model.fingerprint)
                 if desk is not None:
-                    model.transport = partial(RunTransport, desk, run)
+                    model.transport = partial(SpanTransport, desk, span)
                 elif self.cache is not None:
                     past = self.cache.detach()
-                with torch.set_grad_enabled(run.learns):
+                with torch.set_grad_enabled(span.learns):
                     output = model(
-                        **run.part.inputs(),
+                        **span.part.inputs(),
                         past_key_values=past,
-                        use_cache=keep_cache or not run.last,
+                        use_cache=keep_cache or not span.last,
                         num_items_in_batch=num_items,
                     )
-                self.cache, self.holds_last = output.past_key_values, run.last
+                self.cache, self.holds_last = output.past_key_values, span.last
                 losses.append(output.loss)
         finally:
             model.transport, model.traversal = transport, traversal
-        if not any(run.learns for run in mine):
+        if not any(span.learns for span in mine):
             return None
         loss = torch.stack(losses).sum()
         if desk is not None and desk.ties:
             return p2p.tie(loss, desk.ties, desk.gradients)
         return loss if loss.requires_grad else None
 
-    def _desk(self, ring: p2p.Ring, model: CometForCausalLM, mine: list[Run]) -> Desk:
+    def _desk(self, ring: p2p.Ring, model: CometForCausalLM, mine: list[Span]) -> Desk:
         layers, like = len(model.model.layers), model.model.embed_tokens.weight
         together = layers if self.schedule == "chunk_level" else 1
 
@@ -129,15 +128,18 @@ class Pipeline:
             filled = [sum(slots) for slots in memories if any(slots)]
             return [(len(mine[0].clocks), n, like.shape[1]) for n in filled for _ in range(layers)]
 
-        received = shapes(run.receives for run in mine)
-        back = shapes(run.sends for run in reversed(mine) if run.live_out)
+        received = shapes(span.receives for span in mine)
+        back = shapes(span.sends for span in reversed(mine) if span.live_out)
         inbox = p2p.Inbox(ring.from_previous, like, received, together)
         inbox.open()
         return Desk(ring, inbox, p2p.Inbox(ring.gradient_from_next, like, back, together))
 
 
 class Desk:
-    """Receives and sends the memories of a window's runs. ties: what the loss has to be tied to."""
+    """Receives and sends the memories of a window's spans.
+
+    ties: what the loss has to be tied to.
+    """
 
     def __init__(self, ring: p2p.Ring, inbox: p2p.Inbox, gradients: p2p.Inbox):
         self.ring, self.inbox, self.gradients, self.ties = ring, inbox, gradients, list[Tensor]()
@@ -148,18 +150,18 @@ class Desk:
             self.ring.to_next.send(self.inbox.take())
 
 
-class RunTransport:
-    """The transport of a run (see comet_pl.model.traversal.Transport): memory comes from the run
-    before and goes to the run after."""
+class SpanTransport:
+    """The transport of a span (see comet_pl.model.traversal.Transport): memory comes from the span
+    before and goes to the span after."""
 
-    def __init__(self, desk: Desk, run: Run, memories: list[LayerMemory]):
-        self.desk, self.run, self.memories = desk, run, memories
+    def __init__(self, desk: Desk, span: Span, memories: list[LayerMemory]):
+        self.desk, self.span, self.memories = desk, span, memories
 
     def receive(self, layer: int) -> LayerMemory:
-        desk, held, (m, t) = self.desk, self.memories[layer], self.run.receives
+        desk, held, (m, t) = self.desk, self.memories[layer], self.span.receives
         if not m + t:
             return held
-        if self.run.live_in:
+        if self.span.live_in:
             message = p2p.receive(desk.inbox, desk.ring.gradient_to_previous)
             desk.ties.append(message)
         else:
@@ -174,7 +176,7 @@ class RunTransport:
         return held
 
     def send(self, layer: int, memory: LayerMemory) -> None:
-        desk, (m, t) = self.desk, self.run.sends
+        desk, (m, t) = self.desk, self.span.sends
         self.memories[layer] = memory
         if not m + t:
             return
@@ -185,7 +187,7 @@ class RunTransport:
         ]
         # cat copies: a message in flight must not change.
         message = torch.cat(parts, 1).to(desk.inbox.like.dtype)
-        if self.run.live_out:
+        if self.span.live_out:
             desk.ties.append(p2p.send(message, desk.ring.to_next, desk.gradients))
         else:
             desk.ring.to_next.send(message.detach())

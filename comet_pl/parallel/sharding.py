@@ -106,18 +106,18 @@ class Shards:
 
     def visit(self, times: int, backward: bool) -> None:
         """zero3: gathers all layers so many times without using them, while other data-parallel
-        ranks read a run or run its backward pass."""
+        ranks read a span or do its backward pass."""
         order = range(len(self.cells))
         for layer in [*(reversed(order) if backward else order)] * times:
             self.cells[layer].unshard()
             self._enter(layer)
 
     def spare(self, ahead: list[int], back: list[int]) -> list[tuple[int, int]]:
-        """zero3: for each window, how many runs more than this rank some data-parallel rank reads,
+        """zero3: for each window, how many spans more than this rank some data-parallel rank reads,
         and has a backward pass of.
 
         Args:
-            ahead, back: this rank's runs of each window. Others may have more windows.
+            ahead, back: this rank's spans of each window. Others may have more windows.
         """
         count = torch.tensor(len(ahead), device=self.device)
         dist.all_reduce(count, dist.ReduceOp.MAX, self.data)

@@ -1,4 +1,4 @@
-"""Sweeps: which runs a grid has, what is refused, and that a killed sweep goes on to the same
+"""Sweeps: which runs a grid has, what is refused, and that a killed sweep continues to the same
 table."""
 
 import json
@@ -335,9 +335,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, quick, monkeyp
     assert shown.count("failed: gate=") == 2
     assert "exit code 1: error: this seed is unlucky" in shown
     assert f"all it said: {root / 'passkey'}" in shown
-    assert (
-        shown.splitlines()[-1] == "2 of 4 runs are not finished; the same command goes on with them"
-    )
+    assert shown.splitlines()[-1] == "2 of 4 runs are not finished; the same command continues them"
     assert tables(root)[0].splitlines()[2:4] == ["| scalar | 1.000 |", "| none | 1.500 |"]
     monkeypatch.delenv("FAILS")
     sweep.main(quick)
@@ -371,6 +369,6 @@ def test_a_sweep_of_real_runs_killed_in_the_middle_of_one_gives_the_same_table(t
     assert tables(killed) == tables(straight)
     assert "passkey/48" in tables(killed)[0] and "val/loss" in tables(killed)[0]
     begun = sweep.plan([f"run.root={killed}", *argv])[1][1]
-    assert [path for path in killed.rglob("*.log") if "goes on from step" in path.read_text()] == [
-        begun.log
-    ]
+    assert [
+        path for path in killed.rglob("*.log") if "continues from step" in path.read_text()
+    ] == [begun.log]

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import Cache
 
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, pending_tokens
-from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.configuration_comet import CometConfig, buffer_dtype, wide
 
 
 class TooLittleMemory(ValueError, MemoryError):
@@ -128,7 +128,7 @@ class CometCache(Cache):
         if len(self.rows) != batch:
             raise ValueError(wrong_rows(len(self.rows), batch))
         if like is not None and self.preallocated and self.memories:
-            held = next((t for t in self.memories[0] if t is not None), like)
+            held = like if self.memories[0].keys is None else self.memories[0].keys
             for what, own, model in (
                 ("on", held.device, like.device),
                 ("of", held.dtype, like.dtype),
@@ -237,8 +237,13 @@ class CometCache(Cache):
         In another precision the model's weights differ too: they are no longer compared with those
         that made the memory.
         """
-        new = self._copy(lambda t: t.detach().to(device=device, dtype=dtype, copy=True))
-        if dtype is not None and any(t.dtype != dtype for t in self._tensors()):
+        new = self._copy(lambda t: t.detach().to(device=device, copy=True))
+        if dtype is not None:
+            for i, memory in enumerate(new.memories):
+                held = {name: t for name, t in memory._asdict().items() if t is not None}
+                cast = {name: t.to(buffer_dtype(name, dtype)) for name, t in held.items()}
+                new.memories[i] = memory._replace(**cast)
+        if [t.dtype for t in new._tensors()] != [t.dtype for t in self._tensors()]:
             new.model = new.weights = None
         return new
 
@@ -303,6 +308,11 @@ class CometCache(Cache):
             cache.memories = [
                 LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields))
                 for i in range(facts["layers"])
+            ]
+            # Former versions kept S in the model's precision.
+            cache.memories = [
+                m if m.state is None else m._replace(state=m.state.to(wide(m.state.dtype)))
+                for m in cache.memories
             ]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
             numbers = [value for row in facts["rows"] for value in row.values()]
@@ -392,7 +402,7 @@ def _fill(
         # An open chunk may have outgrown C (rollover=false).
         if old is not None and old.shape[axis] > shape[axis]:
             shape = tuple(old.shape)
-        buffers[name] = torch.zeros(shape, dtype=dtype, device=device)
+        buffers[name] = torch.zeros(shape, dtype=buffer_dtype(name, dtype), device=device)
         if old is not None:
             buffers[name].narrow(axis, 0, old.shape[axis]).copy_(old)
     return LayerMemory(**buffers)

@@ -184,7 +184,7 @@ class Cell(nn.Module):
         return memory._replace(state=state, temporary=temporary, pending=pending)
 
     def adapt(self, owner: GlobalMemory | TemporaryMemory, x: Tensor) -> Tensor:
-        """Through the owner's residual adapter, or the layer's shared one."""
+        """Through the owner's residual adapter, or the layer's shared one, in its dtype."""
         adapter = self.adapter if owner.adapter is None else owner.adapter
         assert adapter is not None
-        return adapter(x)
+        return adapter(x.to(adapter.down_proj.weight.dtype))

@@ -41,6 +41,20 @@ def check_keys(comet: dict[str, Any]) -> None:
             raise ValueError(f"comet[{key!r}]: no such key; known: {', '.join(sorted(KEYS))}")
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The precision of S and its gate in a model of this dtype: float32 at least.
+
+    S is written once a chunk with a gate near 1. In bfloat16 gates above 0.998 are 1, and small
+    changes of S are lost.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def buffer_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a cache's tensor (a key of `cache_shapes`) in a model of this dtype."""
+    return wide(dtype) if name == "state" else dtype
+
+
 class CometConfig(PretrainedConfig):
     """What a CoMeT is (paper's notation in brackets).
 
@@ -215,10 +229,14 @@ class CometConfig(PretrainedConfig):
         """Bytes of a CometCache for `batch` texts of any length, known beforehand.
 
         Args:
+            dtype: the model's; S is float32 at least.
             stride: the least of its rows', if they have their own.
         """
-        elements = sum(math.prod(shape) for shape in self.cache_shapes(batch, stride).values())
-        return elements * dtype.itemsize * self.backbone_config.num_hidden_layers
+        shapes = self.cache_shapes(batch, stride)
+        layer = sum(
+            math.prod(shape) * buffer_dtype(name, dtype).itemsize for name, shape in shapes.items()
+        )
+        return layer * self.backbone_config.num_hidden_layers
 
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None

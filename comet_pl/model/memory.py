@@ -10,9 +10,10 @@ Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.configuration_comet import CometConfig, wide
 
 
 class ResidualAdapter(nn.Module):
@@ -51,7 +52,10 @@ class Gate(nn.Module):
 
     def forward(self, candidate: Tensor, previous: Tensor) -> Tensor:
         both = torch.cat([candidate, previous], dim=-1)
-        return torch.sigmoid(self.proj(both if self.scalar else self.down_proj(both)))
+        if not self.scalar:
+            both = F.linear(both, self.down_proj.weight.to(both.dtype))
+        bias = None if self.proj.bias is None else self.proj.bias.to(both.dtype)
+        return torch.sigmoid(F.linear(both, self.proj.weight.to(both.dtype), bias))
 
 
 class GlobalMemory(nn.Module):
@@ -74,20 +78,21 @@ class GlobalMemory(nn.Module):
     def write(
         self, readout: Tensor, previous: Tensor | None, first: Tensor | None = None
     ) -> Tensor:
-        """The new state S (B, m, d).
+        """The new state S (B, m, d), in float32 at least, autocast or not.
 
         Args:
             previous: S after the chunk before; None in a first chunk.
             first: (B,) rows in their first chunk, if others are not.
         """
-        candidate = self.norm(readout)
+        candidate = self.norm(readout).to(wide(readout.dtype))
         if previous is None or self.gate is None:
             return candidate
-        g = self.gate(candidate, previous)
-        self.last_gate = g.detach()
-        if self.penalty is not None:
-            g = self.penalty(g)
-        state = g * previous + (1 - g) * candidate
+        with torch.autocast(readout.device.type, enabled=False):
+            g = self.gate(candidate, previous)
+            self.last_gate = g.detach()
+            if self.penalty is not None:
+                g = self.penalty(g)
+            state = g * previous + (1 - g) * candidate
         return state if first is None else torch.where(first[:, None, None], candidate, state)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from comet_pl.model.cache import CometCache, LayerMemory
+from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel import p2p
 from comet_pl.parallel.chunk_plan import Slots, Span, plan_text
@@ -121,28 +122,32 @@ class Pipeline:
         return loss if loss.requires_grad else None
 
     def _desk(self, ring: p2p.Ring, model: CometForCausalLM, mine: list[Span]) -> Desk:
-        layers, like = len(model.model.layers), model.model.embed_tokens.weight
+        layers, weight = len(model.model.layers), model.model.embed_tokens.weight
+        rows, width = len(mine[0].clocks), weight.shape[1]
+        like = weight.new_empty(0, dtype=wide(weight.dtype))
         together = layers if self.schedule == "chunk_level" else 1
 
         def shapes(memories: Iterable[Slots]) -> list[tuple[int, int, int]]:
             filled = [sum(slots) for slots in memories if any(slots)]
-            return [(len(mine[0].clocks), n, like.shape[1]) for n in filled for _ in range(layers)]
+            return [(rows, n, width) for n in filled for _ in range(layers)]
 
         received = shapes(span.receives for span in mine)
         back = shapes(span.sends for span in reversed(mine) if span.live_out)
         inbox = p2p.Inbox(ring.from_previous, like, received, together)
         inbox.open()
-        return Desk(ring, inbox, p2p.Inbox(ring.gradient_from_next, like, back, together))
+        gradients = p2p.Inbox(ring.gradient_from_next, like, back, together)
+        return Desk(ring, inbox, gradients, weight.dtype)
 
 
 class Desk:
     """Receives and sends the memories of a window's spans.
 
-    ties: what the loss has to be tied to.
+    Messages have S's precision. dtype: the model's. ties: what the loss has to be tied to.
     """
 
-    def __init__(self, ring: p2p.Ring, inbox: p2p.Inbox, gradients: p2p.Inbox):
-        self.ring, self.inbox, self.gradients, self.ties = ring, inbox, gradients, list[Tensor]()
+    def __init__(self, ring: p2p.Ring, inbox: p2p.Inbox, gradients: p2p.Inbox, dtype: torch.dtype):
+        self.ring, self.inbox, self.gradients, self.dtype = ring, inbox, gradients, dtype
+        self.ties = list[Tensor]()
 
     def relay(self, messages: int) -> None:
         """Sends so many messages on as they come."""
@@ -166,7 +171,8 @@ class SpanTransport:
             desk.ties.append(message)
         else:
             message = desk.inbox.take()
-        new = LayerMemory(message[:, :m] if m else None, message[:, m:] if t else None)
+        temporary = message[:, m:].to(desk.dtype) if t else None
+        new = LayerMemory(message[:, :m] if m else None, temporary)
         if held.state is None and held.temporary is None:
             return new
         # A call without gradients has buffers and writes to them.
@@ -180,13 +186,14 @@ class SpanTransport:
         self.memories[layer] = memory
         if not m + t:
             return
+        like = desk.inbox.like
         parts = [
-            part[:, :n]
+            part[:, :n].to(like.dtype)
             for part, n in ((memory.state, m), (memory.temporary, t))
             if n and part is not None
         ]
         # cat copies: a message in flight must not change.
-        message = torch.cat(parts, 1).to(desk.inbox.like.dtype)
+        message = torch.cat(parts, 1)
         if self.span.live_out:
             desk.ties.append(p2p.send(message, desk.ring.to_next, desk.gradients))
         else:

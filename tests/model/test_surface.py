@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.model.cell import SUPPORTED
+from comet_pl.model.configuration_comet import buffer_dtype
 from tests.support.models import FAMILIES, VOCABULARY, backbone, text, tiny
 
 # ---- folders
@@ -136,9 +137,9 @@ def test_dtype_shards_and_attention_are_as_asked_for(kind, tmp_path):
         with torch.no_grad():
             out = model(text(1, 9), use_cache=True)
         assert out.logits.dtype == dtype and out.logits.isfinite().all()
-        assert {
-            t.dtype for memory in out.past_key_values.memories for t in memory if t is not None
-        } == {dtype}
+        for memory in out.past_key_values.memories:
+            for name, held in memory._asdict().items():
+                assert held is None or held.dtype == buffer_dtype(name, dtype)
 
 
 def test_gradient_checkpointing_flag_recomputes_every_cell():

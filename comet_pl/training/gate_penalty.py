@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from comet_pl.config.schema import TrainConfig
+from comet_pl.model.configuration_comet import wide
 from comet_pl.training.windows import IGNORED, Window
 
 
@@ -66,7 +67,7 @@ class _Penalised(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (g,) = ctx.saved_tensors
-        slope = ctx.penalty.slope(g.to(torch.promote_types(g.dtype, torch.float32)))
+        slope = ctx.penalty.slope(g.to(wide(g.dtype)))
         # The gradient of rows that rest, start afresh, or have no further target is exactly zero.
         learns = gradient.flatten(1).ne(0).any(1)[:, None, None]
         added = torch.where(learns, ctx.penalty.share * slope, 0.0)

@@ -15,6 +15,7 @@ from torchmetrics import SumMetric
 
 from comet_pl.config.schema import TrainConfig
 from comet_pl.errors import UserErrorOnAllRanks
+from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
@@ -96,7 +97,8 @@ class CometModule(lightning.LightningModule):
         targets = self._over_texts(sum(w.targets for windows in self.windows for w in windows))
         if self.gate_penalty is not None:
             self.gate_penalty.share = self._gate_share()
-        loss = torch.zeros((), device=self.device)
+        # Not in Lightning's default dtype, which is bfloat16 under bf16-true.
+        loss = torch.zeros((), dtype=wide(self.model.dtype), device=self.device)
         with self.reader.block_backward_sync():
             for windows in self.windows:
                 part = torch.zeros_like(loss)
@@ -122,7 +124,7 @@ class CometModule(lightning.LightningModule):
         """Of one gate in the penalty's mean over the step, times the loss's scale."""
         gates = self._over_texts(sum(map(count_gates, self.windows))) * len(self.model.gates)
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        dtype = torch.promote_types(self.model.dtype, torch.float32)
+        dtype = wide(self.model.dtype)
         return torch.tensor(scale / max(1, gates), dtype=dtype, device=self.device)
 
     def _sum_gradients(self) -> None:
@@ -139,10 +141,7 @@ class CometModule(lightning.LightningModule):
         unscaling, just before the step."""
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norms = [
-            torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32))
-            for p in parameters
-        ]
+        norms = [torch.linalg.vector_norm(p.grad, dtype=wide(p.dtype)) for p in parameters]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
         self.grad_norm = float(norm)

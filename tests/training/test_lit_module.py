@@ -155,6 +155,20 @@ def test_every_precision_learns(precision):
     assert model.lm_head.weight.dtype == dtype
 
 
+def test_the_losses_of_many_windows_are_summed_in_float32(monkeypatch):
+    losses, backward = [], CometModule.manual_backward
+
+    def manual_backward(self, loss):
+        losses.append(float(loss.detach()))
+        backward(self, loss)
+
+    monkeypatch.setattr(CometModule, "manual_backward", manual_backward)
+    model, options = tiny(dtype=torch.float32).bfloat16(), {"precision": "bf16-true"}
+    module, _ = fit(model, [ragged([300], 1.0)], trainer=options, bptt_chunks=1)
+    assert len(losses) == 60
+    assert logged(module) == pytest.approx(sum(losses), rel=1e-5)
+
+
 def test_a_loss_scale_that_is_too_large_is_found_out():
     with pytest.warns(UserWarning, match="step skipped"):
         module, _ = fit(tiny(dtype=torch.float32), [ragged([12, 20])] * 3, trainer=scaler(2.0**40))

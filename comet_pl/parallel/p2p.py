@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -61,14 +62,17 @@ class Ring:
     gradient_from_next: Channel
 
     @classmethod
-    def build(cls, pipelines: Sequence[Sequence[int]]) -> Ring:
-        """Makes the groups of all rings. Every rank of the world calls this with the same
-        pipelines, each a list of two or more ranks."""
+    def build(cls, pipelines: Sequence[Sequence[int]], timeout: timedelta | None = None) -> Ring:
+        """Makes the groups of all rings.
+
+        Every rank of the world calls this with the same pipelines, each a list of two or more
+        ranks. NCCL ends a rank whose message takes longer than `timeout` (None: torch's default).
+        """
         me, ends = dist.get_rank(), dict[str, Channel]()
         for ranks in pipelines:
             for source, target in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
-                memory: Any = dist.new_group([source, target])
-                gradient: Any = dist.new_group([source, target])
+                memory: Any = dist.new_group([source, target], timeout=timeout)
+                gradient: Any = dist.new_group([source, target], timeout=timeout)
                 if me == source:
                     ends["to_next"] = Channel(memory, target)
                     ends["gradient_from_next"] = Channel(gradient, target)

@@ -4,6 +4,7 @@ Ranks form a mesh of data x pipeline: rank d * P + p has index p in pipeline d. 
 pipeline read the same rows, each its own chunks of them; pipelines read different rows.
 """
 
+import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ from comet_pl.training.windows import Window
 NAME = "layer_pipeline"
 # For a rank that is alive but busy, as when it writes a large checkpoint.
 SLOWEST = timedelta(hours=1)
+SERIAL = ("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS")
+"""Environment variables whose 1 lets CUDA do one thing at a time."""
 
 
 class LayerPipelineStrategy(DDPStrategy, TextReader):
@@ -140,6 +143,14 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
                 f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: "
                 f"{only}",
             ),
+            *(
+                (
+                    backend == "nccl" and size > 1 and os.environ.get(name) == "1",
+                    f"{name}: 1 given in the environment, but a pipeline's messages travel while "
+                    "layers compute, and the run would hang; unset it",
+                )
+                for name in SERIAL
+            ),
         )
         for mistake, line in mistakes:
             if mistake:
@@ -149,6 +160,11 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         """Makes the process groups: all ranks, and the rings of neighbours."""
         self.check()
         super().setup_environment()
+        if dist.get_backend() == "nccl":
+            # Made at its first message, a communicator would block each rank of a ring for its
+            # neighbour.
+            world: Any = dist.group.WORLD
+            assert world.bound_device_id is not None, "NCCL was not initialized with its device"
         first = self.node_rank * self.num_processes
         speakers = range(first, first + self.num_processes)  # of this node
         advice = "Go on from the last checkpoint with resume=true."
@@ -161,7 +177,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
                 thread._child_processes = []  # type: ignore[attr-defined]
         size = self.pipeline_size
         rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
-        ring = Ring.build(rings) if size > 1 else None
+        ring = Ring.build(rings, SLOWEST) if size > 1 else None
         self.pipeline = Pipeline(ring, self.global_rank % size, size, self.schedule)
 
     def configure_ddp(self) -> None:

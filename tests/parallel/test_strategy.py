@@ -299,3 +299,15 @@ def test_what_cannot_be_run_is_refused_in_one_line(keys, match):
     lightning.Trainer(**QUIET, accelerator="cpu", devices=2, strategy=strategy)
     with pytest.raises(UserError, match=rf"^(strategy\.)?{match}$"):
         strategy.check()
+
+
+@pytest.mark.parametrize("name", ["CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS"])
+def test_an_environment_in_which_nccl_would_hang_is_refused(name, monkeypatch):
+    strategy = LayerPipelineStrategy(process_group_backend="nccl")
+    lightning.Trainer(**QUIET, accelerator="cpu", devices=2, strategy=strategy)
+    monkeypatch.setattr(LayerPipelineStrategy, "root_device", torch.device("cuda", 0))
+    monkeypatch.setenv(name, "8")
+    strategy.check()
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(UserError, match=f"^{name}: 1 given in the environment, .*; unset it$"):
+        strategy.check()

@@ -129,10 +129,8 @@ class CometCache(Cache):
             raise ValueError(wrong_rows(len(self.rows), batch))
         if like is not None and self.preallocated and self.memories:
             held = like if self.memories[0].keys is None else self.memories[0].keys
-            for what, own, model in (
-                ("on", held.device, like.device),
-                ("of", held.dtype, like.dtype),
-            ):
+            pairs = ("on", held.device, like.device), ("of", held.dtype, like.dtype)
+            for what, own, model in pairs:
                 if own != model:
                     raise ValueError(
                         f"past_key_values: a cache {what} {own} given, the model is {what} {model};"
@@ -146,8 +144,7 @@ class CometCache(Cache):
         """Raises ValueError unless a loaded cache has every row's entries in this model's sizes."""
         if len(self.memories) != config.backbone_config.num_hidden_layers:
             raise ValueError(f"past_key_values: damaged: it has {len(self.memories)} layers")
-        rows = len(self.rows)
-        shapes = config.cache_shapes(rows, least_stride(self.rows))
+        shapes = config.cache_shapes(len(self.rows), least_stride(self.rows))
         needed = dict.fromkeys(LayerMemory._fields, 0)
         for row in self.rows:
             keys = row.memory + row.own_tokens if row.fill else 0
@@ -160,14 +157,11 @@ class CometCache(Cache):
                 have = [0] if tensor is None else list(tensor.shape)
                 want = list(shapes[name]) if name in shapes else [0]
                 length = have.pop(axis) if len(have) > axis else 0
-                fits = tensor is None or (
-                    len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :]
-                )
-                if length < needed[name] or not fits:
+                same = len(have) == len(want) - 1 and have == want[:axis] + want[axis + 1 :]
+                if length < needed[name] or not (tensor is None or same):
                     shape = None if tensor is None else [*tensor.shape]
-                    raise ValueError(
-                        f"past_key_values: damaged: {name} of layer {i} has the shape {shape}"
-                    )
+                    found = f"{name} of layer {i} has the shape {shape}"
+                    raise ValueError(f"past_key_values: damaged: {found}")
 
     def functional_copy(self) -> CometCache:
         """A cache for a call with gradients: shares nothing that a later call could write to."""
@@ -216,10 +210,8 @@ class CometCache(Cache):
         return len(self.memories)
 
     def __repr__(self) -> str:
-        return (
-            f"CometCache(rows={len(self.rows)}, layers={len(self.memories)}, "
-            f"columns={self.columns}, nbytes={self.nbytes})"
-        )
+        sizes = f"rows={len(self.rows)}, layers={len(self.memories)}, columns={self.columns}"
+        return f"CometCache({sizes}, nbytes={self.nbytes})"
 
     def clone(self) -> CometCache:
         """An independent copy: what one reads, the other does not."""
@@ -305,14 +297,12 @@ class CometCache(Cache):
             with safe_open(path, framework="pt", device=str(device)) as file:
                 facts = json.loads((file.metadata() or {})["comet_cache"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            for name, tensor in tensors.items():
+                if name.endswith(".state"):  # former versions kept S in the model's precision
+                    tensors[name] = tensor.to(wide(tensor.dtype))
             cache.memories = [
                 LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields))
                 for i in range(facts["layers"])
-            ]
-            # Former versions kept S in the model's precision.
-            cache.memories = [
-                m if m.state is None else m._replace(state=m.state.to(wide(m.state.dtype)))
-                for m in cache.memories
             ]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
             numbers = [value for row in facts["rows"] for value in row.values()]

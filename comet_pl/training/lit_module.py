@@ -141,7 +141,10 @@ class CometModule(lightning.LightningModule):
         unscaling, just before the step."""
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
-        norms = [torch.linalg.vector_norm(p.grad, dtype=wide(p.dtype)) for p in parameters]
+        norms = [
+            torch.linalg.vector_norm(p.grad, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in parameters
+        ]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards
         self.grad_norm = float(norm)

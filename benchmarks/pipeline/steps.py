@@ -180,7 +180,7 @@ def ping(job, ring):
         inbound, outbound = ring.gradient_from_next, ring.to_next
     for _ in range(PINGS):
         start = time.perf_counter()
-        work, _ = inbound.post(message, message.shape)
+        work, _ = inbound.post(message)
         if first:
             outbound.send(message)
         work.wait()

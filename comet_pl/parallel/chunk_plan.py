@@ -1,12 +1,12 @@
-"""Which rank reads which chunks of a batch, and what it receives and sends. All ranks know the
-whole plan beforehand.
+"""Which rank reads which chunks of a batch, and what it receives and sends; all ranks know it.
 
 A span is consecutive chunks of a window. Span k of a text is on rank k mod P, counted through all
 windows, so that memory only ever goes to the next rank of a ring.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import pairwise
 
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens, plan_row
 from comet_pl.model.configuration_comet import CometConfig
@@ -17,12 +17,11 @@ Slots = tuple[int, int]
 """Global and temporary slots of a memory; rows that have fewer leave the rest unused."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Span:
     """Consecutive chunks of a window, for one rank to read."""
 
-    number: int  # counted through the windows
-    window: int
+    window: int  # its number
     part: Window | None  # None: a relay, which sends the memory as it was received
     clocks: list[RowClock]  # of each row at its start
     receives: Slots  # from the span before
@@ -50,24 +49,20 @@ def plan_text(
     rows = windows[0].plans if windows else []
     clocks = [RowClock(stride=row.stride or default) for row in rows]
     plan: list[Span] = []
-
-    def add(window: int, part: Window | None) -> None:
-        nonlocal clocks
-        after = clocks if part is None else _after(config, clocks, part)
-        plan.append(Span(len(plan), window, part, clocks, _slots(clocks), _slots(after)))
-        clocks = after
-
     for number, window in enumerate(windows):
-        for start, end in spans(schedule, chunk_costs(config, window), ranks):
-            add(number, window.part(start, end))
-        while aligned and number < len(windows) - 1 and len(plan) % ranks:
-            add(number, None)
-    for k in range(len(plan) - 1, 0, -1):
-        before, after = plan[k - 1], plan[k]
-        live = before.window == after.window and after.learns and any(before.sends)
-        plan[k - 1], plan[k] = replace(before, live_out=live), replace(after, live_in=live)
+        ends = spans(schedule, chunk_costs(config, window), ranks)
+        parts: list[Window | None] = [window.part(*pair) for pair in ends]
+        if aligned and number < len(windows) - 1:
+            parts += [None] * (-(len(plan) + len(parts)) % ranks)
+        for part in parts:
+            after = clocks if part is None else _after(config, clocks, part)
+            plan.append(Span(number, part, clocks, _slots(clocks), _slots(after)))
+            clocks = after
+    for later, span in pairwise(reversed(plan)):
+        live = span.window == later.window and later.learns and any(span.sends)
+        span.live_out = later.live_in = live
     if plan:
-        plan[-1] = replace(plan[-1], sends=(0, 0), last=True)
+        plan[-1].sends, plan[-1].last = (0, 0), True
     return plan
 
 

@@ -28,26 +28,20 @@ class Channel:
 
     group: dist.ProcessGroup
     peer: int  # the neighbour's rank in the world
-    sent: deque[tuple[dist.Work, Tensor]] = field(default_factory=deque)
+    sent: deque[tuple[Any, Tensor]] = field(default_factory=deque)
     seconds: float = 0.0  # spent waiting for messages
 
     def send(self, message: Tensor) -> None:
         """Starts to send; nothing may write to the tensor afterwards."""
         while self.sent and self.sent[0][0].is_completed():
             self.sent.popleft()
-        work = dist.isend(message, self.peer, self.group)
-        assert work is not None
-        self.sent.append((work, message))
+        self.sent.append((dist.isend(message, self.peer, self.group), message))
 
-    def post(self, like: Tensor, shape: Sequence[int]) -> tuple[dist.Work, Tensor]:
+    def post(self, message: Tensor) -> tuple[Any, Tensor]:
         """Starts to receive: (what to wait for, the tensor that the message will fill)."""
-        message = like.new_empty(shape)
-        work = dist.irecv(message, self.peer, self.group)
-        assert work is not None
-        return work, message
+        return dist.irecv(message, self.peer, self.group), message
 
     def flush(self) -> None:
-        """Waits until all that was sent has arrived."""
         while self.sent:
             self.sent.popleft()[0].wait()
 
@@ -105,7 +99,7 @@ class Inbox:
         self, channel: Channel, like: Tensor, shapes: Sequence[Sequence[int]], together: int = 1
     ):
         self.channel, self.like, self.shapes, self.together = channel, like, deque(shapes), together
-        self.posted: deque[tuple[dist.Work, Tensor]] = deque()
+        self.posted: deque[tuple[Any, Tensor]] = deque()
         self.arrived: deque[Tensor] = deque()
 
     def open(self) -> None:
@@ -128,7 +122,7 @@ class Inbox:
 
     def _post(self) -> None:
         for _ in range(min(self.together, len(self.shapes))):
-            self.posted.append(self.channel.post(self.like, self.shapes.popleft()))
+            self.posted.append(self.channel.post(self.like.new_empty(self.shapes.popleft())))
 
 
 def receive(inbox: Inbox, back: Channel) -> Tensor:

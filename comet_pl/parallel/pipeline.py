@@ -6,6 +6,7 @@ A layer's memory goes to the next rank as soon as it is written. Every rank has 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.traversal import LocalTransport
 from comet_pl.parallel import p2p
 from comet_pl.parallel.chunk_plan import Slots, Span, plan_text
 from comet_pl.parallel.sharding import Shards
@@ -62,9 +64,8 @@ class Pipeline:
             keep_cache: leave the memory after the text in `cache`, on the rank of the last span.
         """
         self.cache, self.holds_last = None, False
-        layerwise = self.shards if self.shards is not None and self.shards.layerwise else None
-        aligned = layerwise is not None
-        plan = plan_text(model.config, windows, self.schedule, self.ranks, aligned)
+        zero3 = self.shards if self.shards is not None and self.shards.layerwise else None
+        plan = plan_text(model.config, windows, self.schedule, self.ranks, zero3 is not None)
         own: list[list[Span]] = [[] for _ in windows]
         for span in plan[self.index :: self.ranks]:
             own[span.window].append(span)
@@ -73,13 +74,13 @@ class Pipeline:
         # window's last spans, whose backward passes come first: no rank waits for itself.
         ahead = [sum(span.part is not None for span in mine) for mine in own]
         back = [sum(span.learns for span in mine) for mine in own]
-        spare = layerwise.spare(ahead, back) if layerwise is not None else [(0, 0)] * len(own)
-        for w, (visits_ahead, visits_back) in enumerate(spare):
-            mine = own[w] if w < len(own) else []
+        spare = [(0, 0)] * len(own) if zero3 is None else zero3.spare(ahead, back)
+        own += [[] for _ in spare[len(own) :]]  # other texts may have more windows
+        for mine, (visits_ahead, visits_back) in zip(own, spare, strict=True):
             loss = self._window(model, mine, num_items, keep_cache) if mine else None
-            if layerwise is not None:
-                layerwise.visit(visits_ahead, backward=False)
-                layerwise.visit(visits_back, backward=True)
+            if zero3 is not None:
+                zero3.visit(visits_ahead, backward=False)
+                zero3.visit(visits_back, backward=True)
             yield loss
         if self.ring is not None:
             self.ring.flush()
@@ -87,7 +88,6 @@ class Pipeline:
     def _window(
         self, model: CometForCausalLM, mine: list[Span], num_items: int, keep_cache: bool
     ) -> Tensor | None:
-        """Reads this rank's spans of a window."""
         layers, losses = len(model.model.layers), []
         desk = None if self.ring is None else self._desk(self.ring, model, mine)
         transport, traversal = model.transport, model.traversal
@@ -96,7 +96,8 @@ class Pipeline:
             for span in mine:
                 if span.part is None:
                     assert desk is not None
-                    desk.relay(layers if any(span.sends) else 0)
+                    for _ in range(layers if any(span.sends) else 0):
+                        desk.ring.to_next.send(desk.inbox.take())
                     continue
                 past = CometCache.at(span.clocks, layers, model.fingerprint)
                 if desk is not None:
@@ -139,28 +140,23 @@ class Pipeline:
         return Desk(ring, inbox, gradients, weight.dtype)
 
 
+@dataclass
 class Desk:
-    """Receives and sends the memories of a window's spans.
+    """Receives and sends the memories of a window's spans."""
 
-    Messages have S's precision. dtype: the model's. ties: what the loss has to be tied to.
-    """
-
-    def __init__(self, ring: p2p.Ring, inbox: p2p.Inbox, gradients: p2p.Inbox, dtype: torch.dtype):
-        self.ring, self.inbox, self.gradients, self.dtype = ring, inbox, gradients, dtype
-        self.ties = list[Tensor]()
-
-    def relay(self, messages: int) -> None:
-        """Sends so many messages on as they come."""
-        for _ in range(messages):
-            self.ring.to_next.send(self.inbox.take())
+    ring: p2p.Ring
+    inbox: p2p.Inbox  # messages have S's precision
+    gradients: p2p.Inbox
+    dtype: torch.dtype  # the model's
+    ties: list[Tensor] = field(default_factory=list)  # what the loss has to be tied to
 
 
-class SpanTransport:
-    """The transport of a span (see comet_pl.model.traversal.Transport): memory comes from the span
-    before and goes to the span after."""
+class SpanTransport(LocalTransport):
+    """Memory comes from the span before and goes to the span after."""
 
     def __init__(self, desk: Desk, span: Span, memories: list[LayerMemory]):
-        self.desk, self.span, self.memories = desk, span, memories
+        super().__init__(memories)
+        self.desk, self.span = desk, span
 
     def receive(self, layer: int) -> LayerMemory:
         desk, held, (m, t) = self.desk, self.memories[layer], self.span.receives
@@ -182,16 +178,13 @@ class SpanTransport:
         return held
 
     def send(self, layer: int, memory: LayerMemory) -> None:
-        desk, (m, t) = self.desk, self.span.sends
-        self.memories[layer] = memory
-        if not m + t:
+        desk = self.desk
+        super().send(layer, memory)
+        if not any(self.span.sends):
             return
         like = desk.inbox.like
-        parts = [
-            part[:, :n].to(like.dtype)
-            for part, n in ((memory.state, m), (memory.temporary, t))
-            if n and part is not None
-        ]
+        sizes = zip((memory.state, memory.temporary), self.span.sends, strict=True)
+        parts = [part[:, :n].to(like.dtype) for part, n in sizes if n and part is not None]
         # cat copies: a message in flight must not change.
         message = torch.cat(parts, 1)
         if self.span.live_out:

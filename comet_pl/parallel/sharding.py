@@ -1,12 +1,10 @@
-"""Parameters, gradients and optimizer states cut into shards by FSDP2, at moments that suit a
-pipeline.
+"""Parameters, gradients and optimizer states in FSDP2's shards, at moments that suit a pipeline.
 
-FSDP2 by itself gathers and reduces at every call of a layer. Here each rank calls a layer as often
-as it has chunks, and a rank in the middle of its pipeline must not wait for another. So FSDP2's own
-moments are switched off, and these take their place:
+FSDP2 gathers and reduces at every call of a layer. Here each rank calls a layer as often as it has
+chunks, and a rank in the middle of its pipeline must not wait for another. So:
 
 - zero2: all weights are gathered when a step begins and the whole gradients reduced when it ends.
-  No rank waits in between, so that the shards lie on all ranks, those of a pipeline too.
+  No rank waits in between, so the shards lie on all ranks, those of a pipeline too.
 - zero3: one layer's weights are whole at a time. Only ranks of the same index in their pipelines
   can gather in the middle of it, so the shards lie on the data-parallel ranks (HSDP, replicated
   along the pipeline), and all of these gather equally often.
@@ -15,6 +13,7 @@ moments are switched off, and these take their place:
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from comet_pl.model.modeling_comet import CometForCausalLM
 
@@ -46,21 +45,18 @@ class Shards:
         self.whole: int | None = None  # the layer whose weights are whole, one by one
         for module in modules:
             fully_shard(module, mesh=mesh, reshard_after_forward=False)
-            # Gradients are summed, as the loss is already divided by all targets; and plainly: gloo
-            # does not know a sum with a factor of 1.0.
+            # A plain sum: the loss is divided by all targets, and gloo knows no factors.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
         self.root.set_requires_gradient_sync(False)
         self.root.set_reshard_after_backward(False)
         self.root._get_fsdp_state()._lazy_init()  # not at the first forward: a rank may have none
-        # No code writes to it.
+        # No code writes to them.
         views = ".*FSDP2-wrapped module .* returned a view tensor"
         warnings.filterwarnings("ignore", message=views)
         if layerwise:
             for layer, cell in enumerate(self.cells):
-                cell.register_forward_hook(
-                    lambda module, inputs, outputs, layer=layer: self._visited(layer, outputs)
-                )
+                cell.register_forward_hook(partial(self._visited, layer))
                 # Prefetches the next layer during this one. By itself, FSDP2 follows past calls.
                 cell.set_modules_to_forward_prefetch(self.cells[layer + 1 : layer + 2])
                 before = self.cells[layer - 1] if layer else self.root
@@ -69,17 +65,16 @@ class Shards:
     @classmethod
     def over(cls, model: CometForCausalLM, data: int, pipeline: int, layerwise: bool) -> Shards:
         """On the mesh of data x pipeline ranks (rank d * P + p)."""
-        kind, ranks = model.device.type, torch.arange(data * pipeline)
-        names: tuple[str, ...] = ("all",)
+        ranks, names = torch.arange(data * pipeline), ["all"]
         if layerwise:
-            ranks, names = ranks.view(data, pipeline).T, ("pipeline", "data")
-        return cls(model, DeviceMesh(kind, ranks, mesh_dim_names=names), layerwise)
+            ranks, names = ranks.view(data, pipeline).T, ["pipeline", "data"]
+        mesh = DeviceMesh(model.device.type, ranks, mesh_dim_names=tuple(names))
+        return cls(model, mesh, layerwise)
 
     # ---- weights
 
     def gather(self, all_layers: bool) -> None:
-        """Makes the weights outside the layers whole, and on demand those of all layers; every rank
-        calls it."""
+        """Makes the weights outside the layers whole, or all; every rank calls it."""
         self.one_by_one = not all_layers
         self.root.unshard()
         for cell in self.cells if all_layers else []:
@@ -91,7 +86,7 @@ class Shards:
             module.reshard()
         self.whole = None
 
-    def _visited(self, layer: int, outputs: Any) -> None:
+    def _visited(self, layer: int, cell: Any, inputs: Any, outputs: Any) -> None:
         """After each forward of a cell, and before its backward: a new layer replaces the whole
         one."""
         self._enter(layer)
@@ -139,9 +134,12 @@ class Shards:
             p.unsharded_param.grad is not None or p.unsharded_accumulated_grad is not None
             for p in parameters
         ]
-        somewhere = used_somewhere(mine, self.device)
-        for parameter, used, needed in zip(parameters, mine, somewhere, strict=True):
-            if needed and not used:  # all ranks have to reduce the same parameters
+        # All ranks reduce the same parameters. One without a gradient on any rank keeps None: zeros
+        # would move the optimizer's averages.
+        somewhere = torch.tensor(mine, dtype=torch.uint8, device=self.device)
+        dist.all_reduce(somewhere, dist.ReduceOp.MAX)
+        for parameter, used, needed in zip(parameters, mine, somewhere.tolist(), strict=True):
+            if needed and not used:
                 parameter.unsharded_param.grad = torch.zeros_like(parameter.unsharded_param)
         self.root.set_requires_gradient_sync(True)
         for group in groups:
@@ -161,24 +159,12 @@ class Shards:
         return groups
 
 
-def used_somewhere(here: list[bool], device: torch.device) -> list[bool]:
-    """Which parameters have a gradient on some rank. The others keep None: zeros would move the
-    optimizer's averages."""
-    flags = torch.tensor(here, dtype=torch.uint8, device=device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in flags.tolist()]
-
-
 # ---- what a checkpoint holds: whole tensors, as without shards
 
 
 def whole(value: Any) -> Any:
     """A state dict with every DTensor made whole, on the CPU; every rank calls it."""
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    if isinstance(value, DTensor):
-        return value.full_tensor().cpu()
-    return value
+    return tree_map_only(DTensor, lambda tensor: tensor.full_tensor().cpu(), value)
 
 
 def sharded_optimizer_state(

@@ -12,7 +12,7 @@ import argparse
 import math
 import shutil
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -56,16 +56,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What `simulate` finds. Tasks are in the order in which they start.
-
-    messages: between ranks, both ways; each is one layer's memory or one chunk's hidden states.
-    """
+    """What `simulate` finds."""
 
     schedule: str
     ranks: int
     layers: int
-    tasks: tuple[Task, ...]
-    messages: int
+    tasks: list[Task]  # in the order in which they start
+    messages: int  # between ranks, both ways: a layer's memory or a chunk's hidden states
 
     @property
     def makespan(self) -> float:
@@ -110,9 +107,8 @@ def simulate(
 ) -> Timeline:
     """Plays a window event by event.
 
-    A sender does not wait, and receives are posted ahead: a rank waits only for what has not
-    arrived. Messages from one rank to another are served one by one in the order of sending. The
-    head costs nothing.
+    A rank waits only for messages that have not arrived, never to send. Messages from one rank to
+    another are served one by one in the order of sending. The head costs nothing.
 
     Args:
         schedule: one of SIMULATED.
@@ -128,30 +124,27 @@ def simulate(
             more ranks than layers.
     """
     check_schedule(schedule, SIMULATED)
-    for name, count in (("ranks", ranks), ("layers", layers)):
-        check_count(name, count)
+    check_count("ranks", ranks)
+    check_count("layers", layers)
     if isinstance(chunks, int):
         check_count("chunks", chunks)
-    costs = [1.0] * chunks if isinstance(chunks, int) else list(chunks)
+        chunks = [1.0] * chunks
+    costs = list(chunks)
     check_costs(costs, above_zero=True)
-    gradient_transfer = transfer if backward_transfer is None else backward_transfer
     check_number("cell", cell, above_zero=True)
     check_number("backward", backward, above_zero=True)
     check_number("transfer", transfer)
+    gradient_transfer = transfer if backward_transfer is None else backward_transfer
     check_number("backward_transfer", gradient_transfer)
     if schedule == "layer_stages" and ranks > layers:
         raise ValueError(
             f"ranks: {ranks} given, allowed with layer_stages: at most the {layers} layers"
         )
-    forward = _forward(schedule, costs, ranks, layers)
-    passes = [forward] if forward_only else [forward, forward.mirror()]
-    tasks = _play(
-        passes,
-        costs,
-        {"forward": cell, "backward": backward * cell},
-        {"forward": transfer, "backward": gradient_transfer},
-    )
-    return Timeline(schedule, ranks, layers, tuple(tasks), len(forward.sends) * len(passes))
+    forward = _forward(schedule, costs, ranks, layers, cell, transfer)
+    passes = [forward]
+    if not forward_only:
+        passes.append(forward.mirror(backward * cell, gradient_transfer))
+    return Timeline(schedule, ranks, layers, _play(passes, costs), len(forward.sends) * len(passes))
 
 
 def compare(ranks: int, layers: int, chunks: int | Sequence[float], **times: Any) -> list[Timeline]:
@@ -163,29 +156,28 @@ def compare(ranks: int, layers: int, chunks: int | Sequence[float], **times: Any
     ]
 
 
-def table(timelines: Iterable[Timeline]) -> list[dict[str, Any]]:
-    """schedule, makespan, speedup, idle and messages of each timeline, in plain types."""
-    names = ("schedule", "makespan", "speedup", "idle", "messages")
-    return [{name: getattr(timeline, name) for name in names} for timeline in timelines]
-
-
 @dataclass(frozen=True)
 class _Pass:
-    """What the ranks do in one direction, without times."""
+    """What the ranks do in one direction."""
 
     kind: Kind
+    cell: float  # time of a layer over a chunk of cost 1
+    transfer: float  # time of a message
     blocks: list[tuple[int, int]]  # ranges of chunks; a layer goes over one without a pause
     orders: list[list[Cell]]  # each rank's cells
     sends: dict[Cell, Cell]  # cell -> the cell of another rank that its message is for
     waits: dict[Cell, Cell]  # cell -> the cell of another rank whose message it needs
 
-    def mirror(self) -> _Pass:
+    def mirror(self, cell: float, transfer: float) -> _Pass:
         """The backward pass of a forward pass."""
         sends, waits = ({b: a for a, b in pairs.items()} for pairs in (self.sends, self.waits))
-        return _Pass("backward", self.blocks, [order[::-1] for order in self.orders], sends, waits)
+        orders = [order[::-1] for order in self.orders]
+        return _Pass("backward", cell, transfer, self.blocks, orders, sends, waits)
 
 
-def _forward(schedule: str, costs: list[float], ranks: int, layers: int) -> _Pass:
+def _forward(
+    schedule: str, costs: list[float], ranks: int, layers: int, cell: float, transfer: float
+) -> _Pass:
     blocks = [(t, t + 1) for t in range(len(costs))]
     waits: dict[Cell, Cell] | None = None
     if schedule == "layer_stages":
@@ -208,32 +200,28 @@ def _forward(schedule: str, costs: list[float], ranks: int, layers: int) -> _Pas
         later = range(1, len(blocks)) if ranks > 1 else ()
         sends = {(k - 1, i): (k, i) for k in later for i in range(layers)}
     waits = {b: a for a, b in sends.items()} if waits is None else waits
-    return _Pass("forward", blocks, orders, sends, waits)
+    return _Pass("forward", cell, transfer, blocks, orders, sends, waits)
 
 
-def _play(
-    passes: list[_Pass],
-    costs: list[float],
-    cell_time: dict[Kind, float],
-    message_time: dict[Kind, float],
-) -> list[Task]:
+def _play(passes: list[_Pass], costs: list[float]) -> list[Task]:
     """All tasks: every rank takes its cells of each pass in order, as early as it can."""
     ranks, blocks = len(passes[0].orders), passes[0].blocks
     programs = [
-        [(each, cell) for each in passes for cell in each.orders[rank]] for rank in range(ranks)
+        deque((each, cell) for each in passes for cell in each.orders[rank])
+        for rank in range(ranks)
     ]
     rank_of = {cell: rank for rank, order in enumerate(passes[0].orders) for cell in order}
     block_costs = [math.fsum(costs[start:end]) for start, end in blocks]
     tasks: list[Task] = []
-    clocks, positions = [0.0] * ranks, [0] * ranks
+    clocks = [0.0] * ranks
     links: dict[tuple[int, int], float] = {}  # (from, to): busy until
     arrived: dict[tuple[Kind, Cell], float] = {}  # when a cell's message is there
     waiting: dict[tuple[Kind, Cell], int] = {}  # the rank that waits for a cell's message
     able = deque(range(ranks))
     while able:
         rank = able.popleft()
-        while positions[rank] < len(programs[rank]):
-            direction, cell = programs[rank][positions[rank]]
+        while programs[rank]:
+            direction, cell = programs[rank][0]
             kind, start = direction.kind, clocks[rank]
             if cell in direction.waits:
                 message = kind, direction.waits[cell]
@@ -241,12 +229,12 @@ def _play(
                     waiting[message] = rank
                     break
                 start = max(start, arrived[message])
-            end = clocks[rank] = start + cell_time[kind] * block_costs[cell[0]]
+            end = clocks[rank] = start + direction.cell * block_costs[cell[0]]
             tasks.append(Task(rank, kind, blocks[cell[0]], cell[1], start, end))
-            positions[rank] += 1
+            programs[rank].popleft()
             if cell in direction.sends:
                 message, link = (kind, cell), (rank, rank_of[direction.sends[cell]])
-                links[link] = max(end, links.get(link, 0.0)) + message_time[kind]
+                links[link] = max(end, links.get(link, 0.0)) + direction.transfer
                 arrived[message] = links[link]
                 if message in waiting:
                     able.append(waiting.pop(message))
@@ -264,26 +252,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "on a pipeline of P ranks.",
         epilog="Times are in forward cells: one layer over one chunk takes 1.",
     )
-    for name, metavar, meaning in (
-        ("ranks", "P", "ranks"),
-        ("layers", "L", "layers"),
-        ("chunks", "CHUNKS", "chunks of a window, of equal cost"),
-    ):
-        parser.add_argument(name, type=int, metavar=metavar, help=meaning)
-    for name, default, meaning in (
-        ("--transfer", 0.0, "time of a message between ranks (default: 0)"),
-        ("--backward", 2.0, "time of a backward cell (default: 2; 3 with checkpointing)"),
-    ):
-        parser.add_argument(name, type=float, default=default, metavar="X", help=meaning)
-    only = f"only this one of {', '.join(SIMULATED)}"
-    parser.add_argument("--schedule", metavar="NAME", help=only)
-    parser.add_argument("--forward-only", action="store_true", help="no backward pass")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE.png",
-        help="the picture (default: pipeline-P-L-CHUNKS.png in the current folder)",
-    )
+    add = parser.add_argument
+    add("ranks", type=int, metavar="P", help="ranks")
+    add("layers", type=int, metavar="L", help="layers")
+    add("chunks", type=int, metavar="CHUNKS", help="chunks of a window, of equal cost")
+    transfer = "time of a message between ranks (default: 0)"
+    add("--transfer", type=float, default=0.0, metavar="X", help=transfer)
+    backward = "time of a backward cell (default: 2; 3 with checkpointing)"
+    add("--backward", type=float, default=2.0, metavar="X", help=backward)
+    add("--schedule", metavar="NAME", help=f"only this one of {', '.join(SIMULATED)}")
+    add("--forward-only", action="store_true", help="no backward pass")
+    picture = "the picture (default: pipeline-P-L-CHUNKS.png in the current folder)"
+    add("--out", type=Path, metavar="FILE.png", help=picture)
     return parser.parse_args(argv)
 
 
@@ -294,31 +274,28 @@ def main(argv: list[str]) -> None:
         UserError: impossible numbers, an unknown schedule, a picture that cannot be written.
     """
     options = parse(argv)
-    for name, value, most in (
-        ("L * CHUNKS", options.layers * options.chunks, MOST_CELLS),
-        ("P", options.ranks, MOST_RANKS),
-    ):
+    shape = options.ranks, options.layers, options.chunks
+    cells = options.layers * options.chunks
+    for name, value, most in ("L * CHUNKS", cells, MOST_CELLS), ("P", options.ranks, MOST_RANKS):
         if value > most:
             raise UserError(f"{name}: {value:,} given, allowed: at most {most:,}")
-    shape = options.ranks, options.layers, options.chunks
     times = {name: getattr(options, name) for name in ("transfer", "backward", "forward_only")}
     try:
-        if options.schedule is None:
-            timelines = compare(*shape, **times)
-        else:
-            timelines = [simulate(options.schedule, *shape, **times)]
+        only = options.schedule
+        every = only is None
+        timelines = compare(*shape, **times) if every else [simulate(only, *shape, **times)]
     except ValueError as error:
         raise UserError(str(error)) from None
-    path = options.out or Path(f"pipeline-{options.ranks}-{options.layers}-{options.chunks}.png")
+    path = options.out or Path("pipeline-{}-{}-{}.png".format(*shape))
     with os_errors(f"--out: {path} cannot be written"):
         draw(timelines).savefig(path, format="png")
     for timeline in timelines:
         print("\n".join(text(timeline, shutil.get_terminal_size((100, 24)).columns)), end="\n\n")
     print(f"0-9 forward, a-j backward (layer mod 10), {IDLE} idle\n")
     print(f"{'schedule':13}{'makespan':>10}{'speedup':>9}{'idle':>9}{'messages':>10}")
-    for row in table(timelines):
-        figures = f"{row['makespan']:10,.6g}{row['speedup']:9.2f}{row['idle']:9.1%}"
-        print(f"{row['schedule']:13}{figures}{row['messages']:10,}")
+    for line in timelines:
+        figures = f"{line.makespan:10,.6g}{line.speedup:9.2f}{line.idle:9.1%}{line.messages:10,}"
+        print(f"{line.schedule:13}{figures}")
     print(f"\npicture: {path}")
 
 
@@ -337,20 +314,17 @@ def text(timeline: Timeline, width: int) -> list[str]:
     for label, tasks in zip(labels, timeline.by_rank, strict=True):
         line = [IDLE] * columns
         for task in tasks:
-            first, end = (
-                min(math.ceil(time / column - 0.5 - 1e-9), columns)
-                for time in (task.start, task.end)
-            )
+            times = task.start, task.end
+            first, end = (min(math.ceil(t / column - 0.5 - 1e-9), columns) for t in times)
             line[first:end] = SYMBOLS[task.kind][task.layer % 10] * (end - first)
         lines.append(label + "".join(line))
     return lines
 
 
 def draw(timelines: list[Timeline]) -> Figure:
-    """One panel a timeline, one row a rank, all on one time axis; darker means a higher layer.
+    """One panel a timeline, one row a rank; darker means a higher layer.
 
-    The axis ends with the longest schedule other than the serial chunk_level, which would squeeze
-    the others.
+    The common time axis ends with the longest schedule but the serial chunk_level.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -367,24 +341,19 @@ def draw(timelines: list[Timeline]) -> Figure:
     for axes, timeline in zip(panels, timelines, strict=True):
         for rank, tasks in enumerate(timeline.by_rank):
             seen = [task for task in tasks if task.start < end]
-            colours = [
-                maps[task.kind](0.3 + 0.65 * (task.layer + 1) / timeline.layers) for task in seen
-            ]
+            shades = [0.3 + 0.65 * (task.layer + 1) / timeline.layers for task in seen]
+            colours = [maps[task.kind](shade) for task, shade in zip(seen, shades, strict=True)]
             bars = [(task.start, task.end - task.start) for task in seen]
             axes.broken_barh(bars, (rank - 0.42, 0.84), facecolors=colours, linewidth=0)
-        title = (
-            f"{timeline.schedule}: {timeline.makespan:,.6g} cells, speed-up "
-            f"{timeline.speedup:.2f}, idle {timeline.idle:.1%}"
-        )
-        cut_off = " (continues to the right)" if timeline.makespan > end else ""
-        axes.set_title(title + cut_off, loc="left", fontsize=10)
+        title = f"{timeline.schedule}: {timeline.makespan:,.6g} cells, "
+        title += f"speed-up {timeline.speedup:.2f}, idle {timeline.idle:.1%}"
+        title += " (continues to the right)" if timeline.makespan > end else ""
+        axes.set_title(title, loc="left", fontsize=10)
         axes.set(xlim=(0, end), ylim=(timeline.ranks - 0.5, -0.5), ylabel="rank")
         axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("time, in forward cells")
-    patches = [
-        Patch(color=colours(0.7), label=f"{kind} (darker: higher layer)")
-        for kind, colours in maps.items()
-    ]
+    label = "{} (darker: higher layer)".format
+    patches = [Patch(color=colours(0.7), label=label(kind)) for kind, colours in maps.items()]
     figure.legend(handles=patches, loc="outside upper right", ncols=2, frameon=False)
     return figure
 

@@ -1,4 +1,4 @@
-"""LayerPipelineStrategy: one text over several devices, as a Lightning strategy.
+"""LayerPipelineStrategy: a Lightning strategy that reads one text on several devices.
 
 Ranks form a mesh of data x pipeline: rank d * P + p has index p in pipeline d. The ranks of a
 pipeline read the same rows, each its own chunks of them; pipelines read different rows.
@@ -13,11 +13,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from comet_pl.config.schema import SHARDING
@@ -35,13 +33,12 @@ from comet_pl.training.windows import Window
 NAME = "layer_pipeline"
 # For a rank that is alive but busy, as when it writes a large checkpoint.
 SLOWEST = timedelta(hours=1)
+# Their value 1 lets CUDA do one thing at a time.
 SERIAL = ("CUDA_LAUNCH_BLOCKING", "CUDA_DEVICE_MAX_CONNECTIONS")
-"""Environment variables whose 1 lets CUDA do one thing at a time."""
 
 
 class LayerPipelineStrategy(DDPStrategy, TextReader):
-    """Layer-level pipeline parallelism over the chunks of a text, times data parallelism over
-    texts.
+    """Layer-level pipeline parallelism over the chunks of a text, times data parallelism.
 
     Gradients are summed over all ranks once a step; the module divides its loss by the labelled
     tokens of all data-parallel ranks. Checkpoints hold whole tensors: they do not depend on the
@@ -108,53 +105,35 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         sizes = ", ".join(str(n) for n in range(1, world + 1) if world % n == 0)
         backend, device = self._get_process_group_backend(), self.root_device.type
         only = {"cpu": "gloo", "cuda": "nccl"}.get(device, backend)
-        mistakes = (
-            (
-                world % size,
-                f"strategy.pipeline_size: {size} given, but trainer.devices x trainer.num_nodes is "
-                f"{world}; allowed: {sizes}",
+        mistakes = {
+            f"pipeline_size: {size} given, but trainer.devices x trainer.num_nodes is {world}; "
+            f"allowed: {sizes}": world % size,
+            f"sharding: {self.sharding!r} given, allowed: {', '.join(SHARDING)}": (
+                self.sharding not in SHARDING
             ),
-            (
-                self.sharding not in SHARDING,
-                f"strategy.sharding: {self.sharding!r} given, allowed: {', '.join(SHARDING)}",
+            f"schedule: {self.schedule!r} given, allowed: {', '.join(SCHEDULES)}": (
+                self.schedule not in SCHEDULES
             ),
-            (
-                self.schedule not in SCHEDULES,
-                f"strategy.schedule: {self.schedule!r} given, allowed: {', '.join(SCHEDULES)}",
+            f"sharding: zero3 shards over data-parallel ranks, and pipeline_size {size} of {world} "
+            "devices leaves one; allowed: zero2 (shards over all ranks), none, or a smaller "
+            "strategy.pipeline_size": zero3 and self.data_size == 1 and world > 1,
+            "schedule: chunk_level given, but zero3 goes layer by layer; allowed: layer_level, "
+            "interleaved": zero3 and self.schedule == "chunk_level",
+            f"start_method: {self._start_method} given, but shards of weights cannot come back "
+            "from it; allowed: popen": self.sharding != "none" and self._start_method != "popen",
+            f"backend: {backend} cannot send tensors of a {device} device; allowed: {only}": (
+                {backend, only} == {"gloo", "nccl"}
             ),
-            (
-                zero3 and self.data_size == 1 and world > 1,
-                "strategy.sharding: zero3 shards over data-parallel ranks, and pipeline_size "
-                f"{size} of {world} devices leaves one; allowed: zero2 (shards over all ranks), "
-                "none, or a smaller strategy.pipeline_size",
-            ),
-            (
-                zero3 and self.schedule == "chunk_level",
-                "strategy.schedule: chunk_level given, but zero3 goes layer by layer; allowed: "
-                "layer_level, interleaved",
-            ),
-            (
-                self.sharding != "none" and self._start_method != "popen",
-                f"start_method: {self._start_method} given, but shards of weights cannot come back "
-                "from it; allowed: popen",
-            ),
-            (
-                {backend, only} == {"gloo", "nccl"},
-                f"strategy.backend: {backend} cannot send tensors of a {device} device; allowed: "
-                f"{only}",
-            ),
-            *(
-                (
-                    backend == "nccl" and size > 1 and os.environ.get(name) == "1",
-                    f"{name}: 1 given in the environment, but a pipeline's messages travel while "
-                    "layers compute, and the run would hang; unset it",
-                )
-                for name in SERIAL
-            ),
-        )
-        for mistake, line in mistakes:
-            if mistake:
-                raise UserError(line)
+        }
+        for mistake, made in mistakes.items():
+            if made:
+                raise UserError(f"strategy.{mistake}")
+        serial = [name for name in SERIAL if os.environ.get(name) == "1"]
+        if backend == "nccl" and size > 1 and serial:
+            raise UserError(
+                f"{serial[0]}: 1 given in the environment, but a pipeline's messages travel while "
+                "layers compute, and the run would hang; unset it"
+            )
 
     def setup_environment(self) -> None:
         """Makes the process groups: all ranks, and the rings of neighbours."""
@@ -166,10 +145,9 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
             world: Any = dist.group.WORLD
             assert world.bound_device_id is not None, "NCCL was not initialized with its device"
         first = self.node_rank * self.num_processes
-        speakers = range(first, first + self.num_processes)  # of this node
-        advice = "Go on from the last checkpoint with resume=true."
-        place = _get_default_store(), self.global_rank, self.world
-        self.watch = Watch(*place, self.silence, speakers=speakers, advice=advice)
+        speakers = range(first, first + self.num_processes)
+        assert self.cluster_environment is not None
+        self.watch = Watch(self.silence, self.cluster_environment.main_address, speakers)
         self.watch.start()
         for thread in threading.enumerate():
             # Lightning's: it would kill this process before the watchdog has said why.
@@ -187,11 +165,10 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
             for tensor in (*self.model.parameters(), *self.model.buffers()):
                 dist.broadcast(tensor, 0)
         if self.sharding != "none":
-            module: Any = self.model
-            mesh, layerwise = (self.data_size, self.pipeline_size), self.sharding == "zero3"
-            self.shards = Shards.over(module.model, *mesh, layerwise)
             assert self.pipeline is not None
-            self.pipeline.shards = self.shards
+            module: Any = self.model
+            sizes, layerwise = (self.data_size, self.pipeline_size), self.sharding == "zero3"
+            self.shards = self.pipeline.shards = Shards.over(module.model, *sizes, layerwise)
 
     # ---- a step
 
@@ -232,12 +209,8 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         return state if self.shards is None else whole(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        if self.shards is None:
-            return super().optimizer_state(optimizer)
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        state: dict[str, Any] = whole(optimizer.state_dict())
-        return state
+        state: dict[str, Any] = super().optimizer_state(optimizer)
+        return state if self.shards is None else whole(state)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         if self.shards is None:
@@ -256,7 +229,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         lost = isinstance(exception, (dist.DistError, RuntimeError))
         if lost and not isinstance(exception, torch.OutOfMemoryError):
             self.watch.explain()  # ends the process if a rank is gone
-        self.watch.fail(" ".join(f"{type(exception).__name__}: {exception}".split())[:200])
+        self.watch.fail(f"{type(exception).__name__}: {exception}")
 
     def teardown(self) -> None:
         super().teardown()

@@ -1,17 +1,16 @@
-"""train.recompute=chunk: backpropagation through all chunks of a window that keeps only the memory
-between them.
+"""train.recompute=chunk: backpropagation that keeps only the memory between chunks.
 
 A chunk depends on earlier chunks by its memory alone. So a window is read without gradients
 first, which gives the memory at each chunk's start; then its chunks are read again, the last one
 first. If G is the gradient of the memory M' that a chunk leaves behind, the backward pass of its
-loss + <M', G> gives the weights' share, and the gradient of the memory that it started from: G of
-the chunk before.
+loss + <M', G> gives the weights' share and the gradient of the memory at its start: the G of the
+chunk before.
 
 Legend: B rows, m global slots, E entries of a temporary memory, d width.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,17 +23,16 @@ from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.model.observer import observing
 from comet_pl.training.windows import IGNORED, Window
 
-RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]
-"""torch's on the CPU; device numbers and theirs."""
+RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]  # CPU; device numbers and theirs
 
 
 def read_chunks(
     model: CometForCausalLM, windows: Sequence[Window], num_items: int, offload: bool = False
 ) -> Iterator[Tensor]:
-    """Yields the losses of single chunks, each window's last chunk first; together they have the
-    gradients, and take the random numbers, of read_windows.
+    """Yields the losses of single chunks, each window's last chunk first.
 
-    The caller backpropagates a loss before it asks for the next.
+    Together they have the gradients, and take the random numbers, of read_windows. The caller
+    backpropagates a loss before it asks for the next.
 
     Args:
         num_items: divides the summed loss.
@@ -53,7 +51,12 @@ def read_chunks(
         for t, chunk in enumerate(chunks):
             if t < learning:
                 kept.add(cache)
-            cache = None if t == once else _read_ahead(model, chunk, cache)
+            if t == once:
+                cache = None
+                break
+            inputs = chunk.inputs() | {"shift_labels": torch.full_like(chunk.shift_labels, IGNORED)}
+            with torch.no_grad():
+                cache = model(**inputs, past_key_values=cache, use_cache=True).past_key_values
         gradients: list[Tensor | None] = []  # of the memory that chunk t leaves behind
         for t in reversed(range(learning)):
             past, memory = kept.start_of(t)
@@ -62,7 +65,11 @@ def read_chunks(
                 output = model(**inputs, use_cache=not last)
                 cache = None if last else output.past_key_values.detach()
             else:
-                with _second_time(model, kept.random[t]):
+                cpu, (devices, states) = kept.random[t]
+                # As the first reading, which the observer has seen.
+                with torch.random.fork_rng(devices), observing(model, None):
+                    torch.set_rng_state(cpu)
+                    set_device_states(devices, states)
                     output = model(**inputs, use_cache=True)
             loss = _join(output.loss, output.past_key_values, gradients)
             # False without targets and without a memory that later chunks learn from.
@@ -72,12 +79,13 @@ def read_chunks(
 
 
 class Boundaries:
-    """The memory at the start of each chunk. Temporary memories overlap from chunk to chunk, and
-    each entry is kept once.
+    """The memory at the start of each chunk.
+
+    Temporary memories overlap from chunk to chunk; each entry is kept once.
 
     Args:
         chunks: those that gradients flow through.
-        cache: the memory before the first; None: there is none.
+        cache: the memory before the first.
         offload: keep all of it on the CPU.
     """
 
@@ -94,11 +102,11 @@ class Boundaries:
         self.states: list[list[Tensor | None]] = []  # of each chunk and layer: (B, m, d)
         self.entries: list[Tensor] = []  # of each layer: (B, E, d), in order
         self.ends: list[list[int]] = []  # of each chunk and row: entries up to its start
-        ends = [clock.temporary_slots for clock in cache.rows] if cache is not None else None
+        ends = [] if cache is None else [clock.temporary_slots for clock in cache.rows]
+        default = model.config.compression_stride or NO_STRIDE
         for chunk in chunks:
             ends = ends or [0] * len(chunk.plans)
             self.ends.append(ends)
-            default = model.config.compression_stride or NO_STRIDE
             ends = [
                 end + compression_tokens(plan.tokens, plan.stride or default)
                 for end, plan in zip(ends, chunk.plans, strict=True)
@@ -107,24 +115,26 @@ class Boundaries:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        states = [state for states in self.states for state in states if state is not None]
-        return sum(tensor.nbytes for tensor in (*self.entries, *states))
+        tensors = [*self.entries, *chain.from_iterable(self.states)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def add(self, cache: CometCache | None) -> None:
         """Copies the memory at the next chunk's start."""
-        t = len(self.clocks)
+        t, cache = len(self.clocks), CometCache() if cache is None else cache
         self.random.append((torch.get_rng_state(), get_device_states(self.model.lm_head.weight)))
-        self.clocks.append([] if cache is None else list(cache.rows))
+        self.clocks.append(list(cache.rows))
         self.states.append([])
-        started = any(clock.global_slots for clock in self.clocks[t])
-        for i, memory in enumerate(cache.memories if cache is not None else ()):
+        started = any(clock.global_slots for clock in cache.rows)
+        for i, memory in enumerate(cache.memories):
             state = memory.state if started else None
-            self.states[t].append(None if state is None else self._copy(state))
+            if state is not None:
+                state = self._room(state, state.shape[1]).copy_(state.detach(), non_blocking=True)
+            self.states[t].append(state)
             if memory.temporary is None or not max(self.ends[-1]):
                 continue
             if i == len(self.entries):
                 self.entries.append(self._room(memory.temporary, max(self.ends[-1])))
-            for b, clock in enumerate(self.clocks[t]):
+            for b, clock in enumerate(cache.rows):
                 end, slots = self.ends[t][b], clock.temporary_slots
                 new = min(slots, end - self.ends[t - 1][b] if t else end)
                 self.entries[i][b, end - new : end].copy_(
@@ -133,7 +143,7 @@ class Boundaries:
 
     def start_of(self, t: int) -> tuple[CometCache | None, list[Tensor | None]]:
         """The memory at the start of chunk t, as a cache, and its tensors: each layer's state and
-        temporary memory. They gather gradients, but for those of the first chunk."""
+        temporary memory. They gather gradients unless t is 0."""
         clocks, device = self.clocks[t], self.model.lm_head.weight.device
         if not clocks:
             return None, []
@@ -159,27 +169,6 @@ class Boundaries:
         shape, pinned = (len(like), entries, like.shape[2]), self.offload and like.is_cuda
         return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
 
-    def _copy(self, state: Tensor) -> Tensor:
-        return self._room(state, state.shape[1]).copy_(state.detach(), non_blocking=True)
-
-
-def _read_ahead(model: CometForCausalLM, chunk: Window, cache: CometCache | None) -> CometCache:
-    """The memory after a chunk; its loss is left to the second reading."""
-    inputs = chunk.inputs() | {"shift_labels": torch.full_like(chunk.shift_labels, IGNORED)}
-    with torch.no_grad():
-        return model(**inputs, past_key_values=cache, use_cache=True).past_key_values
-
-
-@contextmanager
-def _second_time(model: CometForCausalLM, random: RandomStates) -> Iterator[None]:
-    """Restores the RNG state of the first reading and leaves the global RNG as it was. The observer
-    does not see the values again."""
-    processor, (devices, states) = random
-    with torch.random.fork_rng(devices), observing(model, None):
-        torch.set_rng_state(processor)
-        set_device_states(devices, states)
-        yield
-
 
 def _tensors(cache: CometCache) -> list[Tensor | None]:
     return [tensor for memory in cache.memories for tensor in (memory.state, memory.temporary)]
@@ -190,12 +179,9 @@ def _join(loss: Tensor, cache: CometCache | None, gradients: Sequence[Tensor | N
     if not gradients:
         return loss
     assert cache is not None
-    pairs = [
-        (m, g)
-        for m, g in zip(_tensors(cache), gradients, strict=True)
-        if m is not None and g is not None and m.requires_grad
-    ]
-    return _Join.apply(loss, [g for _, g in pairs], *(m for m, _ in pairs))
+    pairs = zip(_tensors(cache), gradients, strict=True)
+    wanted = [(m, g) for m, g in pairs if m is not None and g is not None and m.requires_grad]
+    return _Join.apply(loss, [g for _, g in wanted], *(m for m, _ in wanted))
 
 
 class _Join(torch.autograd.Function):

@@ -6,10 +6,9 @@ Legend: B rows, m global slots. A gate is one layer's g on one chunk of one row:
               [ gate_pull (mean g - gate_target)^2 - gate_entropy mean H(g) ],
     H(g)    = -g ln g - (1 - g) ln(1 - g) nats
 
-Only gates that learn count: a later target of their row, in their window of chunks, depends on the
-state that they made. The penalty's gradient is added where the backward pass reaches such a gate.
-So no loss contains the penalty, and windows, recomputed cells or chunks, and pipelines need no code
-for it.
+Only gates that learn count: a later target of their row, in their window, depends on the state that
+they made. The penalty's gradient is added where the backward pass reaches such a gate. So no loss
+contains it, and windows, recomputation and pipelines need no code for it.
 """
 
 from __future__ import annotations
@@ -29,8 +28,11 @@ from comet_pl.training.windows import IGNORED, Window
 
 @dataclass
 class GatePenalty:
-    """The penalty of a model's gates. share: of one gate in the mean, times the loss's scale; set
-    before each step. A tensor () where cells are compiled: each number would make a new graph."""
+    """The penalty of a model's gates.
+
+    share: of one gate in the mean, times the loss's scale; set before each step. A tensor () where
+    cells are compiled: each number would make a new graph.
+    """
 
     pull: float
     target: float

@@ -20,7 +20,7 @@ from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
-from comet_pl.training.text_reader import TextReader, WindowReader
+from comet_pl.training.text_reader import Read, TextReader, WindowReader, read_windows
 from comet_pl.training.windows import Window, count_targets, cut_windows, split_rows
 
 FORWARD = ("input_ids", "attention_mask", "labels", "plans", "logits_to_keep")  # of a batch
@@ -28,7 +28,7 @@ FORWARD = ("input_ids", "attention_mask", "labels", "plans", "logits_to_keep")  
 
 @runtime_checkable
 class FiniteData(Protocol):
-    """A data module whose training may end before max_steps."""
+    """Data that may end before max_steps."""
 
     def batches(self) -> int:
         """Batches of the whole training on each rank."""
@@ -43,7 +43,6 @@ class CometModule(lightning.LightningModule):
     changes no weight, but it counts for max_steps, for the learning rate and on the x-axis.
 
     Args:
-        train: see its keys.
         max_steps: optimizer steps; the learning rate's cosine ends there.
 
     Raises:
@@ -71,8 +70,9 @@ class CometModule(lightning.LightningModule):
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        by_chunk = partial(read_chunks, offload=self.settings.offload)
-        read = by_chunk if self.settings.recompute == "chunk" else None
+        read: Read = read_windows
+        if self.settings.recompute == "chunk":
+            read = partial(read_chunks, offload=self.settings.offload)
         self.reader: TextReader = (
             strategy if isinstance(strategy, TextReader) else WindowReader(strategy, read)
         )
@@ -82,11 +82,7 @@ class CometModule(lightning.LightningModule):
     # ---- training
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """One optimizer step.
-
-        Args:
-            batch: as cut_windows takes it, of train.accumulate micro-batches' rows.
-        """
+        """One optimizer step on a batch as cut_windows takes it."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         train, chunk_size = self.settings, self.model.config.chunk_size
@@ -137,8 +133,7 @@ class CometModule(lightning.LightningModule):
             parameters[0].grad = torch.zeros_like(parameters[0])
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Clips the gradients; clears them if their norm is not finite. Lightning calls this after
-        unscaling, just before the step."""
+        """Clips the gradients, unscaled by now; clears them if their norm is not finite."""
         groups = optimizer.param_groups
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         norms = [
@@ -186,7 +181,7 @@ class CometModule(lightning.LightningModule):
         groups = parameter_groups(self.model, self.model.memory_parameters(), train)
         optimizer = AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]))
 
-        # A function, not an object: a checkpoint does not restore its numbers: max_steps may grow.
+        # A checkpoint does not restore a function's numbers: max_steps may grow.
         def factor(step: int) -> float:
             return learning_rate_factor(step, train.warmup_steps, self.max_steps, train.final_lr)
 
@@ -197,8 +192,8 @@ class CometModule(lightning.LightningModule):
     def validation_step(
         self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor | None]:
-        """Teacher-forced loss of a batch, a sum over its targets, and the logits of the last
-        batch["logits_to_keep"] columns if the batch has that key."""
+        """The loss summed over a batch's targets, and the logits of its last
+        batch["logits_to_keep"] columns if it has that key."""
         inputs = {name: batch[name] for name in FORWARD if name in batch}
         output = self.model(**inputs, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)
@@ -217,9 +212,8 @@ class CometModule(lightning.LightningModule):
     def _log_step(self, loss: float, learning_rate: float) -> None:
         self.log("train/loss", loss, prog_bar=True, logger=False, batch_size=1)
         if self.logs_at(self.global_step):
-            values = {"loss": loss, "lr": learning_rate, "grad_norm": self.grad_norm}
-            values["skipped"] = self.skipped
-            self.record({f"train/{name}": value for name, value in values.items()})
+            values = {"train/loss": loss, "train/lr": learning_rate}
+            self.record(values | {"train/grad_norm": self.grad_norm, "train/skipped": self.skipped})
 
     def logs_at(self, step: int) -> bool:
         """Whether the values of a step, counted from 1, are logged."""

@@ -1,4 +1,4 @@
-"""Parameter groups, the learning rate's schedule, and gradients summed over ranks."""
+"""Parameter groups, the learning rate's schedule, gradients summed over ranks."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -60,21 +60,16 @@ def sum_gradients(
         return
     has = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     used = [p for p, n in zip(parameters, sum_over_ranks(has).tolist(), strict=True) if n]
-    bucket: list[nn.Parameter] = []
-    for parameter in used:
-        size = sum(p.numel() for p in bucket) + parameter.numel()
-        if bucket and (size > BUCKET or parameter.dtype != bucket[0].dtype):
-            _sum_bucket(bucket, sum_over_ranks)
-            bucket = []
-        bucket.append(parameter)
-    if bucket:
-        _sum_bucket(bucket, sum_over_ranks)
-
-
-def _sum_bucket(parameters: list[nn.Parameter], sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-    """Sums the gradients of parameters of one dtype as one tensor."""
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
-    parts = flat.split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        parameter.grad = part.view_as(parameter)
+    buckets: list[list[nn.Parameter]] = []  # each of one dtype
+    size = 0
+    for p in used:
+        size += p.numel()
+        if not buckets or size > BUCKET or p.dtype != buckets[-1][0].dtype:
+            buckets.append([])
+            size = p.numel()
+        buckets[-1].append(p)
+    for bucket in buckets:
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = sum_over_ranks(torch.cat([gradient.flatten() for gradient in gradients]))
+        for p, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            p.grad = part.view_as(p)

@@ -1,5 +1,4 @@
-"""How a process takes part in a training step: which texts it reads, how, and with whom it sums
-gradients."""
+"""How a process takes part in a training step."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,8 +18,7 @@ Read = Callable[[CometForCausalLM, Sequence[Window], int], Iterator[Tensor | Non
 
 @runtime_checkable
 class TextReader(Protocol):
-    """What CometModule asks for in a training step. A strategy that reads texts in its own way is
-    one; all others read by WindowReader."""
+    """What CometModule needs for a training step: a strategy that reads, or WindowReader."""
 
     @property
     def shard(self) -> tuple[int, int]:
@@ -30,8 +28,7 @@ class TextReader(Protocol):
     def read(
         self, model: CometForCausalLM, windows: Sequence[Window], num_items: int
     ) -> Iterator[Tensor | None]:
-        """Yields this process's losses of a micro-batch, the summed ones divided by num_items; None
-        where it has nothing to backpropagate.
+        """Yields this process's losses of a micro-batch, each a sum divided by num_items, or None.
 
         The caller backpropagates a loss before it asks for the next.
         """
@@ -47,15 +44,11 @@ class TextReader(Protocol):
 
 
 class WindowReader:
-    """One device, or Lightning's data-parallel ranks: each reads whole texts window by window.
+    """One device, or Lightning's data-parallel ranks: each reads whole texts, by `read`."""
 
-    Args:
-        read: TextReader.read; None: read_windows.
-    """
-
-    def __init__(self, strategy: Strategy, read: Read | None = None):
+    def __init__(self, strategy: Strategy, read: Read):
         self.ranks = strategy if isinstance(strategy, ParallelStrategy) else None
-        self.read = read or read_windows
+        self.read = read
 
     @property
     def shard(self) -> tuple[int, int]:

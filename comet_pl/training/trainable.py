@@ -1,8 +1,7 @@
 """What is trained: all weights, the memory alone, LoRA on the decoder, or both; by peft, in place.
 
-The model stays a CometForCausalLM with its cells. Single modules in it are wrapped, which changes
-parts of names (`q_proj.weight` -> `q_proj.base_layer.weight`); `merge_adapters` restores plain
-weights under plain names.
+The model stays a CometForCausalLM. Single modules in it are wrapped, which changes names
+(`q_proj.weight` -> `q_proj.base_layer.weight`); `merge_adapters` restores plain weights and names.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ if TYPE_CHECKING:
 
 # Whole names: the memory modules have projections of the same last names.
 DECODER_LINEARS = r"model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
-ROWS = "trainable_tokens_delta"  # in the names of peft's parameters
-LORA = ("lora_A", "lora_B")
+ROWS = "trainable_tokens_delta"
+ADAPTERS = {ROWS, "lora_A", "lora_B"}  # in the names of peft's parameters
 
 
 def add_adapters(
@@ -41,7 +40,7 @@ def add_adapters(
 
     Args:
         rows: ids of the new tokens; None: those of the model's configuration (a checkpoint may have
-            been trained with other ones).
+            others).
     """
     parts = train.parameters.split("+")
     if "all" in parts:
@@ -54,13 +53,8 @@ def add_adapters(
         _inject(model, TrainableTokensConfig(token_indices=list(rows), target_modules=target))
     if "lora" in parts:
         alpha: Any = train.lora_alpha  # peft takes any number
-        lora = LoraConfig(
-            target_modules=DECODER_LINEARS,
-            r=train.lora_rank,
-            lora_alpha=alpha,
-            lora_dropout=train.lora_dropout,
-        )
-        _inject(model, lora)
+        options = {"r": train.lora_rank, "lora_alpha": alpha, "lora_dropout": train.lora_dropout}
+        _inject(model, LoraConfig(target_modules=DECODER_LINEARS, **options))
     model.requires_grad_(False)
     trained = [p for name, p in model.named_parameters() if _is_adapter(name)]
     if "memory" in parts:
@@ -80,8 +74,8 @@ def _inject(model: CometForCausalLM, settings: PeftConfig) -> None:
 
 
 def merge_adapters(model: CometForCausalLM) -> None:
-    """Writes LoRA and new rows into the weights that they belong to and removes peft's modules;
-    then all weights are trainable. A model without adapters is left as it is."""
+    """Writes LoRA and new rows into their weights, removes peft's modules and makes all weights
+    trainable. A model without adapters is left as it is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     wrapped = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
@@ -96,9 +90,6 @@ def merge_adapters(model: CometForCausalLM) -> None:
 
 def count_parameters(model: CometForCausalLM) -> dict[str, int]:
     """Numbers of weights, with adapters or without; tied ones count once.
-
-    For Qwen3-4B's shape the memory modules have 3,317,760 and, with the 513 new rows of the
-    embedding, 4,631,040; the paper's 3.95 M lies between the two.
 
     Returns:
         decoder (without the new rows), memory (its modules), rows (of new tokens, in the
@@ -139,5 +130,4 @@ def new_rows(config: CometConfig) -> list[int]:
 
 
 def _is_adapter(name: str) -> bool:
-    parts = name.split(".")
-    return ROWS in parts or any(part in parts for part in LORA)
+    return not ADAPTERS.isdisjoint(name.split("."))

@@ -1,5 +1,4 @@
-"""Cuts a batch into windows of whole chunks: gradients flow within a window, and the memory passes
-to the next window detached.
+"""Cuts a batch into windows of whole chunks; gradients flow within a window alone.
 
 Legend: B rows, N columns, W columns of a window.
 """
@@ -35,12 +34,7 @@ class Window:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
-        return {
-            "input_ids": self.input_ids,
-            "attention_mask": self.attention_mask,
-            "shift_labels": self.shift_labels,
-            "plans": self.plans,
-        }
+        return {name: value for name, value in vars(self).items() if name != "targets"}
 
     def part(self, start: int, end: int) -> Window:
         """Chunks start to end (not included) of each row, as a window."""
@@ -73,12 +67,9 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
         if plan.tokens != n:
             raise ValueError(f"plans: row {row} sums to {plan.tokens}, but it has {n} real tokens")
-    longest = max((len(plan.sizes) for plan in plans), default=0)
-    windows, starts = [], [0] * len(plans)
-    for first in range(0, longest, chunks or longest):
-        parts = [plan.part(first, first + (chunks or longest)) for plan in plans]
-        windows.append(_window(ids, targets, starts, parts))
-        starts = [start + part.tokens for start, part in zip(starts, parts, strict=True)]
+    whole = _window(ids, targets, [0] * len(plans), plans)
+    step = chunks or whole.chunks
+    windows = [whole.part(start, start + step) for start in range(0, whole.chunks, step)]
     while windows and not windows[-1].targets:
         windows.pop()
     return windows

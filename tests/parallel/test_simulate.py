@@ -15,7 +15,7 @@ from matplotlib.image import imread
 
 from comet_pl.errors import UserError
 from comet_pl.parallel.schedule import SCHEDULES, spans
-from comet_pl.parallel.simulate import SIMULATED, compare, main, simulate, table, text
+from comet_pl.parallel.simulate import SIMULATED, compare, main, simulate, text
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = st.integers(1, 6)
@@ -339,9 +339,9 @@ def test_command_prints_every_schedule_and_draws_it(tmp_path, monkeypatch, capsy
     main(["2", "4", "4"])
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 80
-    for row in table(compare(2, 4, 4)):
-        figures = f"{row['makespan']:.6g} {row['speedup']:.2f} {row['idle']:.1%} {row['messages']}"
-        assert f"{row['schedule']} {figures}" in " ".join(printed.split())
+    for line in compare(2, 4, 4):
+        figures = f"{line.makespan:.6g} {line.speedup:.2f} {line.idle:.1%} {line.messages}"
+        assert f"{line.schedule} {figures}" in " ".join(printed.split())
     assert "pipeline-2-4-4.png" in printed
     picture = imread(tmp_path / "pipeline-2-4-4.png")
     assert picture.shape[0] > 200 and picture.shape[1] > 500 and picture.std() > 0.05

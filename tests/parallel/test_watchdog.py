@@ -16,16 +16,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
-from comet_pl.parallel.watchdog import Watch
+from comet_pl.parallel.watchdog import ADVICE, Watch
 
 WORLD = 3
 TIMEOUT = 2.0  # seconds; silence is noticed after half of it
 BEAT = 0.2
 # The first of several ranks that notice it ends, and the others may see its connection close.
 SILENT = r"(has not answered for 1\.\d s|is gone)"
-ADVICE = "Go on with resume=true."
 ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
 
 
@@ -64,7 +62,7 @@ class Ranks:
 
     def new_watch(self, rank):
         node = next(node for node in self.nodes if rank in node)
-        watch = Watch(_get_default_store(), rank, WORLD, self.timeout, node, ADVICE)
+        watch = Watch(self.timeout, "127.0.0.1", node)
         watch.beat = BEAT
         return watch
 

@@ -8,6 +8,7 @@ store's calls have no time limit, and a store does not see that a process dies.)
 import math
 import os
 import socket
+import struct
 import sys
 import threading
 import time
@@ -110,6 +111,10 @@ class Watch:
 
     def _add(self, end: socket.socket) -> None:
         end.settimeout(None)
+        # A stranger that sends half a message, or a full pipe, holds the thread for a beat at most.
+        limit = struct.pack("ll", int(self.beat), int(self.beat % 1 * 1e6))
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            end.setsockopt(socket.SOL_SOCKET, option, limit)
         self.connections[Connection(end.detach())] = None
 
     def _hear(self, connection: Connection) -> None:

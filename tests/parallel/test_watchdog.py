@@ -16,6 +16,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
 from comet_pl.parallel.watchdog import ADVICE, Watch
 
@@ -227,6 +228,23 @@ def test_sockets_kept_open_by_a_child_hide_nothing(launch):
         ranks.check(0, SILENT, ranks.send(signal.SIGKILL, 0))
     finally:
         os.kill(int((ranks.folder / "child").read_text()), signal.SIGKILL)
+
+
+def test_a_stranger_with_half_a_message_hides_nothing(launch):
+    """A port scan, say."""
+
+    def act(ranks, rank):
+        ranks.watch(rank)
+        if rank == 1:
+            port = int(_get_default_store().get("watch/1"))
+            with socket.create_connection(("127.0.0.1", port)) as stranger:
+                stranger.send(b"\x00\x00")
+                ranks.mark("there", 1)
+                time.sleep(60)
+        time.sleep(60)
+
+    ranks = launch(act).ready().ready("there", 1)
+    ranks.check(2, "is gone", ranks.send(signal.SIGKILL, 2))
 
 
 @pytest.mark.parametrize("culprit", [0, 1])

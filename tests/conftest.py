@@ -4,9 +4,8 @@ there is a GPU."""
 import os
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # also in the processes that tests start; must precede torch's import
+# Also in the processes that tests start; must precede torch's import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 

@@ -16,29 +16,34 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from comet_pl import CometCache, CometForCausalLM
+from comet_pl import CometCache, CometConfig, CometForCausalLM
 from data.tokenizer import train_tokenizer
-from tests.support.models import FAMILIES, VOCABULARY, backbone, memories, text, tiny
+from tests.laws.test_reference import load
+from tests.support.models import (
+    FAMILIES,
+    MEMORY,
+    NEUTRAL,
+    VOCABULARY,
+    backbone,
+    continued,
+    memories,
+    text,
+    tiny,
+)
 
 
-def greedy_reference(model, ids, count):
-    """Repeated full forward passes, new ids suppressed."""
-    with torch.no_grad():
-        for _ in range(count):
-            logits = model(ids, use_cache=False).logits[:, -1]
-            logits[:, model.config.new_token_ids] = -torch.inf
-            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-    return ids
+def greedy(model, ids, count, **options):
+    """Hugging Face's generate."""
+    return model.generate(ids, max_new_tokens=count, do_sample=False, **options)
 
 
 def ragged(prompts):
     """Prompts (1, n) as one left-padded batch and its mask."""
     width = max(p.shape[1] for p in prompts)
-    ids, mask = (
-        [pad(row, (width - row.shape[1], 0)) for row in rows]
+    return tuple(
+        torch.cat([pad(row, (width - row.shape[1], 0)) for row in rows])
         for rows in (prompts, [torch.ones_like(p) for p in prompts])
     )
-    return torch.cat(ids), torch.cat(mask)
 
 
 # ---- greedy
@@ -56,8 +61,7 @@ def ragged(prompts):
 )
 def test_greedy_equals_repeated_passes_through_roll_overs(family, comet):
     model, prompt = tiny(family, **comet), text(1, 13)
-    out = model.generate(prompt, max_new_tokens=20, do_sample=False)
-    assert torch.equal(out, greedy_reference(model, prompt, 20))
+    assert torch.equal(greedy(model, prompt, 20), continued(model, prompt, 20))
 
 
 @settings(max_examples=max(30, settings().max_examples // 2))
@@ -73,36 +77,28 @@ def test_a_ragged_batch_generates_like_its_rows(comet, lengths, extra):
     prompts = [text(1, n, seed=n) for n in lengths]
     ids, mask = ragged(prompts)
     count = 2 * comet["chunk_size"] + extra + 1
-    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)
+    out = greedy(model, ids, count, attention_mask=mask)
     for row, prompt in zip(out, prompts, strict=True):
-        alone = model.generate(prompt, max_new_tokens=count, do_sample=False)[0, prompt.shape[1] :]
-        assert torch.equal(row[ids.shape[1] :], alone)
-        assert torch.equal(alone, greedy_reference(model, prompt, count)[0, prompt.shape[1] :])
+        alone = greedy(model, prompt, count)
+        assert torch.equal(row[ids.shape[1] :], alone[0, prompt.shape[1] :])
+        assert torch.equal(alone, continued(model, prompt, count))
 
 
 def test_our_folder_of_the_authors_weights_generates_what_theirs_did(tmp_path):
     """Authors' checkpoint -> our folder in shards -> Auto class -> the golden continuation."""
-    from safetensors.torch import load_file
-
-    from tests.laws.test_reference import GOLDEN
-
-    CometForCausalLM.from_pretrained(GOLDEN / "decode").save_pretrained(
-        tmp_path, max_shard_size="40KB"
-    )
+    theirs, expected, _ = load("decode")
+    theirs.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
-    expected = load_file(GOLDEN / "decode" / "expected.safetensors")
     wanted = expected["generated"].flatten()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    out = model.generate(
-        expected["input_ids.0"][None],
-        max_new_tokens=len(wanted),
-        do_sample=False,
-        eos_token_id=None,
-    )
+    out = greedy(model, expected["input_ids.0"][None], len(wanted), eos_token_id=None)
     assert out[0, -len(wanted) :].tolist() == wanted.tolist()
 
 
 # ---- beams, samples, and what goes with them
+
+
+SCORES = {"return_dict_in_generate": True, "output_scores": True}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,24 +106,11 @@ def test_beams_are_hugging_faces_on_a_model_with_both_memories_off(family, tmp_p
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(backbone(family)).double().eval()
     plain.save_pretrained(tmp_path)
-    comet = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.float64).eval()
+    model = CometForCausalLM.from_pretrained(tmp_path, comet=NEUTRAL, dtype=torch.float64).eval()
     ids, mask = ragged([text(1, n, seed=n) for n in (4, 9, 6)])
-    options = {
-        "attention_mask": mask,
-        "max_new_tokens": 15,
-        "num_beams": 4,
-        "num_return_sequences": 3,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-    more = {
-        "return_dict_in_generate": True,
-        "output_scores": True,
-        "eos_token_id": 7,
-        "length_penalty": 0.5,
-    }
-    ours, theirs = model.generate(ids, **options, **more), plain.generate(ids, **options, **more)
+    options = {"num_beams": 4, "num_return_sequences": 3, "length_penalty": 0.5}
+    options |= {"attention_mask": mask, "pad_token_id": 0, "eos_token_id": 7}
+    ours, theirs = (greedy(one, ids, 15, **options, **SCORES) for one in (model, plain))
     assert torch.equal(ours.sequences, theirs.sequences)
     torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores)
 
@@ -138,41 +121,20 @@ def test_beams_carry_their_own_memories(family):
     reordered would give another one."""
     model = tiny(family)
     ids, mask = ragged([text(1, n, seed=n) for n in (4, 9)])
-    options = {
-        "num_beams": 4,
-        "num_return_sequences": 4,
-        "do_sample": False,
-        "eos_token_id": None,
-        "length_penalty": 0.0,
-    }
-    out = model.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=14,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
+    options = {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.0}
+    out = greedy(model, ids, 14, attention_mask=mask, eos_token_id=None, **options, **SCORES)
     assert len({tuple(row.tolist()) for row in out.sequences}) == 8
     masks = torch.cat([mask.repeat_interleave(4, 0), torch.ones(8, 14, dtype=torch.long)], 1)
     with torch.no_grad():
-        logits = (
-            model(out.sequences, attention_mask=masks, use_cache=False)
-            .logits[:, -15:-1]
-            .log_softmax(-1)
-        )
-    scores = logits.gather(2, out.sequences[:, -14:, None]).sum((1, 2))
+        logits = model(out.sequences, attention_mask=masks, use_cache=False).logits[:, -15:-1]
+    scores = logits.log_softmax(-1).gather(2, out.sequences[:, -14:, None]).sum((1, 2))
     torch.testing.assert_close(out.sequences_scores, scores.float(), atol=1e-4, rtol=1e-4)
 
 
 def test_samples_are_reproducible_and_several_a_prompt():
     model, prompt = tiny(), text(3, 5)
-    options = {
-        "max_new_tokens": 30,
-        "do_sample": True,
-        "temperature": 5.0,
-        "num_return_sequences": 2,
-    }
+    options = {"max_new_tokens": 30, "do_sample": True}
+    options |= {"temperature": 5.0, "num_return_sequences": 2}
     torch.manual_seed(1)
     one = model.generate(prompt, **options)
     torch.manual_seed(1)
@@ -224,15 +186,10 @@ class Collector(BaseStreamer):
 
 def test_processors_and_streamers_see_text_tokens_only():
     model, prompt = tiny(), text(1, 6)
-    first = model.generate(prompt, max_new_tokens=1, do_sample=False)[0, -1].item()
+    first = greedy(model, prompt, 1)[0, -1].item()
     recorder, streamer = Recorder(first), Collector()
-    out = model.generate(
-        prompt,
-        max_new_tokens=17,
-        do_sample=False,
-        logits_processor=LogitsProcessorList([recorder]),
-        streamer=streamer,
-    )
+    processors = LogitsProcessorList([recorder])
+    out = greedy(model, prompt, 17, logits_processor=processors, streamer=streamer)
     assert out.shape == (1, 23)
     assert first not in out[0, 6:]
     assert recorder.lengths == list(range(6, 23))
@@ -243,37 +200,19 @@ def test_processors_and_streamers_see_text_tokens_only():
 def test_stop_strings_and_stop_tokens_end_each_row_alone():
     tokenizer = train_tokenizer(["the cat sat on a mat and ran to the old red barn " * 5], 300)
     torch.manual_seed(0)
-    config = tiny().config
-    config.backbone_config.vocab_size = len(tokenizer)
-    from comet_pl import CometConfig
-
-    model = CometForCausalLM(
-        CometConfig(
-            config.backbone_config,
-            chunk_size=5,
-            global_size=2,
-            compression_stride=3,
-            temporary_capacity=4,
-        )
-    )
+    model = CometForCausalLM(CometConfig(backbone(vocab_size=len(tokenizer)), **MEMORY))
     prompt = torch.randint(4, len(tokenizer), (2, 7))
     broken = [
         k
         for k in range(len(tokenizer))
         if k < 4 or not (tokenizer.decode(k).isascii() and tokenizer.decode(k).isprintable())
     ]
-    options = {
-        "max_new_tokens": 25,
-        "do_sample": False,
-        "suppress_tokens": [*broken, *model.config.new_token_ids],
-    }
-    free = model.generate(prompt, **options)
-    stop = tokenizer.decode(
-        free[0, 16:19]
-    )  # what the first row says in its tenth to twelfth step, after a roll-over
-    out = model.generate(
-        prompt, stop_strings=[stop], tokenizer=tokenizer, pad_token_id=0, eos_token_id=1, **options
-    )
+    options = {"suppress_tokens": [*broken, *model.config.new_token_ids]}
+    free = greedy(model, prompt, 25, **options)
+    # What the first row says in its tenth to twelfth step, after a roll-over.
+    stop = tokenizer.decode(free[0, 16:19])
+    options |= {"tokenizer": tokenizer, "pad_token_id": 0, "eos_token_id": 1}
+    out = greedy(model, prompt, 25, stop_strings=[stop], **options)
     for row, whole in zip(out, free, strict=True):
         kept = row[: len(row) - int((row.flip(0) != 0).long().argmax())]  # pad tokens behind
         assert torch.equal(kept, whole[: len(kept)])
@@ -289,57 +228,41 @@ def test_prompts_that_leave_nothing_to_go_on_from():
     model = tiny()
     with torch.no_grad():
         cache = model(text(1, 9), use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="an empty prompt given"):
-        model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)
-    with pytest.raises(ValueError, match="row 1 of the prompt has no new token"):
-        model.generate(
-            text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [0, 0, 0]]), max_new_tokens=2
-        )
-    for ids in (
-        text(1, 9),
-        text(1, 2),
-    ):  # all of it read already; new ids only, without the mask that would say so
-        with pytest.raises(ValueError, match="has read 9 already"):
-            model.generate(ids, past_key_values=cache.clone(), max_new_tokens=2)
-    with pytest.raises(
-        ValueError, match=r"holds 1 rows, input_ids has 3; CometCache.batch_repeat_interleave\(3\)"
-    ):
-        model.generate(
-            text(1, 12),
-            past_key_values=cache.clone(),
-            max_new_tokens=2,
-            num_return_sequences=3,
-            do_sample=True,
-        )
-    with pytest.raises(ValueError, match=r"row 1 of the prompt ends with padding.*pad on the left"):
-        model.generate(
-            text(2, 3), attention_mask=torch.tensor([[0, 1, 1], [1, 1, 0]]), max_new_tokens=2
-        )
-    with pytest.raises(ValueError, match="max_new_tokens"):
-        model.generate(text(1, 3), max_new_tokens=0)
-    with pytest.raises(ValueError, match="row 0 has padding between"):
-        model.generate(text(1, 3), attention_mask=torch.tensor([[1, 0, 1]]), max_new_tokens=2)
+
+    def refused(message, ids, read=None, mask=None, **options):
+        if read is not None:
+            options["past_key_values"] = read.clone()
+        if mask is not None:
+            options["attention_mask"] = torch.tensor(mask)
+        with pytest.raises(ValueError, match=message):
+            model.generate(ids, **{"max_new_tokens": 2} | options)
+
+    refused("an empty prompt given", torch.zeros(1, 0, dtype=torch.long))
+    refused("row 1 of the prompt has no new token", text(2, 3), mask=[[0, 1, 1], [0, 0, 0]])
+    # All of it read already; new ids only, without the mask that would say so.
+    for ids in (text(1, 9), text(1, 2)):
+        refused("has read 9 already", ids, cache)
+    three = r"holds 1 rows, input_ids has 3; CometCache.batch_repeat_interleave\(3\)"
+    refused(three, text(1, 12), cache, num_return_sequences=3, do_sample=True)
+    padded = r"row 1 of the prompt ends with padding.*pad on the left"
+    refused(padded, text(2, 3), mask=[[0, 1, 1], [1, 1, 0]])
+    refused("max_new_tokens", text(1, 3), max_new_tokens=0)
+    refused("row 0 has padding between", text(1, 3), mask=[[1, 0, 1]])
     assert cache.columns == 9
 
 
 def test_rows_that_end_early_wait_for_the_others():
     """Their padding is fed as text, as Hugging Face does; the other rows must not notice."""
     model, prompts = tiny(), [text(1, 6, seed=k) for k in range(3)]
-    alone = [model.generate(p, max_new_tokens=18, do_sample=False)[0, 6:] for p in prompts]
+    alone = [greedy(model, prompt, 18)[0, 6:] for prompt in prompts]
 
     def kept(stop):
         return [list(itertools.takewhile(lambda t: t != stop, whole.tolist())) for whole in alone]
 
     stop = next(t for t in range(VOCABULARY) if len({len(row) for row in kept(t)}) == 3)
     ids = torch.cat(prompts)
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=18,
-        do_sample=False,
-        eos_token_id=stop,
-        pad_token_id=0,
-    )
+    options = {"attention_mask": torch.ones_like(ids), "eos_token_id": stop, "pad_token_id": 0}
+    out = greedy(model, ids, 18, **options)
     for row, expected in zip(out, kept(stop), strict=True):
         assert row[6 : 6 + len(expected)].tolist() == expected
 

@@ -1,33 +1,22 @@
 """Generation from a memory that is kept, in this process and in another."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
 from tests.support.models import FAMILIES, text, tiny
-
-# ---- a memory that is kept
+from tests.support.tiny_runs import python
 
 
 def test_generation_goes_on_from_a_cache():
     """A text is read once (its document in listed chunks), then asked."""
     model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
     with torch.no_grad():
-        cache = model(
-            document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1
-        ).past_key_values
-    ids = torch.cat([document, question], 1)
-    first = model.generate(ids, past_key_values=cache.clone(), max_new_tokens=6, do_sample=False)
-    again = model.generate(
-        question,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache.clone(),
-        max_new_tokens=6,
-        do_sample=False,
-    )
+        cache = model(document, chunk_sizes=[7, 7, 6], use_cache=True).past_key_values
+    ids, options = torch.cat([document, question], 1), {"max_new_tokens": 6, "do_sample": False}
+    first = model.generate(ids, past_key_values=cache.clone(), **options)
+    options["attention_mask"] = torch.ones_like(ids)
+    again = model.generate(question, past_key_values=cache.clone(), **options)
     assert torch.equal(first[:, 24:], again[:, 4:])
 
 
@@ -72,15 +61,7 @@ def test_memories_on_disk_continue_in_another_process(tmp_path):
             cache = model(document, use_cache=True, logits_to_keep=1).past_key_values
         cache.save(tmp_path / family / "memory")
     questions = [text(2, n, seed=n).tolist() for n in (3, 8)]
-    done = subprocess.run(
-        [sys.executable, "-c", CONTINUE.format(root=str(tmp_path), questions=questions)],
-        capture_output=True,
-        text=True,
-        timeout=100,
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 0, done.stderr
-    answers = json.loads(done.stdout.splitlines()[-1])
+    answers = json.loads(python(CONTINUE.format(root=str(tmp_path), questions=questions)))
     for family, model in models.items():
         for question, answer in zip(questions, answers[family], strict=True):
             ids = torch.cat([document, torch.tensor(question)], 1)

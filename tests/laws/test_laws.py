@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model import attention as kernels
 from tests.support.models import (
+    EXACT,
     FAMILIES,
     VOCABULARY,
     backbone,
@@ -19,11 +20,20 @@ from tests.support.models import (
     text,
     tiny,
 )
+from tests.support.training import close, gradients_of
 
-EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
-some = settings(
-    max_examples=max(60, settings().max_examples), deadline=None
-)  # the wide profile asks for more
+# The wide profile asks for more.
+some = settings(max_examples=max(60, settings().max_examples))
+
+
+def read(model, *pieces, cache=None, **options):
+    """(logits of all pieces, cache after them)."""
+    logits = []
+    for ids in pieces:
+        out = model(ids, past_key_values=cache, use_cache=True, **options)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, 1), cache
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,20 +59,16 @@ def test_pieces_of_any_size(comet, n, cuts, grad, data):
     model, ids = tiny(**comet), text(2, n)
     strides = None
     if comet["compression_stride"] and data.draw(st.booleans()):
-        strides = [data.draw(st.integers(1, 5)), data.draw(st.integers(1, 5))]
+        strides = [data.draw(st.integers(1, 5)) for _ in range(2)]
     ends = [*sorted(c for c in cuts if c < n), n]
     with torch.set_grad_enabled(grad):
         whole = model(ids, use_cache=True, strides=strides)
         cache, logits, start = None, [], 0
         for end in ends:
-            out = model(
-                ids[:, start:end],
-                past_key_values=cache,
-                use_cache=True,
-                strides=strides if start == 0 else None,
-            )
-            cache, start = out.past_key_values, end
-            logits.append(out.logits)
+            first = strides if start == 0 else None
+            piece, cache = read(model, ids[:, start:end], cache=cache, strides=first)
+            logits.append(piece)
+            start = end
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **EXACT)
     same_cache(cache, whole.past_key_values)
 
@@ -77,9 +83,8 @@ def test_one_token_at_a_time_after_a_prompt(comet, data, n):
         cache, logits = CometCache(), []
         for k in range(n):
             with torch.set_grad_enabled(data.draw(st.booleans())):
-                out = model(ids[:, k : k + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            logits.append(out.logits)
+                piece, cache = read(model, ids[:, k : k + 1], cache=cache)
+            logits.append(piece)
     torch.testing.assert_close(torch.cat(logits, 1), whole.logits, **EXACT)
     same_cache(cache, whole.past_key_values)
 
@@ -93,16 +98,12 @@ def test_cuts_between_listed_chunks(comet, n, data):
     k = data.draw(st.integers(0, len(sizes)))
     middle = sum(sizes[:k])
     with torch.no_grad():
-        whole = model(ids, chunk_sizes=sizes, resets=resets, use_cache=True)
-        first = model(ids[:, :middle], chunk_sizes=sizes[:k], resets=resets[:k], use_cache=True)
-        second = model(
-            ids[:, middle:],
-            chunk_sizes=sizes[k:],
-            resets=resets[k:],
-            past_key_values=first.past_key_values,
-        )
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), whole.logits, **EXACT)
-    same_cache(second.past_key_values, whole.past_key_values)
+        whole, expected = read(model, ids, chunk_sizes=sizes, resets=resets)
+        first, cache = read(model, ids[:, :middle], chunk_sizes=sizes[:k], resets=resets[:k])
+        rest = {"chunk_sizes": sizes[k:], "resets": resets[k:]}
+        second, cache = read(model, ids[:, middle:], cache=cache, **rest)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole, **EXACT)
+    same_cache(cache, expected)
 
 
 def test_a_reset_chunk_starts_afresh():
@@ -157,47 +158,29 @@ def test_walks_agree_with_gradients(comet, n, recompute, ragged, data):
         model = tiny(layers=3, **comet).train()
         model.traversal, model.gradient_checkpointing = walk, recompute
         out = model(ids, attention_mask=mask, labels=ids, chunk_sizes=sizes, use_cache=True)
-        loss = (
-            out.loss
-            + sum(
-                m.state.square().sum() for m in out.past_key_values.memories if m.state is not None
-            )
-            * 0.01
-        )
+        states = (memory.state for memory in out.past_key_values.memories)
+        loss = out.loss + 0.01 * sum(s.square().sum() for s in states if s is not None)
         if loss.requires_grad:
             loss.backward()
-        results.append(
-            (
-                loss.detach(),
-                {k: p.grad for k, p in model.named_parameters() if p.grad is not None},
-                out.past_key_values,
-            )
-        )
-    (loss, grads, cache), (loss2, grads2, cache2) = results
-    torch.testing.assert_close(loss, loss2, **EXACT)
-    torch.testing.assert_close(grads, grads2, **EXACT)
-    same_cache(cache.detach(), cache2.detach())
+        gradients = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+        results.append(((loss.detach(), gradients), out.past_key_values.detach()))
+    (values, cache), (values2, cache2) = results
+    torch.testing.assert_close(values, values2, **EXACT)
+    same_cache(cache, cache2)
 
 
 def test_windows_with_a_live_cache_equal_one_call():
     """Gradients flow through a returned cache, and the loss of the pieces adds up to the loss of
     the whole."""
-    ids, sizes = text(2, 20), [5, 5, 5, 5]
-    whole, pieces = tiny().train(), tiny().train()
-    whole(ids, labels=ids, chunk_sizes=sizes).loss.backward()
+    ids, whole, pieces = text(2, 20), tiny().train(), tiny().train()
+    whole(ids, labels=ids, chunk_sizes=[5, 5, 5, 5]).loss.backward()
     shift = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], 1)
-    more = {"use_cache": True, "num_items_in_batch": 38}
-    first = pieces(ids[:, :10], shift_labels=shift[:, :10], chunk_sizes=sizes[:2], **more)
-    second = pieces(
-        ids[:, 10:],
-        shift_labels=shift[:, 10:],
-        chunk_sizes=sizes[2:],
-        past_key_values=first.past_key_values,
-        **more,
-    )
+    more = {"chunk_sizes": [5, 5], "use_cache": True, "num_items_in_batch": 38}
+    first = pieces(ids[:, :10], shift_labels=shift[:, :10], **more)
+    more["past_key_values"] = first.past_key_values
+    second = pieces(ids[:, 10:], shift_labels=shift[:, 10:], **more)
     (first.loss + second.loss).backward()
-    for (name, p), q in zip(whole.named_parameters(), pieces.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, **EXACT, msg=name)
+    close(gradients_of(whole), gradients_of(pieces))
 
 
 # ---- law 4: batch
@@ -222,21 +205,16 @@ def test_a_ragged_batch_equals_its_rows(comet, lengths, left, listed, data):
     with torch.no_grad():
         batch = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=True)
         uncached = model(ids, attention_mask=mask, chunk_sizes=sizes, use_cache=False).logits
-        after = [
-            model(more[:, k : k + 2], past_key_values=batch.past_key_values).logits
-            for k in (0, 2, 4)
-        ]
+        after, _ = read(model, *more.split(2, 1), cache=batch.past_key_values)
         for b, span in enumerate(spans):
             cache = None
             if lengths[b]:
-                alone = model(
-                    ids[b : b + 1, span], chunk_sizes=[sizes[b]] if sizes else None, use_cache=True
-                )
-                torch.testing.assert_close(batch.logits[b, span], alone.logits[0], **EXACT)
-                torch.testing.assert_close(uncached[b, span], alone.logits[0], **EXACT)
-                cache = alone.past_key_values
-            follow = model(more[b : b + 1], past_key_values=cache, use_cache=True)
-            torch.testing.assert_close(torch.cat(after, 1)[b], follow.logits[0], **EXACT)
+                own = [sizes[b]] if sizes else None
+                alone, cache = read(model, ids[b : b + 1, span], chunk_sizes=own)
+                torch.testing.assert_close(batch.logits[b, span], alone[0], **EXACT)
+                torch.testing.assert_close(uncached[b, span], alone[0], **EXACT)
+            follow, _ = read(model, more[b : b + 1], cache=cache)
+            torch.testing.assert_close(after[b], follow[0], **EXACT)
 
 
 @some
@@ -259,8 +237,7 @@ def test_a_ragged_batch_trains_like_its_rows():
     batch(ids, attention_mask=mask, labels=ids, num_items_in_batch=21).loss.backward()
     for b, n in ((0, 14), (1, 9)):
         alone(ids[b : b + 1, :n], labels=ids[b : b + 1, :n], num_items_in_batch=21).loss.backward()
-    for (name, p), q in zip(batch.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, **EXACT, msg=name)
+    close(gradients_of(batch), gradients_of(alone))
 
 
 # ---- law 6: constant
@@ -296,9 +273,8 @@ def test_no_tensor_grows_with_the_text(family):
 
         def look(module, inputs, outputs):
             nonlocal largest
-            largest = max(
-                largest, outputs[0].numel(), *(t.numel() for t in outputs[1] if t is not None)
-            )
+            tensors = (outputs[0], *outputs[1])
+            largest = max(largest, *(t.numel() for t in tensors if t is not None))
 
         hooks = [cell.register_forward_hook(look) for cell in model.model.layers]
         with torch.no_grad():
@@ -307,11 +283,8 @@ def test_no_tensor_grows_with_the_text(family):
         for hook in hooks:
             hook.remove()
         gc.collect()
-        seen[pieces] = (
-            largest,
-            cache.nbytes,
-            sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()),
-        )
+        living = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        seen[pieces] = largest, cache.nbytes, living
     assert seen[4] == seen[40]
 
 
@@ -340,10 +313,7 @@ def test_no_logit_looks_ahead(comet, n, data, attention, listed):
 
 def test_shared_configuration_is_copied():
     shared = backbone()
-    one, two = (
-        CometForCausalLM(CometConfig(backbone_config=shared)),
-        CometForCausalLM(CometConfig(backbone_config=shared)),
-    )
+    one, two = (CometForCausalLM(CometConfig(shared)) for _ in range(2))
     one.set_attn_implementation("eager")
     assert two.config.backbone_config._attn_implementation == "sdpa"
     assert shared.vocab_size == VOCABULARY

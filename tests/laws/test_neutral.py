@@ -5,15 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometCache, CometConfig, CometForCausalLM
-from tests.support.models import (
-    FAMILIES,
-    backbone,
-    text,
-)
+from tests.support.models import EXACT, FAMILIES, MEMORY, NEUTRAL, backbone, text
 
-EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
 
-# ---- law 5: neutral
+def comet(decoder, **options):
+    """In double precision."""
+    return CometForCausalLM(CometConfig(decoder, **options)).double().eval()
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -21,22 +18,19 @@ EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
 def test_without_memories_it_is_the_plain_decoder(family, attention, tmp_path):
     config = backbone(family)
     plain = AutoModelForCausalLM.from_config(config).double().eval()
-    for parameter in (
-        plain.parameters()
-    ):  # norms and biases too: their start values would hide where they belong
+    # Norms and biases too: their start values would hide where they belong.
+    for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, mean=0.1 * (parameter.ndim == 1), std=0.3)
     plain.save_pretrained(tmp_path)
-    comet = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM.from_pretrained(
-        tmp_path, comet=comet, dtype=torch.float64, attn_implementation=attention
-    ).eval()
+    options = {"comet": NEUTRAL, "dtype": torch.float64, "attn_implementation": attention}
+    model = CometForCausalLM.from_pretrained(tmp_path, **options).eval()
     ids = text(2, 30)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits, **EXACT)
     model(ids, labels=ids).loss.backward()
-    torch.nn.functional.cross_entropy(
-        plain(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    ).backward()  # theirs is float32
+    # Their own loss is float32.
+    logits = plain(ids).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, **EXACT, msg=name)
@@ -67,13 +61,9 @@ ROPES = {
 def test_rope_scaling_kinds_pass_through(kind):
     """Neutral, and still split exactly with memories on."""
     rope = ROPES[kind] | {"rope_theta": 100.0}
-    plain = (
-        AutoModelForCausalLM.from_config(backbone("llama", rope_parameters=dict(rope)))
-        .double()
-        .eval()
-    )
-    neutral = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM(CometConfig(backbone_config=plain.config, **neutral)).double().eval()
+    config = backbone("llama", rope_parameters=dict(rope))
+    plain = AutoModelForCausalLM.from_config(config).double().eval()
+    model = comet(plain.config, **NEUTRAL)
     model.load_state_dict(plain.state_dict())
     ids = text(1, 60)
     with torch.no_grad():
@@ -82,14 +72,7 @@ def test_rope_scaling_kinds_pass_through(kind):
         plain.config.rope_parameters = {"rope_type": "default", "rope_theta": 100.0}
         if kind not in ("dynamic", "longrope"):  # those leave short texts alone
             assert not torch.allclose(type(plain)(plain.config).double()(ids).logits, expected)
-    memories = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4}
-    model = (
-        CometForCausalLM(
-            CometConfig(backbone_config=backbone("llama", rope_parameters=dict(rope)), **memories)
-        )
-        .double()
-        .eval()
-    )
+    model = comet(backbone("llama", rope_parameters=dict(rope)), **MEMORY)
     with torch.no_grad():
         whole, cache, pieces = model(ids).logits, CometCache(), []
         for k in range(60):
@@ -101,40 +84,29 @@ def test_rope_scaling_kinds_pass_through(kind):
 def test_rope_that_changes_with_length_is_refused_where_chunks_reach_that_length(kind):
     rope = ROPES[kind] | {"rope_theta": 100.0, "original_max_position_embeddings": 128}
     decoder = backbone("llama", rope_parameters=rope)
+    options = {"global_size": 2, "compression_stride": None}
     with pytest.raises(ValueError, match=rf"{kind}.*beyond 128 positions.*takes 13\d"):
-        CometForCausalLM(
-            CometConfig(
-                backbone_config=decoder, chunk_size=126, global_size=2, compression_stride=None
-            )
-        )
-    model = CometForCausalLM(
-        CometConfig(backbone_config=decoder, chunk_size=20, global_size=2, compression_stride=None)
-    )
+        comet(decoder, chunk_size=126, **options)
+    model = comet(decoder, chunk_size=20, **options)
     with pytest.raises(ValueError, match="beyond 128 positions"):
         model(text(1, 140), chunk_sizes=[140])
 
 
 def test_half_precision_leaves_rope_exact(tmp_path):
-    plain = AutoModelForCausalLM.from_config(
-        backbone("llama", rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    )
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    plain = AutoModelForCausalLM.from_config(backbone("llama", rope_parameters=rope))
     plain.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
-    comet = {"chunk_size": 512, "global_size": 0, "compression_stride": None}
-    model = CometForCausalLM.from_pretrained(
-        tmp_path, comet=comet, dtype=torch.bfloat16, attn_implementation="sdpa"
-    ).eval()
-    cast = (
-        CometForCausalLM.from_pretrained(tmp_path, comet=comet, dtype=torch.float32)
-        .to(torch.bfloat16)
-        .eval()
+    options = {"comet": NEUTRAL | {"chunk_size": 512}, "attn_implementation": "sdpa"}
+    model, cast = (
+        CometForCausalLM.from_pretrained(tmp_path, dtype=dtype, **options).eval()
+        for dtype in (torch.bfloat16, torch.float32)
     )
-    for one in (model, cast):
+    for one in (model, cast.to(torch.bfloat16)):
         assert one.dtype == torch.bfloat16
         assert torch.equal(one.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
         assert one.model.rotary_emb.inv_freq.dtype == torch.float32
+    ids = text(1, 400)
     with torch.no_grad():
-        ids = text(1, 400)
-        torch.testing.assert_close(
-            model(ids).logits, plain(ids).logits, atol=2e-2, rtol=2e-2
-        )  # bf16: two kernels
+        # bf16: two kernels
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits, atol=2e-2, rtol=2e-2)

@@ -66,11 +66,8 @@ def test_loss_and_gradients(case, recompute, implementation):
     labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
     for b, k in enumerate(rows):
         n = len(expected[f"input_ids.{k}"])
-        ids[b, :n], labels[b, :n], mask[b, :n] = (
-            expected[f"input_ids.{k}"],
-            expected[f"labels.{k}"],
-            1,
-        )
+        ids[b, :n], labels[b, :n] = expected[f"input_ids.{k}"], expected[f"labels.{k}"]
+        mask[b, :n] = 1
     sizes = [expected[f"chunk_sizes.{k}"].tolist() for k in rows]
     strides = None if stride is None else [stride] * len(rows)
     out = model(ids, attention_mask=mask, labels=labels, chunk_sizes=sizes, strides=strides)
@@ -79,15 +76,11 @@ def test_loss_and_gradients(case, recompute, implementation):
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     checked = 0
     for key, value in expected.items():
-        if key.startswith("grad_norm."):
-            close(
-                gradients[authors_name(key.removeprefix("grad_norm."))].norm().view(1),
-                value.float().view(1),
-            )
-        elif key.startswith("grad."):
-            close(gradients[authors_name(key.removeprefix("grad."))], value)
-        else:
+        what, _, name = key.partition(".")
+        if what not in ("grad", "grad_norm"):
             continue
+        found = gradients[authors_name(name)]
+        close(found, value) if what == "grad" else close(found.norm()[None], value.float().view(1))
         checked += 1
     assert checked > 10
 
@@ -99,13 +92,8 @@ def test_greedy_continuation(implementation):
     model.set_attn_implementation(implementation)
     prompt = expected["input_ids.0"][None]
     wanted = expected["generated"].flatten()
-    out = model.generate(
-        prompt,
-        max_new_tokens=len(wanted),
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
+    options = {"max_new_tokens": len(wanted), "do_sample": False, "eos_token_id": None}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    out = model.generate(prompt, **options)
     assert out.sequences[0, prompt.shape[1] :].tolist() == wanted.tolist()
     close(torch.cat(out.logits), expected["gen_logits"].reshape(len(wanted), -1))

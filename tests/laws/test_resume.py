@@ -94,9 +94,9 @@ class Seen(lightning.Callback):
 
     def __init__(self, hook="on_train_batch_start"):
         self.rows = []
-        setattr(self, hook, lambda trainer, module, batch, *_: self.add(batch))
+        setattr(self, hook, self.add)
 
-    def add(self, batch):
+    def add(self, trainer, module, batch, *_):
         self.rows.append(batch["input_ids"].tolist())
 
 
@@ -139,11 +139,8 @@ BY_STEPS = [*COMMON, "trainer.val_check_interval=3"]
 BY_EPOCHS = [*COMMON, "trainer.val_check_interval=1.0"]  # after steps 4 and 8
 STEP_MOMENTS = [(step, "on_train_batch_start") for step in range(1, 10)]
 STEP_MOMENTS += [(3, "on_validation_start"), (6, "on_validation_end"), (8, "on_train_batch_end")]
-EPOCH_MOMENTS = [
-    (4, "on_train_batch_start"),
-    (4, "on_validation_start"),
-    (5, "on_train_batch_start"),
-]
+EPOCH_MOMENTS = [(step, "on_train_batch_start") for step in (4, 5)]
+EPOCH_MOMENTS += [(4, "on_validation_start")]
 
 
 def straight(fit, factory, keys, moments):
@@ -211,9 +208,9 @@ def test_the_best_so_far_is_remembered(fit, tmp_path):
     ],
 )
 def test_killed_while_a_part_learns(fit, tmp_path, parameters, recompute):
-    keys = [*BY_STEPS, "trainer.max_steps=4", f"train.recompute={recompute}"]
-    keys += [f"train.parameters={parameters}"]
+    keys = [f"train.parameters={parameters}", f"train.recompute={recompute}"]
     keys += ["train.lora_dropout=0.2"] * ("lora" in parameters)
+    keys = [*BY_STEPS, "trainer.max_steps=4", *keys]
     whole = fit(tmp_path, "straight", *keys, first=[copy(2, "on_train_batch_start", tmp_path)])
     same_run(whole, resumed(fit, tmp_path, tmp_path, keys, 2, "on_train_batch_start"))
 
@@ -283,13 +280,8 @@ def test_signals_stop_between_two_steps_with_a_checkpoint(
 def train_and_kill(root, name, step, delay, *keys):
     """Starts train.py and kills it `delay` seconds after it has shown a step; returns whether it
     was still running."""
-    process = subprocess.Popen(
-        command(root, name, *keys),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command(root, name, *keys), cwd=ROOT, **output)
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
     try:
@@ -308,16 +300,11 @@ def train_and_kill(root, name, step, delay, *keys):
 
 
 RUN = [*SHORT, "trainer.max_steps=24", "trainer.val_check_interval=5", "checkpoint.every_steps=2"]
-PASSKEY = [
-    *RUN,
-    "data.train_length=96",
-    "data.length_schedule=[[0,48],[8,96]]",
-    "data.batch_size=2",
-    "data.val_depths=2",
-    "data.val_examples=1",
-    "train.accumulate=2",
-    "train.bptt_chunks=2",
-]
+PASSKEY = [*RUN, "train.accumulate=2", "train.bptt_chunks=2"]
+PASSKEY += """
+data.train_length=96 data.length_schedule=[[0,48],[8,96]] data.batch_size=2 data.val_depths=2
+data.val_examples=1
+""".split()
 SCROLLS = [*RUN, "conf=scrolls", "data.max_length=120", "data.batch_size=2", "data.val_examples=3"]
 PACKED = ["data.packing=documents", "data.chunk_plan=mixture", "data.dynamic_stride=true"]
 LAYOUTS = {

@@ -83,9 +83,8 @@ def test_each_path_is_a_numbered_list_of_functions(what: str):
 
 
 def test_every_key_of_a_checkpoint_has_its_owner(trained: Path):
-    table = re.findall(
-        r"^\| `([\w-]+)` \| (\S+)", section(ARCHITECTURE, "The path of a checkpoint"), re.M
-    )
+    text = section(ARCHITECTURE, "The path of a checkpoint")
+    table = re.findall(r"^\| `([\w-]+)` \| (\S+)", text, re.M)
     assert {key: owner.strip("`") for key, owner in table} == {k: o for k, (o, _) in KEYS.items()}
     file = trained / "checkpoints" / "last.ckpt"
     assert set(torch.load(file, weights_only=True)) == set(KEYS) - {"MixedPrecision"}
@@ -99,6 +98,5 @@ def test_the_readme_is_short():
     for row in section(text, "Results").splitlines():
         cells = row.strip("|").split("|")[:2] if row.startswith("| ") else []
         assert all(len(cell.split()) <= 8 for cell in cells), row
-    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= set(
-        re.findall(r"\]\((\S+?\.md)\)", (DOCS / "README.md").read_text("utf-8"))
-    )
+    listed = re.findall(r"\]\((\S+?\.md)\)", (DOCS / "README.md").read_text("utf-8"))
+    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= {*listed}

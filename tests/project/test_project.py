@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,23 +17,16 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
 
-def canonical(name: str) -> str:
-    return name.lower().replace("_", "-")
-
-
 def pins() -> dict[str, Requirement]:
     lines = [line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     requirements = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    return {canonical(one.name): one for one in requirements}
+    return {canonicalize_name(one.name): one for one in requirements}
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "GIT_"))
-    }
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=60, env=environment
-    )
+    env = {k: value for k, value in os.environ.items() if not k.startswith(("MAKE", "GIT_"))}
+    options = {"cwd": cwd, "env": env, "timeout": 60}
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 @pytest.fixture
@@ -47,11 +41,8 @@ def test_conda_lists_the_same_packages_as_pyproject():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     pip_lists = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
     assert pip_lists == [PROJECT["dependencies"]]
-    python = next(
-        Requirement(item)
-        for item in environment["dependencies"]
-        if isinstance(item, str) and item.startswith("python")
-    )
+    names = (item for item in environment["dependencies"] if isinstance(item, str))
+    python = next(Requirement(item) for item in names if item.startswith("python"))
     assert "3.11" in python.specifier and "3.10" not in python.specifier
     assert environment["name"] == PROJECT["name"]
 
@@ -60,19 +51,17 @@ def test_every_dependency_is_pinned_inside_its_range():
     pinned = pins()
     for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]:
         wanted = Requirement(line)
-        assert canonical(wanted.name) in pinned, f"{wanted.name} is not in constraints.txt"
-        version = next(iter(pinned[canonical(wanted.name)].specifier)).version
-        assert Version(version) in wanted.specifier, (
-            f"{wanted.name}=={version} lies outside {wanted.specifier}"
-        )
+        name = canonicalize_name(wanted.name)
+        assert name in pinned, f"{name} is not in constraints.txt"
+        version = next(iter(pinned[name].specifier)).version
+        assert Version(version) in wanted.specifier, f"{version} lies outside {wanted}"
 
 
 def test_constraints_are_exact_public_versions():
     for name, pin in pins().items():
         assert [one.operator for one in pin.specifier] == ["=="], name
-        assert Version(next(iter(pin.specifier)).version).local is None, (
-            f"{name}: a local build cannot be installed elsewhere"
-        )
+        # A local build cannot be installed elsewhere.
+        assert Version(next(iter(pin.specifier)).version).local is None, name
 
 
 def test_packages_are_the_folders_that_hold_code():
@@ -90,19 +79,9 @@ def test_gitignore_hides_runs_but_not_the_package_data(tmp_path: Path):
         pytest.skip("git is not installed")
     run("git", "init", "-q", cwd=tmp_path)
     shutil.copy(ROOT / ".gitignore", tmp_path)
-    paths = [
-        "data/passkey.py",
-        "runs/passkey/x/config.yaml",
-        "comet_pl/__pycache__/a.pyc",
-        "conf/base.yaml",
-        ".venv/bin/python",
-    ]
-    ignored = run("git", "check-ignore", *paths, cwd=tmp_path).stdout.split()
-    assert ignored == [
-        "runs/passkey/x/config.yaml",
-        "comet_pl/__pycache__/a.pyc",
-        ".venv/bin/python",
-    ]
+    hidden = ["runs/passkey/x/config.yaml", "comet_pl/__pycache__/a.pyc", ".venv/bin/python"]
+    paths = ["data/passkey.py", "conf/base.yaml", *hidden]
+    assert run("git", "check-ignore", *paths, cwd=tmp_path).stdout.split() == hidden
 
 
 def test_make_names_an_old_python_in_one_line(make_folder: Path):
@@ -114,9 +93,8 @@ def test_make_names_an_old_python_in_one_line(make_folder: Path):
         assert result.returncode != 0
         first, *rest = result.stderr.strip().splitlines()
         assert first.startswith(f"error: PYTHON={python} is not Python 3.11 or newer")
-        assert (
-            all(line.startswith("make") for line in rest) and not (make_folder / ".venv").exists()
-        )
+        assert all(line.startswith("make") for line in rest)
+        assert not (make_folder / ".venv").exists()
 
 
 def test_make_setup_installs_once_and_again_when_the_pins_change(make_folder: Path):
@@ -135,10 +113,9 @@ def test_make_setup_installs_once_and_again_when_the_pins_change(make_folder: Pa
     "target", ["train", "test", "test-full", "lint", "bench", "bench-full", "smollm2"]
 )
 def test_every_make_target_sets_up_first(make_folder: Path, target: str):
-    commands = run("make", "-n", target, cwd=make_folder).stdout
-    assert "pip install" in commands and len(commands.splitlines()) > len(
-        run("make", "-n", "setup", cwd=make_folder).stdout.splitlines()
-    )
+    commands, setup = (run("make", "-n", one, cwd=make_folder).stdout for one in (target, "setup"))
+    assert "pip install" in commands
+    assert len(commands.splitlines()) > len(setup.splitlines())
 
 
 def test_ci_runs_the_make_targets_and_is_executable():

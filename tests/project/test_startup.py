@@ -1,8 +1,6 @@
 """A start loads what it needs; benchmarks/loading/startup.py counts the seconds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,33 +8,13 @@ import pytest
 from benchmarks.loading import startup
 from comet_pl.errors import UserError
 from tests.support.models import tiny
+from tests.support.tiny_runs import python
 
-ROOT = Path(__file__).resolve().parents[2]
-HEAVY = [
-    "lightning",
-    "torchmetrics",
-    "matplotlib",
-    "datasets",
-    "nltk",
-    "peft",
-    "sympy",
-    "torch._dynamo",
-    "torch.distributed.fsdp",
-]
-HEAVY += ["transformers.modeling_utils", "transformers.generation.utils"]
-HEAVY += ["comet_pl.model.modeling_comet", "lightning.pytorch.trainer"]
-
-
-def python(code: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
+HEAVY = """
+lightning torchmetrics matplotlib datasets nltk peft sympy torch._dynamo torch.distributed.fsdp
+transformers.modeling_utils transformers.generation.utils comet_pl.model.modeling_comet
+lightning.pytorch.trainer
+""".split()
 
 
 def test_the_import_help_and_mistakes_load_nothing_heavy():
@@ -68,11 +46,8 @@ def test_after_the_import_alone_the_auto_classes_load_a_folder(tmp_path: Path):
         f"print(type(model).__name__, *sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     name, *loaded = python(code, str(tmp_path)).split()
-    assert name == "CometForCausalLM" and {
-        "sympy",
-        "torch._dynamo",
-        "transformers.modeling_utils",
-    } <= set(loaded)
+    assert name == "CometForCausalLM"
+    assert {"sympy", "torch._dynamo", "transformers.modeling_utils"} <= set(loaded)
 
 
 def test_an_unknown_name_is_an_attribute_error():
@@ -83,20 +58,15 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_the_benchmark_writes_seconds_and_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    quick = {case: (["-c", "pass"], 0) for case in startup.CASES} | {
-        "comet_pl": (["-c", "sum(range(10**7))"], 0)
-    }
+    quick = {case: (["-c", "pass"], 0) for case in startup.CASES}
+    quick["comet_pl"] = ["-c", "sum(range(10**7))"], 0
     monkeypatch.setattr(startup, "CASES", quick)
     startup.main(["--rounds", "1", "--out", str(tmp_path)])
     result = json.loads((tmp_path / "startup.json").read_text())
-    assert (
-        set(result["seconds"]) == {*quick, "beyond"}
-        and result["seconds"]["beyond"]["processor"] > 0
-    )
-    assert {case: verdict["bound"] for case, verdict in result["verdicts"].items()} == {
-        "beyond": 1.5,
-        "first step": 15.0,
-    }
+    assert set(result["seconds"]) == {*quick, "beyond"}
+    assert result["seconds"]["beyond"]["processor"] > 0
+    bounds = {case: verdict["bound"] for case, verdict in result["verdicts"].items()}
+    assert bounds == {"beyond": 1.5, "first step": 15.0}
 
 
 @pytest.mark.slow

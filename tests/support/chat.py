@@ -3,30 +3,25 @@
 import io
 import subprocess
 import sys
+from itertools import chain
 
 import torch
 
 from comet_pl import CometConfig, CometForCausalLM
 from data.chat_template import encode
-from tests.support.models import backbone
+from tests.support.models import MEMORY, backbone
 from tests.support.tiny_runs import ROOT
 
 TEXT = "It was a dark night; the rain fell in torrents, and the wind swept up the streets.\n"
-MEMORY = {
-    "chunk_size": 5,
-    "global_size": 2,
-    "compression_stride": 3,
-    "temporary_capacity": 4,
-    "adapter_rank": 2,
-}
 
 
 def save_model(folder, tokenizer, seed=0, layers=2):
     """A CoMeT in double precision, with its tokenizer."""
-    config = backbone(layers=layers)
-    config.vocab_size = len(tokenizer)
+    config = CometConfig(
+        backbone(layers=layers, vocab_size=len(tokenizer)), adapter_rank=2, **MEMORY
+    )
     torch.manual_seed(seed)
-    CometForCausalLM(CometConfig(backbone_config=config, **MEMORY)).double().save_pretrained(folder)
+    CometForCausalLM(config).double().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -64,6 +59,5 @@ def greedy(model, tokenizer, ids, count):
 
 def joined(tokenizer, *parts):
     """Ids of texts and ids, each text tokenised alone."""
-    return [
-        i for part in parts for i in (encode(tokenizer, part) if isinstance(part, str) else part)
-    ]
+    ids = (encode(tokenizer, part) if isinstance(part, str) else part for part in parts)
+    return [*chain.from_iterable(ids)]

@@ -7,19 +7,14 @@ import torch
 
 from comet_pl import build
 from comet_pl.config.load import load
+from tests.support.models import continued
 from tests.support.tiny_runs import ROOT, TINY
 
-PASSKEY = [
-    *TINY,
-    "conf=passkey",
-    "backbone.vocab_size=400",
-    f"data.haystack={ROOT / 'LICENSE'}",
-    "data.train_length=64",
-    "data.length_schedule=null",
-    "eval.lengths=[200,64]",
-    "eval.depths=3",
-    "eval.examples=2",
-]
+PASSKEY = [*TINY, f"data.haystack={ROOT / 'LICENSE'}"]
+PASSKEY += """
+conf=passkey backbone.vocab_size=400 data.train_length=64 data.length_schedule=null
+eval.lengths=[200,64] eval.depths=3 eval.examples=2
+""".split()
 
 
 @cache
@@ -41,10 +36,5 @@ def lines_of(file):
 
 def greedy(model, prompts, count, end):
     """Continuations of prompts (B, N) by whole forward passes, each up to its end token."""
-    ids = prompts
-    for _ in range(count):
-        logits = model(ids).logits[:, -1].clone()
-        logits[:, model.config.new_token_ids] = -torch.inf
-        ids = torch.cat([ids, logits.argmax(1)[:, None]], 1)
-    rows = ids[:, prompts.shape[1] :].tolist()
+    rows = continued(model, prompts, count)[:, prompts.shape[1] :].tolist()
     return [row[: row.index(end) + 1] if end in row else row for row in rows]

@@ -1,13 +1,19 @@
 """Tiny random models and texts for the laws."""
 
+from itertools import pairwise
+
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from comet_pl import CometConfig, CometForCausalLM
+from comet_pl.model.chunk_layout import open_tokens
 
 VOCABULARY = 40
+EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
+MEMORY = {"chunk_size": 5, "global_size": 2, "compression_stride": 3, "temporary_capacity": 4}
+NEUTRAL = {"chunk_size": 64, "global_size": 0, "compression_stride": None}
 # For properties whose examples are dear: half of the profile's.
 FEW = settings(max_examples=settings().max_examples // 2)
 FAMILIES = {
@@ -20,52 +26,54 @@ FAMILIES = {
 
 
 def backbone(family="qwen3", layers=2, **more):
-    sizes = {
+    options = {
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 4,
-    }
-    rest = {
         "intermediate_size": 24,
         "initializer_range": 0.2,
         "tie_word_embeddings": False,
         "max_position_embeddings": 512,
+        # Nothing ends by itself.
+        "bos_token_id": None,
+        "eos_token_id": None,
     }
-    rest |= {"bos_token_id": None, "eos_token_id": None}  # nothing ends by itself
-    own = {
-        "mistral": {"sliding_window": None},
-        "smollm3": {"no_rope_layers": [1, 0, 1, 1][:layers], "pad_token_id": None},
-    }.get(family, {})
-    return FAMILIES[family](**sizes, **rest, **own | more)
+    if family == "mistral":
+        options["sliding_window"] = None
+    if family == "smollm3":
+        options |= {"no_rope_layers": [1, 0, 1, 1][:layers], "pad_token_id": None}
+    return FAMILIES[family](**options | more)
 
 
 def tiny(family="qwen3", layers=2, seed=0, dtype=torch.float64, attention="sdpa", **comet):
     """Double precision: what differs then is wrong, not rounded."""
     torch.manual_seed(seed)
-    options = {
-        "chunk_size": 5,
-        "global_size": 2,
-        "compression_stride": 3,
-        "temporary_capacity": 4,
-        "adapter_rank": 2,
-    } | comet
-    model = CometForCausalLM(CometConfig(backbone_config=backbone(family, layers), **options))
+    options = MEMORY | {"adapter_rank": 2} | comet
+    model = CometForCausalLM(CometConfig(backbone(family, layers), **options))
     for name, parameter in model.named_parameters():
-        if name.endswith(
-            "_proj.bias"
-        ):  # Hugging Face starts them at zero, where a forgotten one would not show
+        # Hugging Face starts them at zero, where a forgotten one would not show.
+        if name.endswith("_proj.bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     model.set_attn_implementation(attention)
     return model.to(dtype).eval()
 
 
 def text(rows, columns, seed=0):
-    return torch.randint(
-        0, VOCABULARY, (rows, columns), generator=torch.Generator().manual_seed(seed)
-    )
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (rows, columns), generator=draw)
+
+
+def continued(model, ids, count):
+    """Texts (B, N + count), greedy by whole forward passes, new ids suppressed."""
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model(ids, use_cache=False).logits[:, -1]
+            logits[:, model.config.new_token_ids] = -torch.inf
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
+    return ids
 
 
 @st.composite
@@ -88,21 +96,12 @@ def chunk_plans(tokens):
     """Chunks of any size that sum to `tokens`."""
     cuts = st.lists(st.integers(1, max(1, tokens - 1)), unique=True, max_size=5).map(sorted)
     return cuts.map(
-        lambda c: [
-            b - a
-            for a, b in zip(
-                [0, *[x for x in c if x < tokens]],
-                [*[x for x in c if x < tokens], tokens],
-                strict=True,
-            )
-        ]
+        lambda c: [b - a for a, b in pairwise([0, *(x for x in c if x < tokens), tokens])]
     )
 
 
 def valid(cache):
     """The valid entries of a cache, row by row: what two equal caches must share."""
-    from comet_pl.model.chunk_layout import open_tokens
-
     rows = []
     for b, clock in enumerate(cache.rows):
         entries = []
@@ -113,10 +112,8 @@ def valid(cache):
                 entries.append(memory.temporary[b, : clock.temporary_slots])
             if clock.fill:
                 own = open_tokens(clock.fill, clock.stride)
-                entries += [
-                    memory.keys[b, :, : clock.memory + own],
-                    memory.values[b, :, : clock.memory + own],
-                ]
+                columns = slice(clock.memory + own)
+                entries += [memory.keys[b, :, columns], memory.values[b, :, columns]]
                 if own > clock.fill:
                     entries.append(memory.pending[b, : own - clock.fill])
         rows.append((clock, entries))
@@ -127,6 +124,4 @@ def same_cache(one, other, tolerance=1e-10):
     assert (one.num_tokens == other.num_tokens).all()
     for (clock, entries), (clock2, entries2) in zip(valid(one), valid(other), strict=True):
         assert clock == clock2
-        assert len(entries) == len(entries2)
-        for x, y in zip(entries, entries2, strict=True):
-            torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(entries, entries2, atol=tolerance, rtol=tolerance)

@@ -17,24 +17,14 @@ from tests.support.tiny_runs import ROOT, TINY, scalars
 main = runpy.run_path(str(ROOT / "train.py"))["main"]
 TIMEOUT = 20  # seconds: strategy.timeout of every run here
 STEPS = 12
-KEYS = [
-    *TINY,
-    f"trainer.max_steps={STEPS}",
-    "trainer.val_check_interval=6",
-    "trainer.log_every_n_steps=1",
-    "checkpoint.every_steps=2",
-    "data.train_length=104",  # 7 chunks: 2 ranks do not divide them
-    "data.length_schedule=null",
-    "data.batch_size=2",
-    "data.val_depths=3",
-    "data.val_examples=1",
-    "eval.after_fit=false",
-    "eval.lengths=[64,128]",
-    "eval.depths=2",
-    "eval.examples=1",
-    "train.lr=1e-3",
-    "train.warmup_steps=3",
-]
+KEYS = [*TINY, f"trainer.max_steps={STEPS}"]
+# 104 tokens are 7 chunks: 2 ranks do not divide them.
+KEYS += """
+trainer.val_check_interval=6 trainer.log_every_n_steps=1 checkpoint.every_steps=2
+data.train_length=104 data.length_schedule=null data.batch_size=2 data.val_depths=3
+data.val_examples=1 eval.after_fit=false eval.lengths=[64,128] eval.depths=2 eval.examples=1
+train.lr=1e-3 train.warmup_steps=3
+""".split()
 # Still on its way when a test has seen its tenth step.
 LONG = ["trainer.max_steps=40", "trainer.val_check_interval=20"]
 ENDLESS = ["trainer.max_steps=100000", "checkpoint.every_steps=null"]
@@ -63,14 +53,10 @@ class Training:
         self.out, self.err = root / f"{name}.out", root / f"{name}.err"
         where = [f"run.root={root}", f"run.name={name}"]
         argv = [sys.executable, str(script), *where, *KEYS, *on, *keys]
+        options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.main = subprocess.Popen(
-                argv,
-                cwd=ROOT,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                stdout=out,
-                stderr=err,
-                start_new_session=True,
+                argv, stdout=out, stderr=err, start_new_session=True, **options
             )
 
     def __enter__(self):

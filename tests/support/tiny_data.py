@@ -9,44 +9,25 @@ def write_scrolls(root):
     """Two small tasks: 9 questions about weather reports, 5 about contracts, with references of a
     second author."""
     draw = random.Random(3)
-    words = [
-        "rain",
-        "sun",
-        "wind",
-        "cloud",
-        "north",
-        "south",
-        "sea",
-        "town",
-        "evening",
-        "morning",
-        "cold",
-        "warm",
-    ]
+    words = "rain sun wind cloud north south sea town evening morning cold warm".split()
     for task, count in (("qmsum", 9), ("contract_nli", 5)):
         (root / task).mkdir(parents=True)
         for split in ("train", "validation"):
             rows = []
             for number in range(count):
                 document = " ".join(draw.choices(words, k=60))
-                answer = (
-                    document.split()[7]
-                    if task == "qmsum"
-                    else draw.choice(["Entailment", "Contradiction"])
-                )
-                rows.append(
-                    {
-                        "id": f"{split}{number}",
-                        "pid": f"{split}{number}_0",
-                        "input": f"Which?\n\n{document}",
-                        "output": answer,
-                    }
-                )
+                answer = document.split()[7]
+                if task == "contract_nli":
+                    answer = draw.choice(["Entailment", "Contradiction"])
+                row = {"id": f"{split}{number}", "pid": f"{split}{number}_0"}
+                rows.append(row | {"input": f"Which?\n\n{document}", "output": answer})
             rows.append(rows[0] | {"pid": f"{split}0_1", "output": "calm"})
-            (root / task / f"{split}.jsonl").write_text(
-                "".join(json.dumps(row) + "\n" for row in rows)
-            )
+            _write(root / task / f"{split}.jsonl", rows)
     return root
+
+
+def _write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_events(root):
@@ -57,25 +38,18 @@ def write_events(root):
     for user in range(12):
         for number in range(90):
             time = datetime(2024, 1, 1) + timedelta(hours=number)
-            row = {
-                "user_id": f"u{user}",
-                "timestamp": time.isoformat(),
-                "action": "purchase",
-                "item": f"{draw.randrange(12)}",
-            }
-            rows.append(row | {"quantity": draw.randint(1, 5), "price": draw.randint(1, 900) / 100})
-    (root / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            row = {"user_id": f"u{user}", "timestamp": time.isoformat(), "action": "purchase"}
+            row |= {"item": f"{draw.randrange(12)}", "quantity": draw.randint(1, 5)}
+            rows.append(row | {"price": draw.randint(1, 900) / 100})
+    _write(root / "events.jsonl", rows)
     return root
 
 
 def write_traces(folder, count=12):
     rows = []
     for k in range(count):
-        call = {
-            "id": "c",
-            "type": "function",
-            "function": {"name": "look_up", "arguments": json.dumps({"order": f"W{k:04}"})},
-        }
+        function = {"name": "look_up", "arguments": json.dumps({"order": f"W{k:04}"})}
+        call = {"id": "c", "type": "function", "function": function}
         messages = [
             {"role": "system", "content": "You help."},
             {"role": "user", "content": f"Where is order W{k:04}?"},
@@ -83,13 +57,8 @@ def write_traces(folder, count=12):
             {"role": "tool", "tool_call_id": "c", "name": "look_up", "content": "on its way"},
             {"role": "assistant", "content": f"Order W{k:04} is on its way."},
         ]
-        rows.append(
-            {
-                "uniq_id": f"task{k}-trial0",
-                "messages": messages if k % 2 else json.dumps(messages),
-                "reward": k % 3 / 2,
-            }
-        )
+        row = {"uniq_id": f"task{k}-trial0", "reward": k % 3 / 2}
+        rows.append(row | {"messages": messages if k % 2 else json.dumps(messages)})
     folder.mkdir()
-    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _write(folder / "traces.jsonl", rows)
     return folder

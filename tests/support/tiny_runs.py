@@ -1,6 +1,7 @@
 """The tiny run that several tests make by train.py's arguments; a key given again after these takes
 the place of the first."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,19 +10,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "trainer.accelerator=cpu",
-    "backbone.hidden_size=16",
-    "backbone.num_attention_heads=2",
-    "backbone.num_key_value_heads=1",
-    "backbone.head_dim=8",
-    "backbone.intermediate_size=24",
-    "backbone.vocab_size=300",
-    "model.chunk_size=16",
-    "model.global_size=2",
-    "model.compression_stride=4",
-    "model.temporary_capacity=6",
-]
+TINY = """
+trainer.accelerator=cpu backbone.hidden_size=16 backbone.num_attention_heads=2
+backbone.num_key_value_heads=1 backbone.head_dim=8 backbone.intermediate_size=24
+backbone.vocab_size=300 model.chunk_size=16 model.global_size=2 model.compression_stride=4
+model.temporary_capacity=6
+""".split()
+
+
+def python(code: str, *arguments: str) -> str:
+    """The last line that code prints in a process of its own."""
+    argv = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
 
 
 def command(root: Path, name: str, *keys: str) -> list[str]:
@@ -29,6 +31,8 @@ def command(root: Path, name: str, *keys: str) -> list[str]:
     return [sys.executable, "train.py", f"run.root={root}", f"run.name={name}", *keys]
 
 
+COMPARED = "state_dict optimizer_states lr_schedulers random_states callbacks".split()
+COMPARED += ["global_step", "skipped"]
 TIMES = ("train/tokens_per_s", "train/tflops", "train/mfu", "memory/peak_gb")
 
 
@@ -50,20 +54,11 @@ def differences(one, two, where=""):
     """The places at which two nested structures of tensors and plain values differ."""
     if isinstance(one, Tensor):
         return [] if torch.equal(one, two) else [where]
+    if isinstance(one, list | tuple) and len(one) == len(two):
+        one, two = dict(enumerate(one)), dict(enumerate(two))
     if isinstance(one, dict):
-        return [
-            d
-            for key in sorted({*one, *two}, key=str)
-            for d in differences(one.get(key), two.get(key), f"{where}.{key}")
-        ]
-    if isinstance(one, list | tuple):
-        if len(one) != len(two):
-            return [where]
-        return [
-            d
-            for number, pair in enumerate(zip(one, two, strict=True))
-            for d in differences(*pair, f"{where}.{number}")
-        ]
+        keys = sorted({*one, *two}, key=str)
+        return [d for k in keys for d in differences(one.get(k), two.get(k), f"{where}.{k}")]
     return [] if one == two else [where]
 
 
@@ -71,19 +66,9 @@ def same_run(straight, other, best=True):
     """Weights, optimizer, random states, data position and logged values of two run folders are
     equal."""
     for name in ("last", "best") if best else ("last",):
-        a, b = (
-            torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
-            for run in (straight, other)
-        )
-        for key in (
-            "state_dict",
-            "optimizer_states",
-            "lr_schedulers",
-            "random_states",
-            "callbacks",
-            "global_step",
-            "skipped",
-        ):
+        paths = (run / "checkpoints" / f"{name}.ckpt" for run in (straight, other))
+        a, b = (torch.load(path, weights_only=True) for path in paths)
+        for key in COMPARED:
             assert differences(a[key], b[key]) == [], (name, key)
         loaders = [c["loops"]["fit_loop"]["state_dict"]["combined_loader"] for c in (a, b)]
         assert loaders[0] == loaders[1]

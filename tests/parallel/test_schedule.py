@@ -3,7 +3,9 @@
 import itertools
 import math
 import time
+import timeit
 from fractions import Fraction
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
@@ -23,18 +25,14 @@ def test_cut_is_the_best_of_all_cuts(costs, parts):
     exact = [Fraction(cost) for cost in costs]  # float sums would depend on their order
 
     def largest(ends):
-        return max(
-            sum(exact[start:end], Fraction())
-            for start, end in itertools.pairwise((0, *ends, len(exact)))
-        )
+        return max(sum(exact[a:b], Fraction()) for a, b in itertools.pairwise(ends))
 
     ranges = cut(costs, parts)
     assert len(ranges) == min(parts, len(costs)) and all(start < end for start, end in ranges)
     assert [t for start, end in ranges for t in range(start, end)] == list(range(len(costs)))
-    best = min(
-        largest(ends) for ends in itertools.combinations(range(1, len(exact)), len(ranges) - 1)
-    )
-    assert max(sum(exact[start:end], Fraction()) for start, end in ranges) == best
+    cuts = itertools.combinations(range(1, len(exact)), len(ranges) - 1)
+    best = min(largest((0, *ends, len(exact))) for ends in cuts)
+    assert largest((0, *(end for _, end in ranges))) == best
 
 
 @given(count=st.integers(1, 200), parts=st.integers(1, 70), cost=st.sampled_from([1, 0.1, 2176]))
@@ -70,12 +68,7 @@ def test_quick_enough_to_plan_every_window():
     """A window is cut once a training step. Bounds are wide."""
 
     def seconds(what, *arguments):
-        best = math.inf
-        for _ in range(3):
-            start = time.process_time()
-            what(*arguments)
-            best = min(best, time.process_time() - start)
-        return best
+        return min(timeit.repeat(lambda: what(*arguments), time.process_time, number=1, repeat=3))
 
     uneven = [2048 + (37 * t) % 101 for t in range(512)]
     assert seconds(cut, uneven[:64], 8) < 0.005
@@ -83,43 +76,34 @@ def test_quick_enough_to_plan_every_window():
     assert seconds(simulate, "interleaved", 64, 36, 64) < 0.5
 
 
+level = partial(partial, simulate, "layer_level")
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: simulate("layer_level", 0, 4, 4), "ranks: 0 given, allowed: a whole number >= 1"),
-        (lambda: simulate("layer_level", 2, 0, 4), "layers: 0 given"),
-        (lambda: simulate("layer_level", 2, 4, 0), "chunks: 0 given"),
-        (lambda: simulate("layer_level", 2, 4, []), "chunks: none given"),
+        (level(0, 4, 4), "ranks: 0 given, allowed: a whole number >= 1"),
+        (level(2, 0, 4), "layers: 0 given"),
+        (level(2, 4, 0), "chunks: 0 given"),
+        (level(2, 4, []), "chunks: none given"),
+        (level(2, 4, [1, 0]), "cost of a chunk: 0 given, allowed: a number > 0"),
+        (level(2, 4, 4, transfer=-1), "transfer: -1 given, allowed: a number >= 0"),
+        (level(2, 4, 4, backward_transfer=math.nan), "backward_transfer: nan given"),
+        (level(2, 4, 4, cell=0), "cell: 0 given, allowed: a number > 0"),
+        (level(2, 4, 4, backward=math.inf), "backward: inf given"),
+        (partial(simulate, "layer_stages", 5, 4, 4), "ranks: 5 given, .* at most the 4 layers"),
         (
-            lambda: simulate("layer_level", 2, 4, [1, 0]),
-            "cost of a chunk: 0 given, allowed: a number > 0",
-        ),
-        (
-            lambda: simulate("layer_level", 2, 4, 4, transfer=-1),
-            "transfer: -1 given, allowed: a number >= 0",
-        ),
-        (
-            lambda: simulate("layer_level", 2, 4, 4, backward_transfer=math.nan),
-            "backward_transfer: nan given",
-        ),
-        (lambda: simulate("layer_level", 2, 4, 4, cell=0), "cell: 0 given, allowed: a number > 0"),
-        (lambda: simulate("layer_level", 2, 4, 4, backward=math.inf), "backward: inf given"),
-        (
-            lambda: simulate("layer_stages", 5, 4, 4),
-            "ranks: 5 given, allowed with layer_stages: at most the 4 layers",
-        ),
-        (
-            lambda: simulate("layer-level", 2, 4, 4),
+            partial(simulate, "layer-level", 2, 4, 4),
             r"'layer-level' given, allowed: .*layer_stages \(did you mean layer_level\?\)",
         ),
         (
-            lambda: spans("layer_stages", [1], 2),
+            partial(spans, "layer_stages", [1], 2),
             "'layer_stages' given, allowed: layer_level, interleaved, chunk_level",
         ),
-        (lambda: spans("interleaved", [1], 0), "ranks: 0 given"),
-        (lambda: cut([1, 2], 0), "parts: 0 given"),
-        (lambda: cut([], 1), "chunks: none given"),
-        (lambda: cut([1, -1], 1), "cost of a chunk: -1 given, allowed: a number >= 0"),
+        (partial(spans, "interleaved", [1], 0), "ranks: 0 given"),
+        (partial(cut, [1, 2], 0), "parts: 0 given"),
+        (partial(cut, [], 1), "chunks: none given"),
+        (partial(cut, [1, -1], 1), "cost of a chunk: -1 given, allowed: a number >= 0"),
     ],
 )
 def test_impossible_numbers_are_named(call, message):

@@ -197,17 +197,15 @@ def cases(draw):
 
 
 def cells(timeline):
-    """Which tasks run a cell: (kind, t, i) -> task; fails where two do."""
-    found = {}
-    for task in timeline.tasks:
-        for t in range(*task.chunks):
-            assert (task.kind, t, task.layer) not in found, "a cell runs twice"
-            found[task.kind, t, task.layer] = task
+    """The task of each cell: (kind, t, i) -> task; fails where there are two."""
+    pairs = [((a.kind, t, a.layer), a) for a in timeline.tasks for t in range(*a.chunks)]
+    found = dict(pairs)
+    assert len(found) == len(pairs), "a cell is computed twice"
     return found
 
 
 @given(case=cases())
-def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
+def test_every_cell_comes_once_each_way_and_backward_mirrors_forward(case):
     timeline = simulate(**case)
     grid = {(t, i) for t in range(len(case["chunks"])) for i in range(case["layers"])}
     kinds = "forward", "backward"
@@ -221,24 +219,19 @@ def test_every_cell_runs_once_each_way_and_backward_mirrors_forward(case):
 @given(case=cases())
 def test_nothing_starts_before_what_it_needs(case):
     timeline = simulate(**case)
-    found, T, L = cells(timeline), len(case["chunks"]), case["layers"]
-    back = case["backward_transfer"]
-    back_transfer = case["transfer"] if back is None else back
+    found, transfer, back = cells(timeline), case["transfer"], case["backward_transfer"]
 
-    def after(late, early, transfer=0.0):
+    def in_order(early, late, transfer=0.0):
         one, two = found[early], found[late]
-        if one is two:
-            return  # within a task chunks follow each other
-        assert two.start >= one.end + (transfer if one.rank != two.rank else 0)
+        if one is not two:  # within a task chunks follow each other
+            assert two.start >= one.end + (transfer if one.rank != two.rank else 0)
 
-    for t, i in itertools.product(range(T), range(L)):
-        after(("backward", t, i), ("forward", t, i))
-        if i:
-            after(("forward", t, i), ("forward", t, i - 1), case["transfer"])
-            after(("backward", t, i - 1), ("backward", t, i), back_transfer)
-        if t:
-            after(("forward", t, i), ("forward", t - 1, i), case["transfer"])
-            after(("backward", t - 1, i), ("backward", t, i), back_transfer)
+    for t, i in itertools.product(range(len(case["chunks"])), range(case["layers"])):
+        in_order(("forward", t, i), ("backward", t, i))
+        for before in [(t, i - 1)] * (i > 0) + [(t - 1, i)] * (t > 0):
+            in_order(("forward", *before), ("forward", t, i), transfer)
+            back_transfer = transfer if back is None else back
+            in_order(("backward", t, i), ("backward", *before), back_transfer)
     for task in timeline.tasks:
         factor = 1 if task.kind == "forward" else case["backward"]
         assert task.end - task.start == factor * sum(case["chunks"][slice(*task.chunks)])
@@ -272,22 +265,17 @@ def test_slower_transfers_never_help(case, more):
 
 @given(case=cases(), unit=st.sampled_from([0.25, 2.0, 8.0]))
 def test_the_unit_of_time_is_free(case, unit):
-    back = case["backward_transfer"]
-    scaled = case | {
-        "cell": unit,
-        "transfer": unit * case["transfer"],
-        "backward_transfer": back if back is None else unit * back,
-    }
-    assert [(task.start, task.end) for task in simulate(**scaled).tasks] == [
-        (unit * t.start, unit * t.end) for t in simulate(**case).tasks
-    ]
+    times = {name: case[name] for name in ("transfer", "backward_transfer")}
+    scaled = {name: time if time is None else unit * time for name, time in times.items()}
+    found = simulate(**case | scaled, cell=unit).tasks
+    expected = [(unit * task.start, unit * task.end) for task in simulate(**case).tasks]
+    assert [(task.start, task.end) for task in found] == expected
 
 
 @given(costs=COSTS, L=COUNTS, transfer=TRANSFERS)
 def test_one_rank_is_never_idle(costs, L, transfer):
-    for timeline in compare(1, L, costs, transfer=transfer):
-        values = timeline.makespan, timeline.idle, timeline.speedup, timeline.messages
-        assert values == (3 * L * sum(costs), 0, 1, 0)
+    for one in compare(1, L, costs, transfer=transfer):
+        assert (one.makespan, one.idle, one.messages) == (3 * L * sum(costs), 0, 0)
 
 
 @given(P=COUNTS, extra=COUNTS, costs=COSTS)
@@ -302,7 +290,7 @@ def test_chunk_level_is_the_slowest_and_ours_no_slower_than_the_papers(P, extra,
 # ---- what the command shows
 
 
-def test_text_shows_who_runs_what_when():
+def test_text_shows_who_does_what_when():
     timeline = simulate("interleaved", 2, 2, 3, transfer=0.5, forward_only=True)
     assert text(timeline, 17) == [
         "interleaved: P=2, L=2",

@@ -172,29 +172,6 @@ def test_memory_is_that_of_one_chunk_and_the_boundaries():
 # ---- configuration
 
 
-@pytest.mark.parametrize(
-    ("keys", "line"),
-    [
-        (
-            "train.recompute=true",
-            "'true' given, allowed: none (once false), cell (once true), chunk",
-        ),
-        ("train.recompute=chunks", "cell (once true), chunk (did you mean chunk?)"),
-        ("train.recompute=null", "train.recompute: null given, allowed: none (once false)"),
-        ("train.offload=true", "true given, but train.recompute is none; it needs chunk"),
-        (
-            "train.recompute=chunk trainer.strategy=layer_pipeline",
-            "train.recompute: chunk given, but trainer.strategy is layer_pipeline",
-        ),
-    ],
-)
-def test_mistakes_are_one_line(keys, line):
-    with pytest.raises(UserError) as caught:
-        load(keys.split())
-    assert line in str(caught.value) and "\n" not in str(caught.value)
-    assert str(caught.value).startswith(keys.partition("=")[0])
-
-
 def test_old_values_in_a_conf_file_are_named_with_their_place(tmp_path):
     (tmp_path / "base.yaml").write_text("")
     (tmp_path / "old.yaml").write_text("train:\n  recompute: true\n")

@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 
-from comet_pl.config.load import load
-from comet_pl.errors import UserError
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.windows import count_targets, cut_windows
 from tests.support.models import tiny
@@ -142,33 +140,3 @@ def test_a_pipeline_has_the_same_gradients(name):
     assert norm_apart(alone(CASES[name])[1], expected) > 1e-3
     for _, found, *_ in in_shared_processes(case.ranks * case.data, together, case):
         close(found, expected)
-
-
-# ---- mistakes
-
-
-@pytest.mark.parametrize(
-    ("keys", "line"),
-    [
-        ("train.gate_pull=-1", "-1 given, allowed: number >= 0"),
-        ("train.gate_target=2 train.gate_pull=1", "2 given, allowed: number >= 0 and <= 1"),
-        ("train.gate_target=0.5", "0.5 given, but train.gate_pull is 0; it needs a weight > 0"),
-        (
-            "train.gate_pull=1 model.gate=none",
-            "1.0 given, but model.gate=none leaves no gates, allowed: 0, or another model.gate",
-        ),
-        (
-            "train.gate_entropy=1 model.global_size=0",
-            "1.0 given, but model.global_size=0 leaves no gates",
-        ),
-        (
-            "train.gate_entropy=1 train.bptt_chunks=1",
-            "1.0 given, but with train.bptt_chunks=1 no gradient reaches a gate",
-        ),
-    ],
-)
-def test_mistakes_are_one_line(keys, line):
-    with pytest.raises(UserError) as caught:
-        load(keys.split())
-    assert str(caught.value).startswith(f"{keys.partition('=')[0]}: {line}")
-    assert "\n" not in str(caught.value)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+from functools import cache
 
 import pytest
 import torch
@@ -45,14 +46,7 @@ def undrawn():
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Runs of one device that was never stopped, by their keys."""
-    made = {}
-
-    def get(*keys):
-        if keys not in made:
-            made[keys] = on_one(tmp_path_factory.mktemp("alone"), "run", *keys)
-        return made[keys]
-
-    return get
+    return cache(lambda *keys: on_one(tmp_path_factory.mktemp("alone"), "run", *keys))
 
 
 def evaluated(folder):
@@ -67,11 +61,14 @@ def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
     files, expected = (
-        sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        sorted(
+            re.sub(r"^events.*", "events", str(path.relative_to(root)))
+            for path in root.rglob("*")
+            if path.is_file()
+        )
         for root in (folder, straight)
     )
-    one_writer = [re.sub(r"^events.*", "events", name) for name in files]
-    assert one_writer == [re.sub(r"^events.*", "events", name) for name in expected]
+    assert files == expected  # events: of one writer
     written = yaml.safe_load((folder / "config.yaml").read_text())["strategy"]
     assert (written["timeout"], written["sharding"]) == (TIMEOUT, "none")
     assert run.errors() == []
@@ -96,9 +93,8 @@ def test_any_schedule_sharding_and_window_trains_as_one(alone, tmp_path, keys):
     keys = keys.split()
     with Training(tmp_path, "two", "eval.after_fit=true", *keys) as run:
         folder = run.finished()
-    straight = alone(
-        "eval.after_fit=true", *(key for key in keys if key[:7] in ("train.b", "train.a"))
-    )
+    of_training = [key for key in keys if key.startswith(("train.b", "train.a"))]
+    straight = alone("eval.after_fit=true", *of_training)
     same_run(folder, straight)
     assert evaluated(folder) == evaluated(straight)
 

@@ -2,8 +2,9 @@
 
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
+from unittest.mock import Mock
 
 import lightning
 import numpy as np
@@ -64,15 +65,9 @@ class Save(lightning.Callback):
         self.folder, self.losses, self.generated = folder, [], []
 
     def on_train_start(self, trainer, module):
-        self.reductions, sum_gradients = 0, module.reader.sum_gradients
+        module.reader.sum_gradients = self.sums = Mock(side_effect=module.reader.sum_gradients)
 
-        def count(parameters):
-            self.reductions += 1
-            sum_gradients(parameters)
-
-        module.reader.sum_gradients = count
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+    def on_train_batch_end(self, trainer, *_):
         self.losses.append(float(trainer.callback_metrics["train/loss"]))
 
     def on_validation_epoch_end(self, trainer, module):
@@ -89,7 +84,7 @@ class Save(lightning.Callback):
                 "norm": module.grad_norm,
                 "skipped": module.skipped,
                 "generated": self.generated,
-                "reductions": self.reductions,
+                "reductions": self.sums.call_count,
                 "val": float(trainer.callback_metrics["val/loss"]),
             }
             torch.save(values, self.folder / "values.pt")
@@ -105,11 +100,8 @@ class Poison(lightning.Callback):
         for handle in self.handles:
             handle.remove()
         if batch_idx == 1 and trainer.global_rank == self.rank:
-            weight = module.model.model.layers[0].mlp.down_proj
-            hook = weight.register_full_backward_hook(
-                lambda module, inputs, outputs: (inputs[0] * float("inf"),)
-            )
-            self.handles = [hook]
+            hook = module.model.model.layers[0].mlp.down_proj.register_full_backward_hook
+            self.handles = [hook(lambda module, inputs, outputs: (inputs[0] * float("inf"),))]
 
 
 @dataclass(frozen=True)
@@ -159,29 +151,26 @@ class Run:
 
 def same(found, expected):
     """Values and whole checkpoints agree."""
-    (values, checkpoint), (values2, checkpoint2) = found, expected
+    values, checkpoints = zip(found, expected, strict=True)
     # Lightning keeps logged values in float32.
-    for name, tolerance in (("losses", 1e-6), ("val", 1e-6), ("norm", 1e-9)):
-        assert values[name] == pytest.approx(values2[name], rel=tolerance), name
-    assert (values["skipped"], values["generated"]) == (values2["skipped"], values2["generated"])
-    weights = checkpoint["state_dict"], checkpoint2["state_dict"]
+    for name, rel in (("losses", 1e-6), ("val", 1e-6), ("norm", 1e-9), ("skipped", 0)):
+        assert values[0][name] == pytest.approx(values[1][name], rel=rel), name
+    assert values[0]["generated"] == values[1]["generated"]
+    weights = [checkpoint["state_dict"] for checkpoint in checkpoints]
     torch.testing.assert_close(*weights, rtol=1e-7, atol=1e-9)
-    (state,), (state2,) = checkpoint["optimizer_states"], checkpoint2["optimizer_states"]
-    groups, groups2 = state["param_groups"], state2["param_groups"]
-    assert [group["params"] for group in groups] == [group["params"] for group in groups2]
-    torch.testing.assert_close(state["state"], state2["state"], rtol=1e-6, atol=1e-12)
+    (one,), (two,) = (checkpoint["optimizer_states"] for checkpoint in checkpoints)
+    ids = [[group["params"] for group in state["param_groups"]] for state in (one, two)]
+    assert ids[0] == ids[1]
+    torch.testing.assert_close(one["state"], two["state"], rtol=1e-6, atol=1e-12)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """One device, by training options."""
-    made: dict[str, Any] = {}
+    """One device, by the name of its training options."""
 
-    def get(**train):
-        key = str(train)
-        if key not in made:
-            made[key] = Run(train=train).fit(tmp_path_factory.mktemp("alone") / "run")
-        return made[key]
+    @cache
+    def get(options):
+        return Run(train=OPTIONS[options]).fit(tmp_path_factory.mktemp("alone") / "run")
 
     return get
 
@@ -194,14 +183,12 @@ TWO = {
     "zero2": (2, {"sharding": "zero2", "pipeline_size": 1}),
     "zero3": (2, {"sharding": "zero3", "pipeline_size": 1}),
 }
+PAIRS = {"pipeline_size": 2}
 FOUR = {
-    "2 x 2": (4, {"pipeline_size": 2}),
-    "2 x 2 zero2": (4, {"pipeline_size": 2, "sharding": "zero2"}),
-    "2 x 2 zero3": (4, {"pipeline_size": 2, "sharding": "zero3"}),
-    "2 x 2 zero3 interleaved": (
-        4,
-        {"pipeline_size": 2, "sharding": "zero3", "schedule": "interleaved"},
-    ),
+    "2 x 2": (4, PAIRS),
+    "2 x 2 zero2": (4, PAIRS | {"sharding": "zero2"}),
+    "2 x 2 zero3": (4, PAIRS | {"sharding": "zero3"}),
+    "2 x 2 zero3 interleaved": (4, PAIRS | {"sharding": "zero3", "schedule": "interleaved"}),
     "4": (4, {}),
     "4 zero2": (4, {"sharding": "zero2"}),
 }
@@ -235,7 +222,7 @@ def quick(cases, chosen):
 def test_ranks_train_as_one_device(mesh, options, alone, tmp_path):
     devices, strategy = (TWO | FOUR)[mesh]
     found = Run(devices, strategy, OPTIONS[options]).fit(tmp_path / "run")
-    same(found, alone(**OPTIONS[options]))
+    same(found, alone(options))
     # Once a step, however many micro-batches and windows it has.
     assert found[0]["reductions"] == STEPS
 
@@ -260,11 +247,11 @@ CHANGES = [
 @pytest.mark.parametrize(("mesh", "again"), quick(CHANGES, CHANGES[:1]))
 def test_a_checkpoint_fits_any_number_of_ranks(mesh, again, alone, tmp_path):
     """Some steps on one mesh, the rest on another (None: one device)."""
-    meshes: dict[str | None, tuple[int, dict[str, Any] | None]] = {None: (1, None), **TWO, **FOUR}
+    meshes: Any = {None: (1, None), **TWO, **FOUR}
     Run(*meshes[mesh], steps=STEPS - 1).fit(tmp_path / "first")
     last = tmp_path / "first" / "last.ckpt"
     values, checkpoint = Run(*meshes[again]).fit(tmp_path / "second", ckpt=last)
-    expected_values, expected = alone()
+    expected_values, expected = alone("plain")
     of_last_step = {name: values[name] for name in ("val", "norm")}
     same(({**expected_values, **of_last_step}, checkpoint), (expected_values, expected))
     assert values["losses"] == pytest.approx(expected_values["losses"][-1:], rel=1e-6)

@@ -13,13 +13,8 @@ from transformers import Qwen3Config
 from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.config.load import load
 from comet_pl.config.schema import PARAMETERS, TrainConfig
-from comet_pl.training.trainable import (
-    add_adapters,
-    count_parameters,
-    describe,
-    merge_adapters,
-    new_rows,
-)
+from comet_pl.training import trainable
+from comet_pl.training.trainable import add_adapters, merge_adapters, new_rows
 from tests.support.models import VOCABULARY, backbone, memories, text
 from tests.support.training import fit as fit_module
 
@@ -200,9 +195,8 @@ def test_counts_of_qwen3_4b():
     with torch.device("meta"):
         model = CometForCausalLM(CometConfig(backbone_config=big))
         total = model.num_parameters()
-        plain = count_parameters(model)
-        add_adapters(model, TrainConfig(parameters="memory+lora", lora_rank=4))
-        counts = count_parameters(model)
+        plain = trainable.count_parameters(model)
+        counts = trainable.count_parameters(adapted(model, "memory+lora", lora_rank=4))
     lora = 36 * 4 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728))
     expected = {"decoder": total - 4_631_040, "memory": 3_317_760, "rows": 513 * 2560}
     assert plain == {**expected, "lora": 0, "learning": total}
@@ -212,11 +206,10 @@ def test_counts_of_qwen3_4b():
 
 def test_counts_are_shown_in_one_line():
     counts = {"decoder": 1000, "memory": 90, "rows": 10, "lora": 0, "learning": 1100}
-    parts = "90 in memory modules, 10 in rows of new tokens"
-    line = f"1,000 weights of the decoder, {parts}: 1,100 learn (100 %)"
-    assert describe(counts) == line
-    line = f"1,000 weights of the decoder (frozen), {parts}, 900 in LoRA: 1,000 learn (50 %)"
-    assert describe(counts | {"lora": 900, "learning": 1000}) == line
+    decoder, rest = "1,000 weights of the decoder", "90 in memory modules, 10 in rows of new tokens"
+    assert trainable.describe(counts) == f"{decoder}, {rest}: 1,100 learn (100 %)"
+    line = f"{decoder} (frozen), {rest}, 900 in LoRA: 1,000 learn (50 %)"
+    assert trainable.describe(counts | {"lora": 900, "learning": 1000}) == line
 
 
 def test_keys_of_lora_go_with_lora():

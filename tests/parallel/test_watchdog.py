@@ -21,10 +21,10 @@ from torch.distributed.distributed_c10d import _get_default_store
 from comet_pl.parallel.watchdog import ADVICE, Watch
 
 WORLD = 3
-TIMEOUT = 3.0  # seconds; silence is noticed after half of it
+TIMEOUT = 2.0  # seconds; silence is noticed after half of it
 BEAT = 0.2
 # The first of several ranks that notice it ends, and the others may see its connection close.
-SILENT = r"(has not answered for \d\.\d s|is gone)"
+SILENT = r"(has not answered for 1\.\d s|is gone)"
 ONE_NODE, TWO_NODES = ((0, 1, 2),), ((0, 1), (2,))
 
 
@@ -119,7 +119,7 @@ class Ranks:
 
     def check_regular(self):
         """All have ended without a word."""
-        assert self.codes(0, 1, 2, within=120) == [0, 0, 0], self.lines(0, 1, 2)
+        assert self.codes(0, 1, 2, within=20) == [0, 0, 0], self.lines(0, 1, 2)
         assert self.lines(0, 1, 2) == []
 
 
@@ -138,7 +138,7 @@ def launch(tmp_path_factory):
         process.join(10)
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=20):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -258,7 +258,7 @@ def test_a_failure_is_told_at_once(launch, culprit):
 
     ranks = launch(act, timeout=20, nodes=TWO_NODES).ready()
     # The silence of a dead rank: 10 s.
-    ranks.check(culprit, "failed: ValueError: no such thing", within=8)
+    ranks.check(culprit, "failed: ValueError: no such thing", within=5)
     assert ranks.codes(culprit, within=6) == [5]
     assert ranks.lines(culprit) == []
 
@@ -284,7 +284,7 @@ def test_after_fail_nothing_ends_the_process(launch):
 @pytest.mark.parametrize("victim", [1, 2])
 def test_a_communication_error_is_explained_before_the_full_silence(launch, victim):
     ranks = launch(in_turn, timeout=20).ready()  # silence: 10 s
-    ranks.check(victim, "is gone", ranks.send(signal.SIGKILL, victim), within=8)
+    ranks.check(victim, "is gone", ranks.send(signal.SIGKILL, victim), within=5)
 
 
 def test_a_rank_that_dies_at_its_start_is_explained_too(launch):
@@ -303,7 +303,7 @@ def test_a_rank_that_dies_at_its_start_is_explained_too(launch):
         time.sleep(60)
 
     ranks = launch(act, timeout=20)
-    assert ranks.codes(0, 1, within=30) == [1, 1]
+    assert ranks.codes(0, 1, within=10) == [1, 1]
     assert ranks.lines(0, 1) == [f"error: rank {victim} is gone; this run ends. {ADVICE}"]
 
 
@@ -317,7 +317,7 @@ def test_explain_returns_if_all_answer(launch):
     launch(act).check_regular()
 
 
-@pytest.mark.parametrize("pauses", [(0, 0.15, 0.3), (0.6, 0.4, 0)])
+@pytest.mark.parametrize("pauses", [(0, 0.15, 0.3), (0.8, 0.4, 0)])
 def test_a_regular_end_is_silent(launch, pauses):
     """Rank 0 stops first, or last; a second watch on the same store starts afresh."""
 
@@ -362,7 +362,7 @@ def late(seconds):
 
 
 def test_a_late_rank_has_the_whole_timeout(launch):
-    launch(late(0.6 * TIMEOUT)).check_regular()
+    launch(late(0.8 * TIMEOUT)).check_regular()
 
 
 def test_a_rank_that_never_starts_is_named(launch):
@@ -370,7 +370,7 @@ def test_a_rank_that_never_starts_is_named(launch):
     assert ranks.codes(0, 2, within=2 * TIMEOUT) == [1, 1]
     assert time.monotonic() - since > TIMEOUT - 0.5
     (line,) = ranks.lines(0, 2)
-    what = r"has not started for \d\.\d s; this run ends."
+    what = r"has not started for [23]\.\d s; this run ends."
     assert re.fullmatch(f"error: rank 1 {what} {re.escape(ADVICE)}", line), line
 
 

@@ -12,7 +12,8 @@ def test_generation_goes_on_from_a_cache():
     """A text is read once (its document in listed chunks), then asked."""
     model, document, question = tiny(), text(1, 20), text(1, 4, seed=5)
     with torch.no_grad():
-        cache = model(document, chunk_sizes=[7, 7, 6], use_cache=True).past_key_values
+        cache = model(document, chunk_sizes=[7, 7, 6], use_cache=True, logits_to_keep=1)
+        cache = cache.past_key_values
     ids, options = torch.cat([document, question], 1), {"max_new_tokens": 6, "do_sample": False}
     first = model.generate(ids, past_key_values=cache.clone(), **options)
     options["attention_mask"] = torch.ones_like(ids)

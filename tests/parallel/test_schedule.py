@@ -91,7 +91,10 @@ level = partial(partial, simulate, "layer_level")
         (level(2, 4, 4, backward_transfer=math.nan), "backward_transfer: nan given"),
         (level(2, 4, 4, cell=0), "cell: 0 given, allowed: a number > 0"),
         (level(2, 4, 4, backward=math.inf), "backward: inf given"),
-        (partial(simulate, "layer_stages", 5, 4, 4), "ranks: 5 given, .* at most the 4 layers"),
+        (
+            partial(simulate, "layer_stages", 5, 4, 4),
+            "ranks: 5 given, allowed with layer_stages: at most the 4 layers",
+        ),
         (
             partial(simulate, "layer-level", 2, 4, 4),
             r"'layer-level' given, allowed: .*layer_stages \(did you mean layer_level\?\)",

@@ -275,7 +275,8 @@ def test_the_unit_of_time_is_free(case, unit):
 @given(costs=COSTS, L=COUNTS, transfer=TRANSFERS)
 def test_one_rank_is_never_idle(costs, L, transfer):
     for one in compare(1, L, costs, transfer=transfer):
-        assert (one.makespan, one.idle, one.messages) == (3 * L * sum(costs), 0, 0)
+        values = one.makespan, one.idle, one.speedup, one.messages
+        assert values == (3 * L * sum(costs), 0, 1, 0)
 
 
 @given(P=COUNTS, extra=COUNTS, costs=COSTS)

@@ -117,9 +117,9 @@ class Ranks:
             assert self.lines(left[0]) == [line]
             assert re.fullmatch(f"error: {who} {what}; this run ends. {re.escape(ADVICE)}", line)
 
-    def check_regular(self):
+    def check_regular(self, within, since=None):
         """All have ended without a word."""
-        assert self.codes(0, 1, 2, within=20) == [0, 0, 0], self.lines(0, 1, 2)
+        assert self.codes(0, 1, 2, within=within, since=since) == [0, 0, 0], self.lines(0, 1, 2)
         assert self.lines(0, 1, 2) == []
 
 
@@ -314,7 +314,7 @@ def test_explain_returns_if_all_answer(launch):
         dist.barrier()
         watch.stop()
 
-    launch(act).check_regular()
+    launch(act).check_regular(within=10)
 
 
 @pytest.mark.parametrize("pauses", [(0, 0.15, 0.3), (0.8, 0.4, 0)])
@@ -328,7 +328,7 @@ def test_a_regular_end_is_silent(launch, pauses):
             time.sleep(pauses[rank] * TIMEOUT)
             watch.stop()
 
-    launch(act).check_regular()
+    launch(act).check_regular(within=20)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -362,7 +362,7 @@ def late(seconds):
 
 
 def test_a_late_rank_has_the_whole_timeout(launch):
-    launch(late(0.8 * TIMEOUT)).check_regular()
+    launch(late(0.8 * TIMEOUT)).ready("there").check_regular(within=3 * TIMEOUT)
 
 
 def test_a_rank_that_never_starts_is_named(launch):
@@ -387,6 +387,6 @@ def test_a_suspended_run_goes_on(launch):
     ranks = launch(act).ready()
     ranks.send(signal.SIGSTOP, 0, 1, 2)
     time.sleep(0.75 * TIMEOUT)
-    ranks.send(signal.SIGCONT, 2, 1, 0)
+    since = ranks.send(signal.SIGCONT, 2, 1, 0)
     ranks.mark("continued", 0)
-    ranks.check_regular()
+    ranks.check_regular(within=3 * TIMEOUT, since=since)

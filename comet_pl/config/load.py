@@ -139,8 +139,7 @@ def checkpoint_layer(values: Mapping[str, Any]) -> Layer:
 def merge(layers: list[Layer], conf: str | None) -> Config:
     """One Config from layers, the last one first in rank."""
     kind, layers = data_kind(layers)
-    schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
-    root = copy.deepcopy(defaults(kind))
+    schemas, root = schemas_of(kind), copy.deepcopy(defaults(kind))
     places, written = {"conf": ""}, dict[str, Any]()
     for layer in layers:
         for key, value in leaves(layer, schemas, kind):
@@ -160,10 +159,15 @@ def merge(layers: list[Layer], conf: str | None) -> Config:
     return config
 
 
+def schemas_of(kind: str) -> dict[str, Any]:
+    """The types of Config's fields with this data.kind."""
+    return {**get_type_hints(Config), "data": DATA_KINDS[kind]}
+
+
 @functools.cache
 def defaults(kind: str) -> DictConfig:
     """The defaults with this data.kind as OmegaConf's typed nodes, open for values."""
-    schemas = {**get_type_hints(Config), "data": DATA_KINDS[kind]}
+    schemas = schemas_of(kind)
     fields: list[Any] = []
     for one in dataclasses.fields(Config):
         schema = schemas[one.name]

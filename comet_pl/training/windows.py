@@ -67,9 +67,12 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
         if plan.tokens != n:
             raise ValueError(f"plans: row {row} sums to {plan.tokens}, but it has {n} real tokens")
-    whole = _window(ids, targets, [0] * len(plans), plans)
-    step = chunks or whole.chunks
-    windows = [whole.part(start, start + step) for start in range(0, whole.chunks, step)]
+    longest = max((len(plan.sizes) for plan in plans), default=0)
+    windows, starts = [], [0] * len(plans)
+    for first in range(0, longest, chunks or longest):
+        parts = [plan.part(first, first + (chunks or longest)) for plan in plans]
+        windows.append(_window(ids, targets, starts, parts))
+        starts = [start + part.tokens for start, part in zip(starts, parts, strict=True)]
     while windows and not windows[-1].targets:
         windows.pop()
     return windows

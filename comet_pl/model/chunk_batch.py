@@ -11,6 +11,7 @@ If all rows do the same, a UniformChunk selects by slices. Else a RaggedChunk ga
 what a row lacks stands at a column, or in an entry, that is never read.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Slots(NamedTuple):
 
 
 @dataclass(eq=False)
-class Chunk:
+class Chunk(ABC):
     """One chunk of a batch, as the cell sees it."""
 
     tokens: Tokens
@@ -83,33 +84,33 @@ class Chunk:
     # What the two kinds of chunk do each in its own way:
 
     @property
+    @abstractmethod
     def mask(self) -> Tensor:
         """(B, 1, W, L) or (W, L): True where a token sees a column.
 
         Each layer makes it anew: that is little beside the scores it masks, and torch.compile then
         sees one kind of chunk instead of two.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def append_columns(self, held: Tensor | None, slots: Tensor | None, own: Tensor) -> Tensor:
         """Keys (or values) of at least L columns."""
-        raise NotImplementedError
 
+    @abstractmethod
     def append_outputs(self, pending: Tensor | None, hidden: Tensor) -> Tensor | None:
         """Outputs X (B, >= pending_after, d) of the chunk's compression tokens so far."""
-        raise NotImplementedError
 
+    @abstractmethod
     def readout(self, hidden: Tensor) -> Tensor:
         """Outputs R (B, m, d) of the readout tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def newest(self, entries: Tensor) -> Tensor:
         """The last K of each row's entries of [T ; new]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self, state: Tensor | None, new: Tensor) -> Tensor:
         """S after the chunk; rows that do not close keep theirs."""
-        raise NotImplementedError
 
     @property
     def first(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.model.probe import MemoryView, probe_memory
 
@@ -100,7 +101,7 @@ def effective_rank(slots: Tensor) -> float:
     1 if all slots are multiples of one vector, min(n, d) if they are orthogonal and equally long; 0
     of zeros; NaN where a number is not finite.
     """
-    slots = slots.to(torch.promote_types(slots.dtype, torch.float32))
+    slots = slots.to(wide(slots.dtype))
     if not slots.isfinite().all():
         return float("nan")
     try:

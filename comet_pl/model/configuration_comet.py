@@ -42,10 +42,10 @@ def check_keys(comet: dict[str, Any]) -> None:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The precision of S and its gate in a model of this dtype: float32 at least.
+    """float32, or a wider dtype as it is: for what half precision would spoil.
 
-    S is written once a chunk with a gate near 1. In bfloat16 gates above 0.998 are 1, and small
-    changes of S are lost.
+    Such are S and its gate. S is written once a chunk with a gate near 1; in bfloat16 gates above
+    0.998 are 1, and small changes of S are lost.
     """
     return torch.promote_types(dtype, torch.float32)
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from comet_pl.model.configuration_comet import wide
 from comet_pl.model.forward_plan import ForwardPlan
 from comet_pl.model.observer import Observer
 
@@ -85,5 +86,4 @@ def cross_entropies(hidden: Tensor, targets: Tensor, head: Head, block: int = BL
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(wide), targets, reduction=reduction)
+    return F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction=reduction)

@@ -15,6 +15,7 @@ from torch import Tensor
 from comet_pl.model.cache import LayerMemory
 from comet_pl.model.cell import Cell
 from comet_pl.model.chunk_batch import Chunk
+from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
 
 
@@ -83,8 +84,8 @@ def attention_shares(
     cos, sin = (t[:, places] for t in chunk.tokens.rope)
     queries = cell.rotate(cell.project("q", normed[:, places]), (cos, sin))  # (1, H, Q, h)
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
-    wide = torch.promote_types(keys.dtype, torch.float32)
-    scores = queries.to(wide) @ keys.to(wide).transpose(2, 3) * cell.scaling
+    dtype = wide(keys.dtype)
+    scores = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * cell.scaling
     columns = torch.arange(chunk.columns, device=places.device)
     seen = columns <= chunk.tokens.positions[0, places][:, None]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)

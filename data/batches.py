@@ -2,6 +2,7 @@
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -28,25 +29,25 @@ class Shard(NamedTuple):
 ALL = Shard()
 
 
-class Batches:
+class Batches(ABC):
     """The batches of a data.kind; data/datamodule.py hands them to Lightning."""
 
     tokenizer: PreTrainedTokenizerBase
     max_steps: int
 
+    @abstractmethod
     def train_loader(self, shard: Shard = ALL) -> Any:
         """Batches of the whole training, with state_dict and load_state_dict."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         """The same batches whenever it is iterated."""
-        raise NotImplementedError
 
     def count(self, shard: Shard = ALL) -> int:
         """Batches of the whole training on each rank, at most max_steps."""
         return self.max_steps
 
-    def finish(self) -> None:
+    def finish(self) -> None:  # noqa: B027  most kinds have nothing to say
         """Says what is known only after the training."""
 
 

@@ -1,5 +1,6 @@
 """The batches of all corpora of texts: sources of samples in, packed and chunk-planned rows out."""
 
+from abc import abstractmethod
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,13 @@ class TextBatches(Batches):
         """How often an epoch has the samples of each group; None: once."""
         return None
 
+    @abstractmethod
     def source(self, split: str) -> Source:
         """The rows of a split."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validation_rows(self) -> Rows:
         """Pairs (ids, labels), by number."""
-        raise NotImplementedError
 
     def asked(self) -> str:
         """' for ...', the part of data.root that is read."""

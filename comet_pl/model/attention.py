@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from comet_pl.model.chunk_batch import Chunk, UniformChunk
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-
+_flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
+_efficient_cuda = torch.ops.aten._efficient_attention_forward
+FUSED = (torch.float16, torch.bfloat16, torch.float32)  # what its kernels take
+LOWER_RIGHT = 2  # its number for this causality
 
 # Numbers in a row's keys from which on, on a CPU, two plain products answer one query faster than a
 # kernel does.
@@ -67,30 +69,72 @@ def attend(
         return q
     # A cache may be in float32 under autocast.
     k, v = k.to(q.dtype), v.to(q.dtype)
-    wide = q.dtype in (torch.float32, torch.float64) and q.device.type == "cpu"
-    few = wide and q.shape[2] > 1 and q.shape[:3].numel() * k.shape[2] <= FEW_SCORES
-    if implementation == "eager" or few:
+    if implementation == "eager":
         return _eager(q, k, v, chunk.mask, scale)
-    grouped = q.shape[1] != k.shape[1]
-    if not isinstance(chunk, UniformChunk):
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=chunk.mask, scale=scale, enable_gqa=grouped
-        )
-    if q.shape[2] == 1 and wide and k.shape[1:].numel() >= MANY_KEYS:
+    if q.is_cuda and q.dtype in FUSED and q.shape[3] % 8 == 0:
+        return _on_cuda(q, k, v, chunk, scale)
+    cpu, past = q.device.type == "cpu", chunk.past if isinstance(chunk, UniformChunk) else None
+    wide = cpu and q.dtype in (torch.float32, torch.float64)
+    own, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if wide and own > 1 and q.shape[:3].numel() * k.shape[2] <= FEW_SCORES:
+        return _eager(q, k, v, chunk.mask, scale)
+    if wide and own == 1 and past is not None and k.shape[1:].numel() >= MANY_KEYS:
         return _one_query(q, k, v, scale)
-    if q.shape[2] == 1:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if chunk.past == 0:
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    if q.device.type == "cpu":
+    if cpu and own > 1 and past:
         # The kernel's backward knows no groups.
         if grouped and torch.is_grad_enabled():
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        return _SplitAttention.apply(q, k, v, chunk.past, scale)
-    bias = causal_lower_right(q.shape[2], k.shape[2])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=grouped)
+        return _SplitAttention.apply(q, k, v, past, scale)
+    if past == 0 and own > 1:
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
+        )
+    mask = None if own == 1 and past is not None else chunk.mask
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _on_cuda(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Tensor:
+    """Fused kernels, called by name.
+
+    Left to torch, grouped keys in float32 or under a mask go to a kernel that writes every score to
+    memory, and a Hopper card plans a kernel anew for each length of the keys.
+    """
+    own, uniform = q.shape[2], isinstance(chunk, UniformChunk)
+    if uniform and _flash_runs(q):
+        # Its causality is lower-right, and it knows groups.
+        return _flash_cuda(q, k, v, 0.0, own > 1, scale=scale)[0]
+    bias = None if uniform else _bias(chunk.mask, q.dtype)
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1 and own == 1:
+        # The queries of a key head are the rows of one: no key is copied.
+        q = q.unflatten(1, (k.shape[1], groups)).squeeze(3)
+        bias = None if bias is None else bias.expand(-1, -1, groups, -1)
+    elif groups > 1:
+        k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
+    if bias is not None:
+        bias = bias.expand(-1, q.shape[1], -1, -1)
+    causal = LOWER_RIGHT if uniform and own > 1 else 0
+    learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    rows, columns, values = (t.transpose(1, 2) for t in (q, k, v))
+    limits = (None,) * 4  # of packed texts
+    out = _efficient_cuda(rows, columns, values, bias, *limits, 0.0, causal, learns, scale=scale)[
+        0
+    ].transpose(1, 2)
+    return out.flatten(1, 2).unsqueeze(2) if groups > 1 and own == 1 else out
+
+
+@torch._dynamo.assume_constant_result
+def _flash_runs(q: Tensor) -> bool:
+    """Whether the flash kernel takes these queries: half precision, from compute capability 8."""
+    half = q.dtype != torch.float32 and q.shape[3] <= 256
+    return half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (B, 1, W, L) as numbers to add; the kernel wants rows of a multiple of 16."""
+    room = mask.new_zeros(*mask.shape[:3], -(-mask.shape[3] // 16) * 16, dtype=dtype)
+    bias = room[..., : mask.shape[3]]
+    return bias.masked_fill_(~mask, -torch.inf)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 
 from comet_pl.model.attention import attend
 from comet_pl.model.cache import LayerMemory
-from comet_pl.model.chunk_batch import Chunk, KeysValues, Rope
+from comet_pl.model.chunk_batch import Chunk, Rope
 from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
+from comet_pl.model.norm import fuse_norms
 
 # model_type -> who uses it. These layers share the cell: norm, q/k/v/o projections, RoPE, norm,
 # MLP. The modules taken over, or Cell.__init__, know where they differ (biases, norms of queries
@@ -78,6 +79,7 @@ class Decoder(nn.Module):
 
     def __init__(self, model: nn.Module, config: CometConfig):
         super().__init__()
+        fuse_norms(model)
         for name, module in model.named_children():
             self.add_module(name, module)
         self.layers = nn.ModuleList(Cell(layer, config) for layer in self.layers)
@@ -121,13 +123,13 @@ class Cell(nn.Module):
 
         Writes to no argument unless chunk.in_place.
         """
-        normed = self.input_layernorm(hidden)
-        queries, values = self.project("q", normed), self.project("v", normed)
+        normed = self.input_layernorm(self.inputs(hidden, memory, chunk))
+        own = normed[:, normed.shape[1] - hidden.shape[1] :].contiguous()
+        queries, values = self.project("q", own), self.project("v", normed)
         # RoPE in the residual's dtype, attention in the projections'.
         queries = self.rotate(queries, chunk.tokens.rope).to(values.dtype)
-        keys = self.rotate(self.project("k", normed), chunk.tokens.rope).to(values.dtype)
-        slots = self.slot_keys_values(memory, chunk)
-        keys, values, memory = chunk.append_keys_values(memory, slots, (keys, values))
+        keys = self.rotate(self.project("k", normed), chunk.rope).to(values.dtype)
+        keys, values, memory = chunk.append_keys_values(memory, keys, values)
         out = attend(self.config._attn_implementation, queries, keys, values, chunk, self.scaling)
         hidden = hidden + self.self_attn.o_proj(out.transpose(1, 2).flatten(2))
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
@@ -146,25 +148,23 @@ class Cell(nn.Module):
             return x
         cos, sin = rope
         a, b = x.chunk(2, -1)
-        return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+        return x * cos[:, None] + torch.cat([b, a], -1) * sin[:, None]
 
-    def slot_keys_values(self, memory: LayerMemory, chunk: Chunk) -> KeysValues | None:
-        """Keys and values of the memory slots [G | T], (B, H', M, h) each.
+    def inputs(self, hidden: Tensor, memory: LayerMemory, chunk: Chunk) -> Tensor:
+        """[G | T | hidden] (B, M + W, d): what keys and values come from.
 
         A slot's output is never used: it has no query and no MLP.
         """
         if chunk.slots is None:
-            return None
-        slots = []
+            return hidden
+        parts = []
         if chunk.slots.global_slots and self.global_memory is not None:
             assert memory.state is not None
-            slots.append(self.adapt(self.global_memory, memory.state))
+            parts.append(self.adapt(self.global_memory, memory.state))
         if chunk.slots.temporary_slots:
             assert memory.temporary is not None
-            slots.append(memory.temporary[:, : chunk.slots.temporary_slots])
-        normed = self.input_layernorm(torch.cat(slots, 1))
-        values = self.project("v", normed)
-        return self.rotate(self.project("k", normed), chunk.slots.rope).to(values.dtype), values
+            parts.append(memory.temporary[:, : chunk.slots.temporary_slots])
+        return torch.cat([*parts, hidden], 1)
 
     def remember(self, hidden: Tensor, memory: LayerMemory, chunk: Chunk) -> LayerMemory:
         """Keeps the outputs at compression tokens; where chunks close, writes both memories."""
@@ -181,7 +181,7 @@ class Cell(nn.Module):
             previous = state if chunk.has_state else None
             new = self.global_memory.write(chunk.readout(hidden), previous, chunk.first)
             state = chunk.settle(state, new)
-        return memory._replace(state=state, temporary=temporary, pending=pending)
+        return LayerMemory(state, temporary, memory.keys, memory.values, pending)
 
     def adapt(self, owner: GlobalMemory | TemporaryMemory, x: Tensor) -> Tensor:
         """Through the owner's residual adapter, or the layer's shared one, in its dtype."""

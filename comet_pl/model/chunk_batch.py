@@ -15,13 +15,13 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from comet_pl.model.cache import LayerMemory
 
 Rope = tuple[Tensor, Tensor]
-KeysValues = tuple[Tensor, Tensor]
 
 
 class Tokens(NamedTuple):
@@ -30,8 +30,8 @@ class Tokens(NamedTuple):
     source: Tensor  # (B, W) columns of [input_ids | compression token | m readout tokens]
     positions: Tensor  # (B or 1, W); padding stands at column L, which no token sees
     rope: Rope
-    wanted: Tensor | None  # (k,) flat places in (B, W) of the outputs that are wanted
-    target: Tensor | None  # (k,) their flat places in (B, N)
+    wanted: Tensor | None  # (k,) flat places in (B, W) of the outputs that are wanted; None: all
+    target: np.ndarray  # (k,) their flat places in (B, N)
 
 
 class Slots(NamedTuple):
@@ -39,8 +39,6 @@ class Slots(NamedTuple):
 
     global_slots: int  # m if an opening row has a global memory, else 0
     temporary_slots: int  # entries of T that an opening row uses
-    positions: Tensor  # (B or 1, M)
-    rope: Rope
 
 
 @dataclass(eq=False)
@@ -49,6 +47,8 @@ class Chunk(ABC):
 
     tokens: Tokens
     slots: Slots | None  # None: no row opens a chunk that has memory
+    positions: Tensor  # (B or 1, M + W) of [slots | own tokens]
+    rope: Rope  # theirs
     columns: int  # L
     in_place: bool
     capacity: int
@@ -62,16 +62,16 @@ class Chunk(ABC):
     temporary_before: int  # entries of T used before
 
     def append_keys_values(
-        self, memory: LayerMemory, slots: KeysValues | None, own: KeysValues
+        self, memory: LayerMemory, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, LayerMemory]:
-        """Keys and values (B, H', L, h) of [what the open chunk holds | slots | own tokens]."""
-        slot_keys, slot_values = slots or (None, None)
-        keys = self.append_columns(memory.keys, slot_keys, own[0])
-        values = self.append_columns(memory.values, slot_values, own[1])
-        if self.stores:
-            memory = memory._replace(keys=keys, values=values)
-        elif not self.in_place:
-            memory = memory._replace(keys=None, values=None)
+        """Keys and values of [slots | own tokens], behind what the open chunk holds: (B, H', L, h)
+        each, and the memory with them."""
+        keys = self.append_columns(memory.keys, keys)
+        values = self.append_columns(memory.values, values)
+        held = (keys, values) if self.stores else (None, None)
+        if self.stores or not self.in_place:
+            # Not _replace, which torch.compile loses in torch 2.11.
+            memory = LayerMemory(memory.state, memory.temporary, *held, memory.pending)
         return keys[:, :, : self.columns], values[:, :, : self.columns], memory
 
     def push(self, temporary: Tensor | None, new: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Chunk(ABC):
         """
 
     @abstractmethod
-    def append_columns(self, held: Tensor | None, slots: Tensor | None, own: Tensor) -> Tensor:
+    def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         """Keys (or values) of at least L columns."""
 
     @abstractmethod
@@ -131,19 +131,16 @@ class UniformChunk(Chunk):
         columns = torch.arange(self.columns, device=self.tokens.positions.device)
         return columns <= self.tokens.positions[0, :, None]
 
-    def append_columns(self, held: Tensor | None, slots: Tensor | None, own: Tensor) -> Tensor:
+    def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
+        before = self.columns - new.shape[2]
         if self.in_place and self.stores:
             assert held is not None
             held = widen(held, self.columns, 2)
-            if slots is not None:
-                held[:, :, : slots.shape[2]] = slots
-            held[:, :, self.past : self.columns] = own
+            held[:, :, before : self.columns] = new
             return held
-        if slots is not None:
-            return torch.cat([slots, own], 2)
-        if held is None or not self.past:
-            return own
-        return torch.cat([held[:, :, : self.past].to(own.dtype), own], 2)
+        if held is None or not before:
+            return new
+        return torch.cat([held[:, :, :before].to(new.dtype), new], 2)
 
     def append_outputs(self, pending: Tensor | None, hidden: Tensor) -> Tensor | None:
         if self.compression is None or not (self.closes or self.stores):
@@ -189,16 +186,13 @@ class RaggedChunk(Chunk):
         columns = torch.arange(self.columns, device=self.tokens.positions.device)
         return (columns <= self.tokens.positions[:, :, None])[:, None]
 
-    def append_columns(self, held: Tensor | None, slots: Tensor | None, own: Tensor) -> Tensor:
+    def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         # The last column takes what is never read.
         size, write = self.columns + 1, self.in_place and self.stores
         if held is None or not (write or self.continues):
-            held = own.new_zeros(*own.shape[:2], size, own.shape[3])
+            held = new.new_zeros(*new.shape[:2], size, new.shape[3])
         held = widen(held, size, 2)
-        if slots is not None:
-            assert self.slots is not None
-            held = scatter(held, 2, self.slots.positions[:, None, :, None], slots, write)
-        return scatter(held, 2, self.tokens.positions[:, None, :, None], own, write)
+        return scatter(held, 2, self.positions[:, None, :, None], new, write)
 
     def append_outputs(self, pending: Tensor | None, hidden: Tensor) -> Tensor | None:
         if self.compression is None or not (self.closes or self.stores):

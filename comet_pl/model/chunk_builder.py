@@ -6,7 +6,7 @@ m global slots, n compression tokens that enter.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from comet_pl.model.chunk_layout import (
     own_layout,
     pending_tokens,
 )
+from comet_pl.model.transfer import to_device
 
 
 @dataclass
@@ -30,16 +31,13 @@ class CallFacts:
 
     width: int  # N, columns of input_ids
     columns: list[np.ndarray]  # of each row's real tokens
-    wanted: np.ndarray | None  # (B, N) bool: whose output is needed
+    wanted: np.ndarray  # (B, N) bool: whose output is needed
     global_size: int
     capacity: int
     in_place: bool  # tensors are written into the cache's buffers; only without gradients
     keeps: bool  # the cache is kept after the call
     device: torch.device
     rope: Callable[[Tensor, int], Rope]  # of positions (B, W) in a chunk of L columns
-
-    def tensor(self, array: np.ndarray | list[bool]) -> Tensor:
-        return torch.as_tensor(array, device=self.device)
 
 
 def build_chunk(
@@ -88,23 +86,18 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
     offsets = index[text] - before.fill
     for row, columns, own in zip(source, facts.columns, segments, strict=True):
         row[text] = columns[own.start + offsets]
-    positions = facts.tensor(np.arange(memory + first, memory + last)[None])
-    wanted, target = wanted_places(facts, source, np.nonzero((kinds == TEXT)[None].repeat(rows, 0)))
-    slots = None
-    if memory and not before.fill:
-        places = facts.tensor(np.arange(memory)[None])
-        slots = Slots(
-            before.global_slots, before.temporary_slots, places, facts.rope(places, memory + last)
-        )
+    text_places = np.nonzero((kinds == TEXT)[None].repeat(rows, 0))
+    opens = bool(memory and not before.fill)
+    entered: slice | np.ndarray | None = evenly(entering) if len(entering) else None
+    if entered is None and len(entering):
+        entered = entering[None].repeat(rows, 0)
+    uneven = entered if isinstance(entered, np.ndarray) else None
+    positions = np.arange(0 if opens else memory + first, memory + last)[None]
+    own, compression = own_tokens(facts, source, positions, memory + last, text_places, uneven)
     held, gated = pending_tokens(before), segment.closes and before.global_slots > 0
-    compression: slice | Tensor | None = evenly(entering) if len(entering) else None
-    if compression is None and len(entering):
-        compression = facts.tensor(entering[None].repeat(rows, 0))
     return UniformChunk(
-        tokens=Tokens(
-            facts.tensor(source), positions, facts.rope(positions, memory + last), wanted, target
-        ),
-        slots=slots,
+        **own,
+        slots=Slots(before.global_slots, before.temporary_slots) if opens else None,
         columns=memory + last,
         in_place=facts.in_place,
         capacity=facts.capacity,
@@ -117,25 +110,55 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
         pending_after=held + len(entering),
         temporary_before=before.temporary_slots,
         past=memory + first,
-        compression=compression,
+        compression=entered if isinstance(entered, slice) else compression,
         readout_place=slice(W - m, W),
     )
 
 
+class OwnTokens(TypedDict):
+    """Fields of a Chunk."""
+
+    tokens: Tokens
+    positions: Tensor
+    rope: Rope
+
+
+def own_tokens(
+    facts: CallFacts,
+    source: np.ndarray,
+    positions: np.ndarray,
+    columns: int,
+    text: tuple[np.ndarray, ...],
+    *others: np.ndarray | None,
+) -> tuple[Any, ...]:
+    """The OwnTokens of a chunk, and other arrays as tensors.
+
+    Args:
+        source: (B, W). positions: (B or 1, M + W). columns: L.
+        text: rows and places of the text tokens.
+    """
+    wanted, target = wanted_places(facts, source, text)
+    on_device = to_device(facts.device, source, positions, wanted, *others)
+    own, places = on_device[0], on_device[1]
+    assert own is not None and places is not None
+    cos, sin = facts.rope(places, columns)
+    first = positions.shape[1] - source.shape[1]
+    rope = cos[:, first:], sin[:, first:]
+    tokens = Tokens(own, places[:, first:], rope, on_device[2], target)
+    return OwnTokens(tokens=tokens, positions=places, rope=(cos, sin)), *on_device[3:]
+
+
 def wanted_places(
     facts: CallFacts, source: np.ndarray, text: tuple[np.ndarray, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Flat places in (B, W) and in (B, N) of the text tokens (row, place) that are wanted."""
-    if facts.wanted is None:
-        return None, None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Flat places in (B, W), None: all, and in (B, N) of the text tokens (row, place) that are
+    wanted."""
     row, place = text
     column = source[row, place]
     hit = facts.wanted[row, column]
-    if not hit.any():
-        return None, None
     row, place, column = row[hit], place[hit], column[hit]
-    wanted = facts.tensor(row * source.shape[1] + place)
-    return wanted, facts.tensor(row * facts.width + column)
+    target = row * facts.width + column
+    return (None if len(row) == source.size else row * source.shape[1] + place), target
 
 
 class RowLayout(NamedTuple):
@@ -187,15 +210,27 @@ def ragged_chunk(
     stays = any(
         not c and (s or old.fill) for c, s, old in zip(closes, segments, before, strict=True)
     )
-    wanted, target = wanted_places(facts, layout.source, np.nonzero(layout.kinds == TEXT))
-    positions = facts.tensor(layout.positions)
+    slots, positions = ragged_slots(before, opening, layout.positions, columns)
     new = [h + int(n) if c else 0 for h, n, c in zip(held, entering, closes, strict=True)]
-    compression, pending_place = compression_places(facts, layout, entering, pending_after)
+    places = compression_places(layout, entering, pending_after)
+    readout = readout_places(facts, layout) if any(closes) else None
+    entries = temporary_entries(facts, before, new) if any(closes) else None
+    rows = np.array([[clock.global_slots == 0 for clock in before], closes], dtype=np.int64)
+    own, compression, pending_place, readout_place, kept, flags = own_tokens(
+        facts,
+        layout.source,
+        positions,
+        columns,
+        np.nonzero(layout.kinds == TEXT),
+        *places,
+        readout,
+        entries,
+        rows,
+    )
+    first_rows, closing = flags.bool()
     return RaggedChunk(
-        tokens=Tokens(
-            facts.tensor(layout.source), positions, facts.rope(positions, columns), wanted, target
-        ),
-        slots=ragged_slots(facts, before, opening, columns),
+        **own,
+        slots=slots,
         columns=columns,
         in_place=facts.in_place,
         capacity=facts.capacity,
@@ -208,35 +243,39 @@ def ragged_chunk(
         pending_after=pending_after,
         temporary_before=max(clock.temporary_slots for clock in before),
         continues=any(clock.fill for clock in before),
-        first_rows=facts.tensor([clock.global_slots == 0 for clock in before]),
-        closing=facts.tensor(closes),
+        first_rows=first_rows,
+        closing=closing,
         compression=compression,
         pending_place=pending_place,
-        readout_place=readout_places(facts, layout) if any(closes) else None,
-        temporary_entries=temporary_entries(facts, before, new) if any(closes) else None,
+        readout_place=readout_place,
+        temporary_entries=kept,
     )
 
 
 def ragged_slots(
-    facts: CallFacts, before: Sequence[RowClock], opening: Sequence[int], columns: int
-) -> Slots | None:
-    """Slots of the rows that open a chunk; those that a row lacks stand at column L."""
+    before: Sequence[RowClock], opening: Sequence[int], own: np.ndarray, columns: int
+) -> tuple[Slots | None, np.ndarray]:
+    """Slots of the rows that open a chunk, and positions (B, M + W): those that a row lacks stand
+    at column L.
+
+    Args:
+        own: positions (B, W) of the own tokens.
+    """
     m = max((before[b].global_slots for b in opening), default=0)
     t = max((before[b].temporary_slots for b in opening), default=0)
     if not m + t:
-        return None
+        return None, own
     place = np.full((len(before), m + t), columns)
     for b in opening:
         own_m, own_t = before[b].global_slots, before[b].temporary_slots
         place[b, :own_m] = np.arange(own_m)
         place[b, m : m + own_t] = own_m + np.arange(own_t)
-    positions = facts.tensor(place)
-    return Slots(m, t, positions, facts.rope(positions, columns))
+    return Slots(m, t), np.concatenate([place, own], 1)
 
 
 def compression_places(
-    facts: CallFacts, layout: RowLayout, entering: np.ndarray, pending_after: int
-) -> tuple[Tensor | None, Tensor | None]:
+    layout: RowLayout, entering: np.ndarray, pending_after: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
     """(B, n) where the entering compression tokens stand in W, and among the pending outputs."""
     n = int(entering.max(initial=0))
     if not n:
@@ -246,20 +285,20 @@ def compression_places(
     for b, kinds in enumerate(layout.kinds):
         where = np.flatnonzero(kinds == COMPRESSION)
         place[b, : len(where)], pending[b, : len(where)] = where, layout.indices[b, where]
-    return facts.tensor(place), facts.tensor(pending)
+    return place, pending
 
 
-def readout_places(facts: CallFacts, layout: RowLayout) -> Tensor | None:
+def readout_places(facts: CallFacts, layout: RowLayout) -> np.ndarray | None:
     """(B, m) where the readout tokens stand in W; anywhere in rows that do not close."""
     if not facts.global_size:
         return None
     first = (layout.kinds == READOUT).argmax(1)
-    return facts.tensor((first[:, None] + np.arange(facts.global_size)) % layout.kinds.shape[1])
+    return (first[:, None] + np.arange(facts.global_size)) % layout.kinds.shape[1]
 
 
 def temporary_entries(
     facts: CallFacts, before: Sequence[RowClock], new: Sequence[int]
-) -> Tensor | None:
+) -> np.ndarray | None:
     """(B, T') entries of [T | new] that make each row's T: its last K."""
     old = [clock.temporary_slots for clock in before]
     used, longest = max(old), max(min(facts.capacity, t + n) for t, n in zip(old, new, strict=True))
@@ -269,7 +308,7 @@ def temporary_entries(
     for row, t, n in zip(entries, old, new, strict=True):
         kept = np.arange(max(0, t + n - facts.capacity), t + n)
         row[: len(kept)] = np.where(kept < t, kept, used + kept - t)
-    return facts.tensor(entries)
+    return entries
 
 
 def evenly(places: np.ndarray) -> slice | None:

@@ -24,7 +24,7 @@ from comet_pl.model.configuration_comet import CometConfig
 class Labels:
     """Targets of a call."""
 
-    targets: Tensor  # (B, N) on the CPU, of each column, -100: none
+    targets: np.ndarray  # (B, N), of each column, -100: none
     count: int
 
 
@@ -129,7 +129,7 @@ def plan_forward(
     wanted, keep = np.zeros((rows, width), dtype=bool), None
     found = plan_labels(labels, shift_labels, real, config.vocab_size)
     if found is not None:
-        wanted |= (found.targets != -100).numpy()
+        wanted |= found.targets != -100
     if found is None or logits_to_keep is not None:
         keep = min(logits_to_keep or width, width)
         wanted[:, width - keep :] = True
@@ -342,4 +342,4 @@ def plan_labels(
         targets[~mask] = -100
         targets = torch.cat([targets[:, 1:], targets.new_full((len(targets), 1), -100)], 1)
     targets = targets.masked_fill(~mask, -100)
-    return Labels(targets, int((targets != -100).sum()))
+    return Labels(targets.numpy(), int((targets != -100).sum()))

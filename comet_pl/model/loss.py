@@ -5,6 +5,7 @@ Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from comet_pl.model.configuration_comet import wide
 from comet_pl.model.forward_plan import ForwardPlan
 from comet_pl.model.observer import Observer
+from comet_pl.model.transfer import to_device
 
 BLOCK = 1024  # labelled positions whose logits exist at the same time
 Head = Callable[[Tensor], Tensor]
@@ -21,7 +23,7 @@ Head = Callable[[Tensor], Tensor]
 
 def loss_and_logits(
     plan: ForwardPlan,
-    outputs: Sequence[tuple[Tensor, Tensor]],
+    outputs: Sequence[tuple[Tensor, np.ndarray]],
     norm: nn.Module,
     head: nn.Module,
     num_items: int | Tensor | None,
@@ -34,32 +36,49 @@ def loss_and_logits(
         num_items: divides the summed loss; None: the targets of this call.
     """
     rows, columns = plan.wanted.shape
+    weight = head.weight
     if outputs:
         hidden = torch.cat([hidden for hidden, _ in outputs])
-        places = torch.cat([places for _, places in outputs])
+        places = np.concatenate([places for _, places in outputs])
     else:
-        hidden = head.weight.new_zeros(0, plan.config.backbone_config.hidden_size)
-        places = torch.zeros(0, dtype=torch.long, device=hidden.device)
+        hidden = weight.new_zeros(0, plan.config.backbone_config.hidden_size)
+        places = np.zeros(0, dtype=np.int64)
     hidden = norm(hidden)
     loss = logits = None
     if plan.labels is not None:
-        targets = plan.labels.targets.to(hidden.device).flatten()[places]
-        labelled = targets != -100
+        targets = plan.labels.targets.flatten()[places]
+        labelled = np.flatnonzero(targets != -100)
         count = plan.labels.count if num_items is None else num_items
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        found = pick(hidden, labelled), sent(targets[labelled], hidden)
         if observer is not None and observer.losses is not None and not torch.is_grad_enabled():
-            losses = cross_entropies(hidden[labelled], targets[labelled], head)
-            observer.losses(places[labelled], losses)
+            losses = cross_entropies(*found, head)
+            observer.losses(torch.from_numpy(places[labelled]), losses)
             loss = losses.sum() / count if plan.labels.count else loss
         elif plan.labels.count:
-            loss = summed_cross_entropy(hidden[labelled], targets[labelled], head) / count
+            loss = summed_cross_entropy(*found, head) / count
     if plan.keep is not None:
         first = columns - plan.keep
-        kept = places % columns >= first
+        kept = np.flatnonzero(places % columns >= first)
         place = places[kept] // columns * plan.keep + places[kept] % columns - first
-        dense = hidden.new_zeros(rows * plan.keep, hidden.shape[1])
-        logits = head(dense.index_copy(0, place, hidden[kept]).unflatten(0, (rows, plan.keep)))
+        dense = pick(hidden, kept)
+        if len(place) != rows * plan.keep or (place[1:] <= place[:-1]).any():
+            room = hidden.new_zeros(rows * plan.keep, hidden.shape[1])
+            dense = room.index_copy(0, sent(place, hidden), dense)
+        logits = head(dense.unflatten(0, (rows, plan.keep)))
     return loss, logits
+
+
+def pick(hidden: Tensor, places: np.ndarray) -> Tensor:
+    """Rows (k, d) of (n, d) at these places, each at most once and in order."""
+    return hidden if len(places) == len(hidden) else hidden[sent(places, hidden)]
+
+
+def sent(numbers: np.ndarray, like: Tensor) -> Tensor:
+    """Numbers on the device of a tensor."""
+    (tensor,) = to_device(like.device, numbers)
+    assert tensor is not None
+    return tensor
 
 
 def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:

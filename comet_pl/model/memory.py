@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comet_pl.model.configuration_comet import CometConfig, wide
+from comet_pl.model.norm import RMSNorm
 
 
 class ResidualAdapter(nn.Module):
@@ -64,7 +65,7 @@ class GlobalMemory(nn.Module):
     def __init__(self, config: CometConfig):
         super().__init__()
         width = config.backbone_config.hidden_size
-        self.norm = nn.RMSNorm(width, eps=None)
+        self.norm = RMSNorm(width, eps=None)
         self.gate = None if config.gate == "none" else Gate(config)
         self.adapter = (
             None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
@@ -92,7 +93,7 @@ class GlobalMemory(nn.Module):
             self.last_gate = g.detach()
             if self.penalty is not None:
                 g = self.penalty(g)
-            state = g * previous + (1 - g) * candidate
+            state = torch.lerp(candidate, previous, g)
         return state if first is None else torch.where(first[:, None, None], candidate, state)
 
 
@@ -102,7 +103,7 @@ class TemporaryMemory(nn.Module):
     def __init__(self, config: CometConfig):
         super().__init__()
         width = config.backbone_config.hidden_size
-        self.norm = nn.RMSNorm(width, eps=1e-12)
+        self.norm = RMSNorm(width, eps=1e-12)
         self.adapter = (
             None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
         )

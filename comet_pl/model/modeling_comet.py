@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -32,6 +39,17 @@ from comet_pl.model.traversal import TRAVERSALS, LocalTransport
 
 # Of all cells together: each length of text, and each way to close a chunk, makes some.
 COMPILED_GRAPHS = 64
+
+
+class TextOnly(LogitsProcessor):
+    """Suppresses all ids from `first` on, which takes no list of them to the device."""
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        text, new = scores[:, : self.first], scores.shape[1] - self.first
+        return nn.functional.pad(text, (0, new), value=-torch.inf)
 
 
 class CometForCausalLM(PreTrainedModel, GenerationMixin):
@@ -63,6 +81,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False  # recompute each cell's activations when needed
         self.observer: Observer | None = None
         self._fingerprint = Fingerprint()
+        self._own_ids: dict[Any, Tensor] = {}  # on the device that asked last
         if decoder is not None:
             weight = decoder.lm_head.weight
             for name, parameter in self.named_parameters():
@@ -191,9 +210,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         cache = past_key_values if past_key_values is not None else CometCache()
         cache = cache.for_call(self, plan.clocks, in_place, input_ids.device)
         facts = plan.facts(in_place, input_ids.device, self.rope)
-        new_ids = [self.config.compression_token_id or 0, *self.config.readout_token_ids]
-        own_ids = input_ids.new_tensor(new_ids).expand(len(input_ids), -1)
-        ids = torch.cat([input_ids, own_ids], 1)
+        ids = torch.cat([input_ids, self.own_ids(input_ids)], 1)
         cells, transport = self.model.layers, self.transport(cache.memories)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         chunks: dict[int, Chunk] = {}
@@ -215,8 +232,10 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 transport.send(i, memory.pop(i))
             if i == len(cells) - 1:
                 tokens, last = chunks.pop(t).tokens, hidden.pop(t)
-                if tokens.wanted is not None and tokens.target is not None:
-                    outputs.append((last.flatten(0, 1)[tokens.wanted], tokens.target))
+                if len(tokens.target):
+                    last = last.flatten(0, 1)
+                    last = last if tokens.wanted is None else last[tokens.wanted]
+                    outputs.append((last, tokens.target))
         cache.rows, cache.columns = plan.clocks_after, cache.columns + input_ids.shape[1]
         loss, logits = loss_and_logits(
             plan, outputs, self.model.norm, self.lm_head, num_items_in_batch, self.observer
@@ -224,14 +243,25 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         kept = cache if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
 
+    def own_ids(self, like: Tensor) -> Tensor:
+        """(B, 1 + m) ids of the compression token and the readout tokens, for B rows of ids."""
+        kind = like.device, like.dtype
+        if kind not in self._own_ids:
+            new = [self.config.compression_token_id or 0, *self.config.readout_token_ids]
+            self._own_ids = {kind: like.new_tensor(new)}
+        return self._own_ids[kind].expand(len(like), -1)
+
     def rope(self, positions: Tensor, columns: int) -> Rope:
-        """Cosines and sines of positions (B, W) in a chunk of L key columns.
+        """Cosines and sines of positions (B, W) in a chunk of L key columns; the sines' first half
+        is negative.
 
         Raises:
             ValueError: RoPE would change its frequencies for so many columns.
         """
         check_positions(self.config.backbone_config, columns)
-        return self.model.rotary_emb(self.model.embed_tokens.weight, positions)
+        cos, sin = self.model.rotary_emb(self.model.embed_tokens.weight, positions)
+        a, b = sin.chunk(2, -1)
+        return cos, torch.cat([-a, b], -1)
 
     def show_gate(self, layer: int, chunk: Chunk) -> None:
         """Shows the observer the gate values of a layer's last chunk.
@@ -306,14 +336,15 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         inputs.pop("tokenizer", None)  # of stop_strings
+        if not is_first_iteration:
+            # A generated token is never padding; to look would make the host wait for the device.
+            inputs.pop("attention_mask", None)
         return inputs
 
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Hugging Face's; compression and readout tokens are suppressed whatever is configured."""
-        settings, others = super()._prepare_generation_config(*args, **kwargs)  # type: ignore[misc]
-        suppressed = {*(settings.suppress_tokens or []), *self.config.new_token_ids}
-        settings.suppress_tokens = sorted(suppressed) or None
-        return settings, others
+        others = super()._get_logits_processor(*args, **kwargs)  # type: ignore[misc]
+        return LogitsProcessorList([TextOnly(self.config.first_new_id), *others])
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """Raises ValueError: the rows behind the text's are compression and readout tokens."""

@@ -77,17 +77,16 @@ def attention_shares(
         places: (Q,) the own tokens.
     """
     assert chunk.slots is not None
-    normed = cell.input_layernorm(hidden)
-    slots = cell.slot_keys_values(memory, chunk)
-    keys = cell.rotate(cell.project("k", normed), chunk.tokens.rope)
-    keys = keys if slots is None else torch.cat([slots[0].to(keys.dtype), keys], 2)  # (1, H', L, h)
+    normed = cell.input_layernorm(cell.inputs(hidden, memory, chunk))
+    keys = cell.rotate(cell.project("k", normed), chunk.rope)  # (1, H', L, h)
+    own = normed[:, normed.shape[1] - hidden.shape[1] :]
     cos, sin = (t[:, places] for t in chunk.tokens.rope)
-    queries = cell.rotate(cell.project("q", normed[:, places]), (cos, sin))  # (1, H, Q, h)
+    queries = cell.rotate(cell.project("q", own[:, places]), (cos, sin))  # (1, H, Q, h)
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     dtype = wide(keys.dtype)
     scores = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * cell.scaling
     columns = torch.arange(chunk.columns, device=places.device)
     seen = columns <= chunk.tokens.positions[0, places][:, None]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)
-    g, t = chunk.slots[:2]
+    g, t = chunk.slots
     return torch.stack([part.sum() for part in mass.split([g, t, len(mass) - g - t])]).cpu()

@@ -38,7 +38,8 @@ class MemoryMonitor(lightning.Callback):
         if trainer.world_size > 1:
             # if the weights are in shards, all ranks have to do the same
             ids = trainer.strategy.broadcast(ids.cpu()).to(pl_module.device)
-        report = read_memory(pl_module.model, ids)
+        with trainer.precision_plugin.forward_context():
+            report = read_memory(pl_module.model, ids)
         if report is None or not trainer.is_global_zero:
             return
         for i, layer in enumerate(report.layers):

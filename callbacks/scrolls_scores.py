@@ -35,7 +35,8 @@ class ScrollsScores(lightning.Callback):
             metric = ScrollsScore(task).to(pl_module.device)
             prompts = [source.validation.prompt(question) for question in mine]
             engine = Engine(pl_module.model, source.tokenizer)
-            texts = engine.answers(prompts, self.settings, longest)
+            with trainer.precision_plugin.forward_context():
+                texts = engine.answers(prompts, self.settings, longest)
             metric.update(texts, [question.references for question in mine])
             if self.predictions:
                 for question, prompt, text in zip(mine, prompts, texts, strict=True):

@@ -106,15 +106,17 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForC
     """A pre-trained decoder with memory plugged in, a CoMeT folder, or a decoder from scratch;
     weights drawn from the current random state.
 
-    What train.parameters leaves out is frozen, and LoRA is in place.
+    What train.parameters leaves out is frozen, in bf16-mixed in bfloat16; LoRA is in place.
 
     Raises:
         UserError: an impossible combination of keys; backbone.path cannot be loaded.
     """
-    from comet_pl.training.trainable import add_adapters
+    from comet_pl.training.trainable import add_adapters, halve_frozen
 
     model = _plain_model(config, tokenizer)
     add_adapters(model, config.train)
+    if config.trainer.precision == "bf16-mixed":
+        halve_frozen(model)
     return model
 
 

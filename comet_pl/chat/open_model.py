@@ -77,7 +77,8 @@ def open_conversation(
                 raise UserError(f"{option}: given, but {reason}")
         cache, opening, asked = _load_memory(memory, device)
         name = f"{memory} (made with {asked['model']})"
-    model, tokenizer, comet = load(options.model, asked["comet"], asked["dtype"])
+    gpu = device.type == "cuda"
+    model, tokenizer, comet = load(options.model, asked["comet"], asked["dtype"], gpu)
     model.to(device)  # type: ignore[arg-type]
     # without rollover an open chunk would grow without end
     model.config.rollover = True
@@ -115,13 +116,14 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
 Loaded = tuple[CometForCausalLM, PreTrainedTokenizerBase, dict[str, Any]]
 
 
-def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
+def load(name: str, comet: dict[str, Any], dtype: str | None = None, gpu: bool = False) -> Loaded:
     """(model in eval mode on the CPU, its tokenizer, memory keys that load the same model again).
 
     Args:
         name: what MODEL may be.
         comet: CometConfig keys over the model's own.
         dtype: of the weights; None: as they were saved.
+        gpu: it will run on one; a checkpoint that learned in bf16-mixed is then read in bfloat16.
 
     Raises:
         UserError: no such file, folder or hub id; it cannot be loaded; keys that its weights were
@@ -146,7 +148,9 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None) -> Loaded:
         if not path.is_file():
             return _from_hugging_face(name, comet, dtype)
         keys = [f"model.{key}={json.dumps(value)}" for key, value in comet.items()]
-        model, tokenizer, _ = load_trained(path, keys)
+        model, tokenizer, config = load_trained(path, keys)
+        if dtype is None and gpu and config.trainer.precision == "bf16-mixed":
+            dtype = "bfloat16"
         return model.to(getattr(torch, dtype)) if dtype else model, tokenizer, comet
     except UserError as error:
         raise UserError(str(error).replace("ckpt: ", "MODEL: ", 1)) from None

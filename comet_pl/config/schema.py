@@ -201,7 +201,9 @@ class TrainConfig:
         choices=RECOMPUTE,
         needs="none (once false), cell (once true), chunk",
     )
-    offload: bool = key(False, "with recompute=chunk: the memory between chunks waits on the CPU")
+    offload: bool | None = key(
+        None, "with recompute=chunk: the memory between chunks waits on the CPU; null: on a GPU"
+    )
     compile: bool = key(
         False,
         "torch.compile of each layer, also in evaluation: minutes at the first step of each "

@@ -19,6 +19,8 @@ from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import evaluate_scrolls
 
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 EVALUATE = {
     "passkey": evaluate_passkey,
     "scrolls": evaluate_scrolls,
@@ -32,6 +34,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The content of <out>/eval/<kind>.json, after writing all files and printing a table.
 
+    It computes as the training's validation does, in trainer.precision; weights keep their own
+    precision unless it is a half one.
+
     Args:
         config: data says on what, eval how.
 
@@ -42,9 +47,14 @@ def evaluate(
     if config.train.compile:
         model.compile_cells()
     kind = config.data.kind
+    precision = config.trainer.precision
+    half = AUTOCAST.get(precision)
+    model.to(WEIGHTS.get(precision, model.dtype))  # type: ignore[arg-type]
+    what = f"{model.dtype} weights" + (f", computing in {half}" if half else "")
+    print(f"on {model.device}: {what.replace('torch.', '')}", flush=True)
     engine, results = Engine(model.eval(), tokenizer), Results(out, kind)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
             return EVALUATE[kind](engine, config, results)
     finally:
         model.train(training)

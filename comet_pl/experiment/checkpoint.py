@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -149,6 +150,7 @@ def _from_checkpoint(
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     import json
 
+    import torch
     from transformers import GenerationConfig
 
     from comet_pl import CometConfig, CometForCausalLM
@@ -174,7 +176,8 @@ def _from_checkpoint(
     }
     model = CometForCausalLM(settings)
     add_adapters(model, from_dict(content["config"]).train, rows)
-    model = model.to(next(iter(weights.values())).dtype)
+    # Frozen weights may have less precision than those that learned.
+    model = model.to(reduce(torch.promote_types, (weight.dtype for weight in weights.values())))
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -26,10 +26,7 @@ from transformers import Cache
 
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, pending_tokens
 from comet_pl.model.configuration_comet import CometConfig, buffer_dtype, wide
-
-
-class TooLittleMemory(ValueError, MemoryError):
-    """The device has too little memory; raised before anything is computed."""
+from comet_pl.model.room import check_room
 
 
 class LayerMemory(NamedTuple):
@@ -102,7 +99,7 @@ class CometCache(Cache):
             raise ValueError("past_key_values: this cache was made by a model with other weights")
         if in_place:
             cache.rows = clocks  # their strides decide the buffers' sizes
-            cache.reserve(model.config, model.dtype, device)
+            cache.reserve(model.config, model.dtype, device, model.memory_dtype)
         cache.weights, cache.model = None, model
         return cache
 
@@ -172,8 +169,18 @@ class CometCache(Cache):
             new.preallocated = False
         return new
 
-    def reserve(self, config: CometConfig, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocates every buffer at its full size, copies what is there; raises TooLittleMemory."""
+    def reserve(
+        self,
+        config: CometConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        temporary: torch.dtype | None = None,
+    ) -> None:
+        """Allocates every buffer at its full size, copies what is there; raises TooLittleMemory.
+
+        Args:
+            dtype: the model's. temporary: of the entries of T, if it is another.
+        """
         if self.preallocated:
             # Buffers made under inference_mode cannot be written to outside of it.
             if not torch.is_inference_mode_enabled() and self._has_inference_tensors():
@@ -181,7 +188,9 @@ class CometCache(Cache):
             return
         check_room(config, len(self.rows), dtype, device, least_stride(self.rows))
         shapes = config.cache_shapes(len(self.rows), least_stride(self.rows))
-        self.memories = [_fill(shapes, memory, dtype, device) for memory in self.memories]
+        dtypes = {name: buffer_dtype(name, dtype) for name in shapes}
+        dtypes["temporary"] = temporary or dtype
+        self.memories = [_fill(shapes, memory, dtypes, device) for memory in self.memories]
         self.preallocated = True
 
     # ---- what users and Hugging Face's generate call
@@ -349,41 +358,10 @@ def least_stride(rows: list[RowClock]) -> int:
     return min((row.stride for row in rows), default=NO_STRIDE)
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Bytes that can still be allocated; None: not known here."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu" and os.path.exists("/proc/meminfo"):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    return None
-
-
-def check_room(
-    config: CometConfig,
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    stride: int | None = None,
-) -> None:
-    """Raises TooLittleMemory if a cache for `batch` texts exceeds the device's free memory."""
-    needed, free = config.cache_bytes(batch, dtype, stride), free_bytes(device)
-    if free is not None and needed > free:
-        fit = free // (needed // batch)
-        advice = f"read at most {fit} at once, or choose" if fit else "choose"
-        raise TooLittleMemory(
-            f"the memory of {batch} text(s) takes {needed / 2**20:,.0f} MiB, whatever their "
-            f"length, but {free / 2**20:,.0f} MiB are free on {device}: {advice} smaller memories "
-            "or chunks"
-        )
-
-
 def _fill(
     shapes: dict[str, tuple[int, ...]],
     memory: LayerMemory,
-    dtype: torch.dtype,
+    dtypes: dict[str, torch.dtype],
     device: torch.device,
 ) -> LayerMemory:
     buffers = {}
@@ -392,7 +370,7 @@ def _fill(
         # An open chunk may have outgrown C (rollover=false).
         if old is not None and old.shape[axis] > shape[axis]:
             shape = tuple(old.shape)
-        buffers[name] = torch.zeros(shape, dtype=buffer_dtype(name, dtype), device=device)
+        buffers[name] = torch.zeros(shape, dtype=dtypes[name], device=device)
         if old is not None:
             buffers[name].narrow(axis, 0, old.shape[axis]).copy_(old)
     return LayerMemory(**buffers)

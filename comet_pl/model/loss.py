@@ -4,6 +4,7 @@ Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -94,7 +95,8 @@ def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, block: int
     if len(targets) <= block:
         return of(hidden, targets)
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
-    return torch.stack([checkpoint(of, h, t, use_reentrant=False) for h, t in blocks]).sum()
+    again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([again(h, t) for h, t in blocks]).sum()
 
 
 @torch.no_grad()

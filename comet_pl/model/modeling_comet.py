@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -35,6 +34,8 @@ from comet_pl.model.identity import Fingerprint, digest
 from comet_pl.model.loss import loss_and_logits
 from comet_pl.model.memory import GateProjection, GlobalMemory
 from comet_pl.model.observer import Observer
+from comet_pl.model.recomputation import RecomputedLayer
+from comet_pl.model.transfer import moved
 from comet_pl.model.traversal import TRAVERSALS, LocalTransport
 
 # Of all cells together: each length of text, and each way to close a chunk, makes some.
@@ -161,7 +162,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         """Reads N more columns of B texts.
 
         Args:
-            input_ids: (B, N) text tokens.
+            input_ids: (B, N) text tokens. A model on a GPU need not wait for it where these, the
+                mask and labels are on the CPU.
             attention_mask: (B, N) or, with a cache, (B, all columns so far); 0 = padding.
             labels: (B, N) unshifted targets, -100 ignored. shift_labels, by name: (B, N) targets of
                 each column itself (not both).
@@ -208,11 +210,15 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         )
         in_place = use_cache and not torch.is_grad_enabled()
         cache = past_key_values if past_key_values is not None else CometCache()
-        cache = cache.for_call(self, plan.clocks, in_place, input_ids.device)
-        facts = plan.facts(in_place, input_ids.device, self.rope)
+        device = self.lm_head.weight.device
+        cache = cache.for_call(self, plan.clocks, in_place, device)
+        facts = plan.facts(in_place, device, self.rope)
+        input_ids = moved(input_ids, device)
         ids = torch.cat([input_ids, self.own_ids(input_ids)], 1)
         cells, transport = self.model.layers, self.transport(cache.memories)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        draws = recompute and any(isinstance(m, nn.Dropout) and m.p for m in self.modules())
+        layers: dict[int, RecomputedLayer] = {}
         chunks: dict[int, Chunk] = {}
         hidden: dict[int, Tensor] = {}
         memory: dict[int, LayerMemory] = {}
@@ -221,11 +227,16 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             if i == 0:
                 chunks[t] = plan.chunk(t, facts)
                 hidden[t] = self.model.embed_tokens(ids.gather(1, chunks[t].tokens.source))
-            visit = cells[i], hidden[t], transport.receive(i) if t == 0 else memory[i], chunks[t]
+            if t == 0:
+                memory[i] = transport.receive(i)
             if recompute:
-                hidden[t], memory[i] = checkpoint(*visit, use_reentrant=False)
+                if t == 0:
+                    layers[i] = RecomputedLayer(cells[i], memory[i], draws)
+                hidden[t] = layers[i].visit(hidden[t], chunks[t])
+                if t == plan.chunks - 1 and use_cache:
+                    memory[i] = layers.pop(i).after()
             else:
-                hidden[t], memory[i] = visit[0](*visit[1:])
+                hidden[t], memory[i] = cells[i](hidden[t], memory[i], chunks[t])
             if self.observer is not None and chunks[t].gated:
                 self.show_gate(i, chunks[t])
             if t == plan.chunks - 1:
@@ -290,6 +301,13 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def memory_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) of the memory modules: gates, norms and adapters."""
         return ((name, parameter) for name, parameter in self.named_parameters() if is_memory(name))
+
+    @property
+    def memory_dtype(self) -> torch.dtype:
+        """Of the memory modules, and so of T; a frozen decoder may have less precision."""
+        cell = self.model.layers[0]
+        memory = cell.global_memory or cell.temporary_memory
+        return self.dtype if memory is None else memory.norm.weight.dtype
 
     @property
     def gates(self) -> list[GlobalMemory]:

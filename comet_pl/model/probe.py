@@ -84,7 +84,8 @@ def attention_shares(
     queries = cell.rotate(cell.project("q", own[:, places]), (cos, sin))  # (1, H, Q, h)
     keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], 1)
     dtype = wide(keys.dtype)
-    scores = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * cell.scaling
+    with torch.autocast(places.device.type, enabled=False):
+        scores = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * cell.scaling
     columns = torch.arange(chunk.columns, device=places.device)
     seen = columns <= chunk.tokens.positions[0, places][:, None]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)

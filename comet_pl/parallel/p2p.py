@@ -29,7 +29,8 @@ class Channel:
     group: dist.ProcessGroup
     peer: int  # the neighbour's rank in the world
     sent: deque[tuple[Any, Tensor]] = field(default_factory=deque)
-    seconds: float = 0.0  # spent waiting for messages
+    waited: float = 0.0  # seconds spent waiting for messages, without those of `marks`
+    marks: deque[tuple[Any, Any]] = field(default_factory=deque)  # a GPU's events around its waits
 
     def send(self, message: Tensor) -> None:
         """Starts to send; nothing may write to the tensor afterwards."""
@@ -44,6 +45,35 @@ class Channel:
     def flush(self) -> None:
         while self.sent:
             self.sent.popleft()[0].wait()
+
+    @property
+    def seconds(self) -> float:
+        """Spent waiting for messages so far. On a GPU the stream waits, not the host."""
+        if self.marks:
+            self.marks[-1][1].synchronize()
+        self._count()
+        return self.waited
+
+    def wait(self, posted: Sequence[tuple[Any, Tensor]]) -> None:
+        """Until these messages are there."""
+        begun, cuda = time.perf_counter(), bool(posted) and posted[0][1].is_cuda
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "12") if cuda else (None, None)
+        if start is not None:
+            start.record()
+        for work, _ in posted:
+            work.wait()
+        if end is None:
+            self.waited += time.perf_counter() - begun
+        else:
+            end.record()
+            self._count()
+            self.marks.append((start, end))
+
+    def _count(self) -> None:
+        """Adds the waits that are over."""
+        while self.marks and self.marks[0][1].query():
+            start, end = self.marks.popleft()
+            self.waited += start.elapsed_time(end) / 1e3
 
 
 @dataclass
@@ -113,11 +143,8 @@ class Inbox:
             self.open()
             now = [self.posted.popleft() for _ in range(min(self.together, len(self.posted)))]
             self._post()  # the next ones travel while these are used
-            start = time.perf_counter()
-            for work, message in now:
-                work.wait()
-                self.arrived.append(message)
-            self.channel.seconds += time.perf_counter() - start
+            self.channel.wait(now)
+            self.arrived += [message for _, message in now]
         return self.arrived.popleft()
 
     def _post(self) -> None:

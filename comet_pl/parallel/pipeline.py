@@ -125,7 +125,7 @@ class Pipeline:
     def _desk(self, ring: p2p.Ring, model: CometForCausalLM, mine: list[Span]) -> Desk:
         layers, weight = len(model.model.layers), model.model.embed_tokens.weight
         rows, width = len(mine[0].clocks), weight.shape[1]
-        like = weight.new_empty(0, dtype=wide(weight.dtype))
+        like = weight.new_empty(0, dtype=wide(model.memory_dtype))
         together = layers if self.schedule == "chunk_level" else 1
 
         def shapes(memories: Iterable[Slots]) -> list[tuple[int, int, int]]:
@@ -137,7 +137,7 @@ class Pipeline:
         inbox = p2p.Inbox(ring.from_previous, like, received, together)
         inbox.open()
         gradients = p2p.Inbox(ring.gradient_from_next, like, back, together)
-        return Desk(ring, inbox, gradients, weight.dtype)
+        return Desk(ring, inbox, gradients, model.memory_dtype)
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Desk:
     ring: p2p.Ring
     inbox: p2p.Inbox  # messages have S's precision
     gradients: p2p.Inbox
-    dtype: torch.dtype  # the model's
+    dtype: torch.dtype  # of temporary memories
     ties: list[Tensor] = field(default_factory=list)  # what the loss has to be tied to
 
 

@@ -138,6 +138,8 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
     def setup_environment(self) -> None:
         """Makes the process groups: all ranks, and the rings of neighbours."""
         self.check()
+        # NCCL's, on unbatched messages in communicators that exist: here they are meant.
+        os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         super().setup_environment()
         if dist.get_backend() == "nccl":
             # Made at its first message, a communicator would block each rank of a ring for its

@@ -9,6 +9,7 @@ chunk before.
 Legend: B rows, m global slots, E entries of a temporary memory, d width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -23,6 +24,8 @@ from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.model.observer import observing
 from comet_pl.training.windows import IGNORED, Window
 
+PAGE = 2**28  # bytes
+ALIGNED = 512
 RandomStates = tuple[Tensor, tuple[list[int], list[Tensor]]]  # CPU; device numbers and theirs
 
 
@@ -96,11 +99,12 @@ class Boundaries:
         cache: CometCache | None,
         offload: bool,
     ):
-        self.model, self.offload = model, offload
+        self.model, self.store = model, Store(offload)
         self.random: list[RandomStates] = []
         self.clocks: list[list[RowClock]] = []
         self.states: list[list[Tensor | None]] = []  # of each chunk and layer: (B, m, d)
-        self.entries: list[Tensor] = []  # of each layer: (B, E, d), in order
+        # of each layer: (B, E, d), in order, in blocks
+        self.entries: list[list[Tensor]] = []
         self.ends: list[list[int]] = []  # of each chunk and row: entries up to its start
         ends = [] if cache is None else [clock.temporary_slots for clock in cache.rows]
         default = model.config.compression_stride or NO_STRIDE
@@ -115,7 +119,7 @@ class Boundaries:
     @property
     def nbytes(self) -> int:
         """Bytes of all that is kept."""
-        tensors = [*self.entries, *chain.from_iterable(self.states)]
+        tensors = chain(*self.entries, *self.states)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def add(self, cache: CometCache | None) -> None:
@@ -128,18 +132,20 @@ class Boundaries:
         for i, memory in enumerate(cache.memories):
             state = memory.state if started else None
             if state is not None:
-                state = self._room(state, state.shape[1]).copy_(state.detach(), non_blocking=True)
+                room = self.store.room(state, state.shape[1])
+                state = room.copy_(state.detach(), non_blocking=True)
             self.states[t].append(state)
             if memory.temporary is None or not max(self.ends[-1]):
                 continue
             if i == len(self.entries):
-                self.entries.append(self._room(memory.temporary, max(self.ends[-1])))
+                self.entries.append(self.store.blocks(memory.temporary, max(self.ends[-1])))
             for b, clock in enumerate(cache.rows):
                 end, slots = self.ends[t][b], clock.temporary_slots
                 new = min(slots, end - self.ends[t - 1][b] if t else end)
-                self.entries[i][b, end - new : end].copy_(
-                    memory.temporary[b, slots - new : slots], non_blocking=True
-                )
+                given = memory.temporary[b, slots - new : slots]
+                for part in cut(self.entries[i], b, end - new, end):
+                    part.copy_(given[: len(part)], non_blocking=True)
+                    given = given[len(part) :]
 
     def start_of(self, t: int) -> tuple[CometCache | None, list[Tensor | None]]:
         """The memory at the start of chunk t, as a cache, and its tensors: each layer's state and
@@ -155,19 +161,63 @@ class Boundaries:
             temporary = None
             if longest:
                 kept = self.entries[i]
-                temporary = kept.new_zeros(len(clocks), longest, kept.shape[2], device=device)
+                like = kept[0]
+                temporary = like.new_zeros(len(clocks), longest, like.shape[2], device=device)
                 for b, (clock, end) in enumerate(zip(clocks, self.ends[t], strict=True)):
-                    n = clock.temporary_slots
-                    temporary[b, :n].copy_(kept[b, end - n : end], non_blocking=True)
+                    place = temporary[b]
+                    for part in cut(kept, b, end - clock.temporary_slots, end):
+                        place[: len(part)].copy_(part, non_blocking=True)
+                        place = place[len(part) :]
                 temporary.requires_grad_(t > 0)
             past.memories[i] = LayerMemory(state, temporary)
         return past, _tensors(past)
 
-    def _room(self, like: Tensor, entries: int) -> Tensor:
-        """Uninitialized (B, entries, d). On the CPU page-locked: a GPU does not wait for copies."""
-        device = torch.device("cpu") if self.offload else like.device
-        shape, pinned = (len(like), entries, like.shape[2]), self.offload and like.is_cuda
-        return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
+
+class Store:
+    """Room for what is kept: where it was made, or on the CPU.
+
+    There it is page-locked, so that a GPU does not wait for copies, and cut from pages: torch
+    rounds each allocation of such memory up to a power of two.
+    """
+
+    def __init__(self, offload: bool):
+        self.offload = offload
+        self.page, self.used = torch.empty(0, dtype=torch.uint8), 0
+
+    def room(self, like: Tensor, entries: int) -> Tensor:
+        """Uninitialized (B, entries, d)."""
+        shape, device = (len(like), entries, like.shape[2]), like.device
+        size = math.prod(shape) * like.element_size()
+        if not (self.offload and like.is_cuda):
+            device = torch.device("cpu") if self.offload else device
+            return torch.empty(shape, dtype=like.dtype, device=device)
+        if self.used + size > len(self.page):
+            self.page = torch.empty(max(PAGE, size), dtype=torch.uint8, pin_memory=True)
+            self.used = 0
+        part = self.page[self.used : self.used + size]
+        self.used += -(-size // ALIGNED) * ALIGNED
+        return part.view(like.dtype).view(shape)
+
+    def blocks(self, like: Tensor, entries: int) -> list[Tensor]:
+        """Uninitialized (B, entries, d), cut along the entries so that pages hold the parts."""
+        most = entries
+        if self.offload and like.is_cuda:
+            most = max(1, PAGE // 16 // (len(like) * like.shape[2] * like.element_size()))
+        return [self.room(like, min(most, entries - k)) for k in range(0, entries, most)]
+
+
+def cut(blocks: Sequence[Tensor], row: int, start: int, end: int) -> Iterator[Tensor]:
+    """Entries start to end (not included) of a row, in the parts (n, d) that lie in one block.
+
+    Args:
+        blocks: (B, n, d) each, all but the last of the same n.
+    """
+    size = blocks[0].shape[1]
+    while start < end:
+        block, first = divmod(start, size)
+        n = min(size - first, end - start)
+        yield blocks[block][row, first : first + n]
+        start += n
 
 
 def _tensors(cache: CometCache) -> list[Tensor | None]:

@@ -72,7 +72,9 @@ class CometModule(lightning.LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         read: Read = read_windows
         if self.settings.recompute == "chunk":
-            read = partial(read_chunks, offload=self.settings.offload)
+            gpu = strategy.root_device.type == "cuda"
+            offload = gpu if self.settings.offload is None else self.settings.offload
+            read = partial(read_chunks, offload=offload)
         self.reader: TextReader = (
             strategy if isinstance(strategy, TextReader) else WindowReader(strategy, read)
         )
@@ -164,6 +166,13 @@ class CometModule(lightning.LightningModule):
         plugin = self.trainer.precision_plugin
         return plugin.scaler if isinstance(plugin, MixedPrecision) else None
 
+    @property
+    def _fused(self) -> bool | None:
+        """Whether AdamW runs as one kernel: on a GPU, where others need a copy of all weights; but
+        Lightning's scaler would leave a fused one's gradients to be unscaled after clipping."""
+        cuda = self.trainer.strategy.root_device.type == "cuda"
+        return True if cuda and self._scaler is None else None
+
     def sum_over_ranks(self, value: float) -> float:
         if self.trainer.world_size == 1:
             return value
@@ -179,7 +188,8 @@ class CometModule(lightning.LightningModule):
         """AdamW and its learning rate's schedule; training_step steps both once a batch."""
         train = self.settings
         groups = parameter_groups(self.model, self.model.memory_parameters(), train)
-        optimizer = AdamW(groups, lr=train.lr, betas=(train.betas[0], train.betas[1]))
+        betas = train.betas[0], train.betas[1]
+        optimizer = AdamW(groups, lr=train.lr, betas=betas, fused=self._fused)
 
         # A checkpoint does not restore a function's numbers: max_steps may grow.
         def factor(step: int) -> float:
@@ -233,3 +243,6 @@ class CometModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = checkpoint["skipped"]
+        for state in checkpoint.get("optimizer_states", []):
+            for group in state["param_groups"]:
+                group["fused"] = self._fused  # this device's, not that of the run so far

@@ -73,6 +73,13 @@ def _inject(model: CometForCausalLM, settings: PeftConfig) -> None:
     del model.peft_config  # peft would refuse the next kind of adapter
 
 
+def halve_frozen(model: CometForCausalLM) -> None:
+    """Frozen weights in bfloat16: autocast would make a copy of them in every cell."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+
+
 def merge_adapters(model: CometForCausalLM) -> None:
     """Writes LoRA and new rows into their weights, removes peft's modules and makes all weights
     trainable. A model without adapters is left as it is."""

@@ -46,6 +46,8 @@ class Window:
 def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> list[Window]:
     """The windows of a batch, up to the last one that has a target; none if there is no target.
 
+    They are on the CPU: what is known there a GPU need not be asked for.
+
     Args:
         batch: input_ids, attention_mask and labels (unshifted), each (B, N), padded on either side;
             plans, a ChunkPlan for each row, if the data prescribe them.
@@ -55,13 +57,14 @@ def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> l
     Raises:
         ValueError: a plan that does not sum to its row's real tokens.
     """
-    mask = batch["attention_mask"].bool()
+    mask, given, labels = (batch[name].cpu() for name in ("attention_mask", "input_ids", "labels"))
+    mask = mask.bool()
     columns = torch.argsort(~mask, dim=1, stable=True)  # real tokens first, in order
-    ids = batch["input_ids"].gather(1, columns)
+    ids = given.gather(1, columns)
     lengths: list[int] = mask.sum(1).tolist()
     targets = torch.full_like(ids, IGNORED)
-    targets[:, :-1] = batch["labels"].gather(1, columns)[:, 1:]
-    past = torch.arange(1, ids.shape[1] + 1, device=ids.device) >= _column(lengths, ids)
+    targets[:, :-1] = labels.gather(1, columns)[:, 1:]
+    past = torch.arange(1, ids.shape[1] + 1) >= _column(lengths)
     targets.masked_fill_(past, IGNORED)
     plans = batch.get("plans") or [ChunkPlan(tuple(fixed_chunks(n, chunk_size))) for n in lengths]
     for row, (plan, n) in enumerate(zip(plans, lengths, strict=True)):
@@ -99,13 +102,13 @@ def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 def _window(ids: Tensor, targets: Tensor, starts: list[int], plans: Sequence[ChunkPlan]) -> Window:
     """Columns [start, start + the plan's tokens) of each row."""
     lengths = [plan.tokens for plan in plans]
-    offsets = torch.arange(max(lengths), device=ids.device)
-    columns = (offsets + _column(starts, ids)).clamp(max=ids.shape[1] - 1)  # (B, W)
-    real = offsets < _column(lengths, ids)
+    offsets = torch.arange(max(lengths))
+    columns = (offsets + _column(starts)).clamp(max=ids.shape[1] - 1)  # (B, W)
+    real = offsets < _column(lengths)
     shift_labels = targets.gather(1, columns).masked_fill(~real, IGNORED)
     count = int((shift_labels != IGNORED).sum())
     return Window(ids.gather(1, columns), real.long(), shift_labels, list(plans), count)
 
 
-def _column(values: list[int], like: Tensor) -> Tensor:
-    return torch.tensor(values, device=like.device)[:, None]
+def _column(values: list[int]) -> Tensor:
+    return torch.tensor(values)[:, None]

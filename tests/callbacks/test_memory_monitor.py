@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.plugins import Precision
 
 from callbacks.memory_monitor import MemoryMonitor
 from comet_pl.analysis import memory
@@ -200,6 +201,7 @@ def test_the_first_row_of_a_validation_is_read_without_its_padding(tmp_path, pad
     recorded = {}
     module = SimpleNamespace(model=model, device="cpu", logger=None, record=recorded.update)
     trainer = SimpleNamespace(global_step=step, world_size=1, is_global_zero=True)
+    trainer.precision_plugin = Precision()
     monitor = MemoryMonitor(tmp_path / "monitor", every=3)
     monitor.on_validation_batch_start(trainer, module, batch, 0)
     monitor.on_validation_batch_start(trainer, module, {}, 1)

@@ -139,7 +139,7 @@ def test_one_line_and_exit_code_2(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_too_little_memory_for_the_cache(folder, book, tmp_path, monkeypatch):
-    monkeypatch.setattr("comet_pl.model.cache.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("comet_pl.model.room.free_bytes", lambda device: 1000)
     message = refusal(read, folder, book.text, "--save", tmp_path / "memory")
     assert message.startswith(f"{folder}: the memory of 1 text")
     assert not (tmp_path / "memory").exists()

@@ -1,5 +1,6 @@
 """Evaluation: what the model answers, what is counted, what is written; and eval.py's arguments."""
 
+import copy
 import csv
 import json
 import shutil
@@ -369,3 +370,26 @@ def test_eval_refuses_what_it_cannot_use(run):
     torch.save({"state_dict": {}}, checkpoint)
     refuses(r"last.ckpt: a checkpoint, but not one that train.py wrote", f"ckpt={run}")
     assert not (run / "eval").exists()
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("precision", "head", "weights", "computes"),
+    [
+        ("32-true", torch.float32, "float32", ""),
+        ("bf16-mixed", torch.bfloat16, "float32", ", computing in bfloat16"),
+        ("bf16-true", torch.bfloat16, "bfloat16", ""),
+    ],
+)
+def test_it_computes_in_the_trainings_precision(
+    precision, head, weights, computes, undrawn, tmp_path, capsys
+):
+    """Each chunk of the evaluation, as in the steps of the training."""
+    model, tokenizer, config = passkeys(f"trainer.precision={precision}", "eval.lengths=[64]")
+    model, seen = copy.deepcopy(model), set()
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    evaluate(model, tokenizer, config, tmp_path)
+    assert seen == {head}
+    assert f"on cpu: {weights} weights{computes}\n" in capsys.readouterr().out

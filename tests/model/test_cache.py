@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comet_pl import CometCache
-from comet_pl.model import cache as cache_module
+from comet_pl.model import room
 from tests.support.models import memories, same_cache, text, tiny
 
 # ---- the cache
@@ -43,7 +43,7 @@ def test_cache_bytes_are_known_beforehand(comet, batch, stride, tokens, data, tm
 def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkeypatch):
     model = tiny()
     monkeypatch.setattr(
-        cache_module, "free_bytes", lambda device: model.config.cache_bytes(3, torch.float64)
+        room, "free_bytes", lambda device: model.config.cache_bytes(3, torch.float64)
     )
     with torch.no_grad():
         assert model(text(3, 4), use_cache=True).past_key_values.nbytes
@@ -55,7 +55,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkey
             ):
                 model(text(4, 4), use_cache=True)
     monkeypatch.undo()
-    assert (cache_module.free_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
+    assert (room.free_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
 
 
 def test_a_cache_of_another_precision_is_refused_and_to_changes_it():

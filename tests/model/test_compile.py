@@ -171,7 +171,8 @@ def test_training_with_recorded_gates_comes_to_a_steady_state(way, traced):
                 gradients = {name: p.grad for name, p in model.named_parameters()}
                 results.append((loss.detach(), list(gates), gradients))
             torch.testing.assert_close(*results, atol=1e-10, rtol=1e-10)
-    assert 7 <= len(traced) <= 16
+    # Recomputed, T comes from the entries before it alike in every chunk.
+    assert (6 if way == "cell" else 7) <= len(traced) <= 16
 
 
 def test_the_memory_monitor_makes_no_graphs(traced):

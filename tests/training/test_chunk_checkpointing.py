@@ -1,6 +1,8 @@
 """train.recompute=chunk: full backpropagation's gradients in the memory of a chunk and
 boundaries."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given
@@ -52,6 +54,38 @@ def test_gradients_are_those_of_full_backpropagation(comet, cut, cells, offload)
     found_loss, found = gradients(model, read_chunks, batch, bptt, offload=offload)
     assert found_loss == pytest.approx(loss, rel=1e-10)
     close(found, expected)
+
+
+@given(comet=memories(), cut=cuts(labelled=(0.1, 0.5, 1.0), strides=True))
+def test_cells_that_are_computed_again_have_the_same_gradients(comet, cut):
+    """T is put together from the entries of single chunks, in ragged rows kept whole."""
+    batch, _, bptt = cut
+    if comet["compression_stride"] is None and "plans" in batch:
+        batch["plans"] = [plan._replace(stride=None) for plan in batch["plans"]]
+    model = tiny(**comet).train()
+    loss, expected = gradients(model, read_windows, batch, bptt)
+    model.gradient_checkpointing = True
+    found_loss, found = gradients(model, read_windows, batch, bptt)
+    assert found_loss == pytest.approx(loss, rel=1e-10)
+    close(found, expected)
+
+
+def test_recomputed_cells_keep_each_entry_once():
+    """What a chunk more keeps is less than T alone would take: inputs of cells, S, four new entries
+    of T's 200, indices and RoPE."""
+    sizes = {"chunk_size": 16, "global_size": 2, "compression_stride": 4}
+    model, live = tiny(**sizes, temporary_capacity=200).train(), {}
+    model.gradient_checkpointing = True
+    for chunks in (70, 80):  # T is full after 50
+        (window,) = cut_windows(ragged([16 * chunks], 1.0), 16, None)
+        gc.collect()
+        with LiveBytes([*model.parameters(), *model.buffers()]) as counted:
+            output = model(**window.inputs())
+            gc.collect()
+            live[chunks] = counted.now
+        del output
+    layers, width = 2, 16
+    assert 0 < (live[80] - live[70]) / 10 < 0.6 * layers * 200 * width * 8
 
 
 @pytest.mark.parametrize("bptt", [None, 3])

@@ -16,7 +16,17 @@ from comet_pl.training.optimization import learning_rate_factor, parameter_group
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets
 from tests.support.models import tiny
-from tests.support.training import TRAIN, close, direct, fit, gradients_of, loader, ragged, scaler
+from tests.support.training import (
+    TRAIN,
+    close,
+    direct,
+    fit,
+    gradients_of,
+    loader,
+    norm_apart,
+    ragged,
+    scaler,
+)
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -153,6 +163,20 @@ def test_every_precision_learns(precision):
     assert logged(module) < 0.9 * before
     dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     assert model.lm_head.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("recompute", ["none", "cell"])
+def test_weights_gradients_of_many_chunks_are_summed_in_float32(recompute):
+    """With autocast's copies of the weights they would be added up in bfloat16: 1 % off."""
+    batch, sizes = ragged([256, 256], 1.0), {"dtype": torch.float32, "chunk_size": 4}
+    _, watch = fit(tiny(**sizes), [batch], trainer={"precision": "bf16-mixed"}, recompute=recompute)
+    model, errors = tiny(**sizes).train(), []
+    for kept in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=kept):
+            model(**batch, chunk_sizes=[4] * 64, use_cache=False).loss.backward()
+        errors.append(norm_apart(watch.gradients[0], gradients_of(model)))
+    assert errors[0] < 1e-5 and errors[1] > 2e-3
 
 
 def test_the_losses_of_many_windows_are_summed_in_float32(monkeypatch):

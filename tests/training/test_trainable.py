@@ -11,12 +11,16 @@ from torch import nn
 from transformers import Qwen3Config
 
 from comet_pl import CometConfig, CometForCausalLM
+from comet_pl.build import load_checkpoint
 from comet_pl.config.load import load
 from comet_pl.config.schema import PARAMETERS, TrainConfig
 from comet_pl.training import trainable
-from comet_pl.training.trainable import add_adapters, merge_adapters, new_rows
+from comet_pl.training.trainable import add_adapters, halve_frozen, merge_adapters, new_rows
 from tests.support.models import VOCABULARY, backbone, memories, text
+from tests.support.tiny_runs import TINY
 from tests.support.training import fit as fit_module
+from tests.support.training import norm_apart
+from train import main
 
 PARTS = [mode for mode in PARAMETERS if mode != "all"]
 PROJECTION = re.compile(r"self_attn\.[qkvo]_proj\.weight$|mlp\.(gate|up|down)_proj\.weight$")
@@ -216,3 +220,53 @@ def test_keys_of_lora_go_with_lora():
     config = load(["train.parameters=memory+lora", "train.lora_rank=4", "train.lora_alpha=8"])
     assert (config.train.lora_rank, config.train.lora_alpha) == (4, 8.0)
     load(["train.parameters=lora", "model.global_size=0", "model.compression_stride=null"])
+
+
+# ---- frozen weights in half precision
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_frozen_weights_are_halved_and_what_learns_is_not(tmp_path):
+    """A run of the memory alone in bf16-mixed: learns, resumes, and its checkpoint is read without
+    rounding what was learned."""
+    keys = [*TINY, "conf=passkey", "trainer.precision=bf16-mixed", "train.parameters=memory"]
+    keys += "data.train_length=48 data.length_schedule=null eval.after_fit=false".split()
+    keys += "data.batch_size=2 data.val_depths=1 data.val_examples=1".split()
+    keys += f"run.root={tmp_path} run.name=a checkpoint.every_steps=2".split()
+    main([*keys, "trainer.max_steps=2"])
+    main([*keys, "trainer.max_steps=4", "resume=true"])
+    file = tmp_path / "passkey" / "a" / "checkpoints" / "last.ckpt"
+    content = torch.load(file, weights_only=True)
+    assert content["global_step"] == 4
+    halved = {
+        name: weight.dtype
+        for name, weight in content["state_dict"].items()
+        if "global_memory" not in name and "temporary_memory" not in name and "delta" not in name
+    }
+    assert set(halved.values()) == {torch.bfloat16}
+    learned = {n: w for n, w in content["state_dict"].items() if n not in halved}
+    assert {weight.dtype for weight in learned.values()} == {torch.float32}
+    model, _, _ = load_checkpoint(file, [])
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, weight in model.memory_parameters():
+        assert torch.equal(weight, content["state_dict"][f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("way", ["cell", "chunk"])
+def test_halved_models_learn_alike_whatever_is_recomputed(way):
+    """T keeps the memory's precision, in buffers and between chunks too."""
+    model = adapted(small(), "memory+lora").train()
+    perturb(model)
+    halve_frozen(model)
+    gradients = {}
+    for recompute in ("none", way):
+        one = copy.deepcopy(model)
+        _, watch = fit_module(
+            one, [batch()], trainer={"precision": "bf16-mixed"}, recompute=recompute
+        )
+        gradients[recompute] = {n: g for n, g in watch.gradients[0].items() if g is not None}
+    assert norm_apart(gradients[way], gradients["none"]) < 1e-3
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = model.eval()(text(1, 40), use_cache=True).past_key_values
+    assert cache.memories[0].temporary.dtype == torch.float32
+    assert cache.memories[0].keys.dtype == torch.bfloat16

@@ -225,6 +225,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
+    from callbacks.cpu_share import CpuShare
     from callbacks.predictions import Predictions
     from callbacks.progress import StepProgress
     from callbacks.random_state import RandomState
@@ -239,7 +240,8 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
         if isinstance(t.val_check_interval, int)
         else t.val_check_interval
     )
-    callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput()]
+    callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), CpuShare()]
+    max_epochs = 1 if isinstance(config.data, TextData) else t.max_epochs  # in one pass of it
     if config.monitor.gates:
         from callbacks.gate_monitor import GateMonitor
 
@@ -269,9 +271,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
-            max_epochs=1
-            if isinstance(config.data, TextData)
-            else t.max_epochs,  # texts: all epochs in one pass of the loader
+            max_epochs=max_epochs,
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
             val_check_interval=val_interval,

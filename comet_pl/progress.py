@@ -14,6 +14,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from comet_pl.threads import ThreadShare
+
 PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
@@ -39,12 +41,18 @@ class Bar(Progress):
             speed_estimate_period=120,
         )
         self.only = self.add_task("", total=total)
+        self.threads = ThreadShare()
 
     def name(self, description: str) -> None:
         self.update(self.only, description=description)
 
     def add(self, tokens: int) -> None:
         self.advance(self.only, tokens)
+        self.threads.adjust()
+
+    def stop(self) -> None:
+        super().stop()
+        self.threads.restore()
 
     def note(self, line: str) -> None:
         """Prints a line above the bar."""

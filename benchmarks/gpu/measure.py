@@ -1,172 +1,170 @@
-"""What the groups share: time limits, a JSON line a measurement, clocks, models."""
+"""What the measurements share: where they run, the line that each one leaves, clocks, distances.
+
+A measurement is a function of a Place and plain arguments; it returns a dict that JSON can hold.
+"""
 
 import gc
 import json
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from torch.profiler import ProfilerActivity, profile
 
-from comet_pl import CometConfig, CometForCausalLM
-
-SHAPES: dict[str, dict[str, int]] = {
-    "0.6B": {
-        "vocab_size": 151936, "hidden_size": 1024, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-        "intermediate_size": 3072,
-    },
-    "4B": {
-        "vocab_size": 151936, "hidden_size": 2560, "num_hidden_layers": 36,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "intermediate_size": 9728,
-    },
-    "tiny": {
-        "vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
-    },
-}  # fmt: skip
-PAPER = {
-    "chunk_size": 2048, "global_size": 512, "compression_stride": 8, "temporary_capacity": 2048
-}  # fmt: skip
-SMALL = {"chunk_size": 32, "global_size": 8, "compression_stride": 8, "temporary_capacity": 32}
 GIB = 2**30
+TINY_LEAST = 64  # tokens of the shortest text of a trial
 
 
-class Measurement(NamedTuple):
-    """One line of a group's plan."""
+@dataclass(frozen=True)
+class Place:
+    """Where a measurement runs: the device, the size, and a folder for what it leaves behind."""
 
-    name: str
-    seconds: float  # estimate; it is left out if less time is left
-    work: Callable[..., dict[str, Any]]
-    arguments: tuple[Any, ...] = ()
-    needs_gpu: bool = False
-
-
-@dataclass
-class Bench:
-    """A group at work.
-
-    Args:
-        deadline: time.time() by which it must have ended.
-        tiny: everything at a size that runs anywhere.
-    """
-
-    group: str
-    out: Path
-    device: str
-    deadline: float
-    tiny: bool
-    models: dict[Any, Any] = field(default_factory=dict)  # of the measurement before, perhaps
+    device: str  # cuda or cpu
+    tiny: bool  # a trial: every shape is tiny
+    scratch: Path
 
     @property
-    def cuda(self) -> bool:
+    def on_gpu(self):
         return self.device == "cuda"
 
-    @property
-    def chunk(self) -> int:
-        return (SMALL if self.tiny else PAPER)["chunk_size"]
+    def tokens(self, thousands):
+        """The length of a text of so many times 1024 tokens; a trial's is 256 times shorter."""
+        return max(4 * thousands, TINY_LEAST) if self.tiny else 1024 * thousands
 
-    def run(self, plan: list[Measurement]) -> None:
-        """Takes the measurements for which there is time; each is a line of GROUP.jsonl at once."""
-        for what in plan:
-            left = self.deadline - time.time()
-            if what.needs_gpu and not self.cuda:
-                self.say(what.name, skipped="needs a GPU")
-            elif left < what.seconds:
-                self.say(what.name, skipped=f"{left:.0f} s left, {what.seconds:.0f} s needed")
-            else:
-                self.measure(what)
-
-    def measure(self, what: Measurement) -> None:
-        begun = time.perf_counter()
-        if self.cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        try:
-            found = what.work(self, *what.arguments)
-            self.synchronize()
-            peak = {"peak_gib": torch.cuda.max_memory_allocated() / GIB} if self.cuda else {}
-            found |= {"took": round(time.perf_counter() - begun, 1)}
-            self.say(what.name, **found, **{k: round(v, 2) for k, v in peak.items()})
-        except Exception as error:
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{Path(last.filename).name}:{last.lineno} {last.name}"
-            self.say(what.name, error=f"{type(error).__name__}: {error}"[:300], where=where)
-            self.models.clear()
-            if "CUDA error" in str(error):
-                raise  # nothing that this process measures from here on would be right
-        finally:
-            gc.collect()
-
-    def say(self, name: str, **values: Any) -> None:
-        with open(self.out / f"{self.group}.jsonl", "a") as file:
-            file.write(json.dumps({"what": name} | values) + "\n")
-
-    def synchronize(self) -> None:
-        if self.cuda:
+    def synchronize(self):
+        if self.on_gpu:
             torch.cuda.synchronize()
 
-    def clock(self, work: Callable[[], Any], times: int = 5, warm: int = 2) -> tuple[float, float]:
-        """Median milliseconds of work, and those after which the host is back."""
-        for _ in range(warm):
-            work()
-        walls, hosts = [], []
-        for _ in range(times):
-            self.synchronize()
-            start = time.perf_counter()
-            work()
-            hosts.append((time.perf_counter() - start) * 1e3)
-            self.synchronize()
-            walls.append((time.perf_counter() - start) * 1e3)
-        return round(sorted(walls)[times // 2], 3), round(sorted(hosts)[times // 2], 3)
 
-    def ids(self, tokens: int, rows: int = 1) -> Tensor:
-        generator = torch.Generator().manual_seed(tokens)
-        return torch.randint(0, 250, (rows, tokens), generator=generator).to(self.device)
+@dataclass(frozen=True)
+class Planned:
+    """A measurement of the plan."""
 
-    def model(self, shape: str, dtype: torch.dtype, comet: bool = True, layers: int | None = None):
-        """A CoMeT with the paper's memory, or the plain decoder; kept for the next measurement."""
-        key = shape, dtype, comet, layers
-        if key not in self.models:
-            self.models.clear()
-            gc.collect()
-            self.models[key] = self.make(shape, dtype, comet, layers)
-        return self.models[key]
+    what: str
+    seconds: float  # it takes about; with less time left it is skipped
+    tiny_seconds: float  # as a trial
+    gpu_only: bool
+    function: Callable[..., dict[str, Any]]
+    arguments: dict[str, Any]
 
-    def make(self, shape: str, dtype: torch.dtype, comet: bool, layers: int | None = None) -> Any:
-        sizes = dict(SHAPES["tiny" if self.tiny else shape])
-        sizes["num_hidden_layers"] = min(layers or 99, sizes["num_hidden_layers"])
-        more: dict[str, Any] = {"tie_word_embeddings": True, "max_position_embeddings": 1 << 20}
-        backbone = Qwen3Config(**sizes, **more)
-        torch.manual_seed(0)
-        with default_dtype(dtype), torch.device(self.device):
-            if comet:
-                memory = SMALL if self.tiny else PAPER
-                return CometForCausalLM(CometConfig(backbone_config=backbone, **memory))
-            model = Qwen3ForCausalLM(backbone)
-        model.set_attn_implementation("sdpa")
-        return model
+    def estimate(self, tiny):
+        return self.tiny_seconds if tiny else self.seconds
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype):
-    torch.set_default_dtype(dtype)
+def planned(what, seconds, function, tiny_seconds=3, gpu_only=False, **arguments) -> Planned:
+    """function(place, **arguments), which takes about so many seconds."""
+    return Planned(what, seconds, tiny_seconds, gpu_only, function, arguments)
+
+
+def line_of(one: Planned, place: Place, deadline: float) -> dict[str, Any]:
+    """Measures if the time suffices: the values with "took" and "peak_gib", or "skipped" or
+    "error" with the reason.
+
+    Args:
+        deadline: a time as time.time() gives it.
+
+    Raises:
+        Exception: an error after which CUDA answers nothing more in this process; `line` of it is
+            the line.
+    """
+    line = {"what": one.what, "kind": one.function.__name__}
+    left, needed = deadline - time.time(), one.estimate(place.tiny)
+    if one.gpu_only and not place.on_gpu:
+        return line | {"skipped": "it needs a GPU"}
+    if left < needed:
+        return line | {"skipped": f"{max(0, left):.0f} s left, {needed:.0f} s needed"}
+    start = time.perf_counter()
+    if place.on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
+        values = one.function(place, **one.arguments)
+        place.synchronize()
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        line |= {"error": f"{type(error).__name__}: {error}"[:300]}
+        line |= {"where": f"{where.filename}:{where.lineno}"}
+        if "CUDA error" in str(error):
+            error.line = line
+            raise
+    else:
+        line |= values
+    line["took"] = round(time.perf_counter() - start, 1)
+    if place.on_gpu:
+        line["peak_gib"] = line.get("peak_gib", gib(torch.cuda.max_memory_allocated()))
+    gc.collect()
+    return line
 
 
-def apart(found: Tensor, wanted: Tensor) -> float:
-    """Relative distance, NaN if anything is not finite."""
-    found, wanted = (t.detach().double().cpu() for t in (found, wanted))
-    if not torch.isfinite(found).all():
+def append_line(file: Path, line: dict[str, Any]) -> None:
+    """The line is in the file when this returns, whatever becomes of the process."""
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def gib(number_of_bytes):
+    return round(number_of_bytes / GIB, 2)
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- clocks
+
+
+def clock(place, work, times=5, warm_up=2):
+    """Median milliseconds of `work`, and of it until the host is free again."""
+    for _ in range(warm_up):
+        work()
+    walls, hosts = [], []
+    for _ in range(times):
+        place.synchronize()
+        start = time.perf_counter()
+        work()
+        hosts.append((time.perf_counter() - start) * 1e3)
+        place.synchronize()
+        walls.append((time.perf_counter() - start) * 1e3)
+    return median(walls), median(hosts)
+
+
+def median(values):
+    return round(sorted(values)[len(values) // 2], 3)
+
+
+def kernels(work):
+    """The kernels that `work` starts on the GPU, the dearest first: (name, launches, ms).
+
+    Raises:
+        RuntimeError: the profiler sees none, as on machines that hide them.
+    """
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        work()
+        torch.cuda.synchronize()
+    found = [(e.key, e.count, e.self_device_time_total / 1e3) for e in seen.key_averages()]
+    if not found:
+        raise RuntimeError("the profiler sees no kernel here")
+    return sorted(found, key=lambda kernel: -kernel[2])
+
+
+# ---- distances
+
+
+def relative(ours: Tensor, reference: Tensor) -> float:
+    """|ours - reference| / |reference| of all entries together; nan if one is not finite."""
+    a, b = (t.detach().double().cpu() for t in (ours, reference))
+    if not torch.isfinite(a).all():
         return float("nan")
-    return float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))
+
+
+def within(errors, bound):
+    """The worst of {what: error} and its verdict; nan is the worst of all."""
+    bad = {what: error for what, error in errors.items() if not error <= bound}
+    worst = max(errors.values(), key=lambda error: float("inf") if error != error else error)
+    return {"checks": len(errors), "worst": worst, "bound": bound, "met": not bad, "bad": bad}

@@ -1,121 +1,279 @@
-"""What becomes of the script's lines: a word each for the terminal, pictures, and the page."""
+"""What the lines say: a table for the terminal, the section of the page, the pictures."""
 
-from benchmarks.shared.report import curves, panels, short, table
-from comet_pl.files import as_png
+from benchmarks.shared import report
+from benchmarks.shared.report import met, table, texts
 
-CARD = 80 * 1e9 / 2**30  # GiB of the card that the peaks are held against
+CARD_GIB = 80  # of the picture, if the card's own is unknown
+TOP = 6  # kernels on the page
+ROOM = 100  # columns of a result on the terminal
+# The values that the terminal shows of each kind of measurement.
+SHOWN = {
+    "ceilings": ("tflops_bfloat16", "tflops_float32", "copy_tb_s", "launch_us"),
+    "golden": ("worst", "bound", "greedy_equal"),
+    "laws": ("checks", "worst", "bound"),
+    "attention": ("checks", "worst", "bound"),
+    "mixed_precision": ("worst", "bound", "gate_values", "gates_at_1"),
+    "train": ("steps", "seconds"),
+    "gpu_tests": ("summary",),
+    "attention_kernels": ("kernels",),
+    "chunk": ("ms", "host_ms", "tokens_s"),
+    "chunk_kernels": ("gpu_ms", "launches", "top"),
+    "prefill": ("tokens", "seconds", "tokens_s"),
+    "decode": ("ms", "worst_ms"),
+    "train_step": ("tokens", "seconds", "optimizer_seconds", "tokens_s"),
+    "evaluation": ("tokens", "seconds"),
+    "two_ranks": ("worst", "bound"),
+    "resume": ("steps", "met", "seconds"),
+}
 
-PICTURES = ("prefill", "training")
+
+# ---- terminal
 
 
-def shown(line):
-    """A line's result in a few words."""
-    for key in ("skipped", "error"):
-        if key in line:
-            return f"{key}: {line[key]}"
-    parts = [] if "right" not in line else ["right" if line["right"] else "WRONG"]
-    words = {
-        "worst": "worst {:.1e}", "seconds": "{} s", "ms": "{} ms", "tokens": "{:,} tokens",
-        "tokens_s": "{:,} tokens/s", "way": "{}", "dtype": "{}", "recompute": "{}",
-        "learns": "learns {}", "shape": "{}", "checks": "{} checks", "cudnn": "cuDNN {}",
-        "launches": "{} launches", "tflops_bfloat16": "{} TFLOP/s bf16", "copy_tb_s": "{} TB/s",
-        "status": "status {}", "gate_values": "{} gate values",
-    }  # fmt: skip
-    parts += [style.format(line[key]) for key, style in words.items() if key in line]
-    return ", ".join(parts)
-
-
-def prefills(lines):
-    """{shape: {way: {tokens: seconds}}}"""
-    found = {}
+def terminal(result):
+    """The lines of a table: what, took, peak GiB, result."""
+    lines = result["lines"]
+    width = max([len(line["what"]) for line in lines], default=4)
+    yield f"{'what':<{width}}  took, s  peak, GiB  result"
     for line in lines:
-        if line["what"].endswith(" prefill") and "seconds" in line:
-            of_shape = found.setdefault(line["what"].split()[0], {})
-            of_shape.setdefault(line["way"], {})[line["tokens"]] = line["seconds"]
-    return found
+        took, peak = line.get("took", ""), line.get("peak_gib", "")
+        yield f"{line['what']:<{width}}  {took:>7}  {peak:>9}  {outcome(line)[:ROOM]}"
+    done = sum(measured(line) for line in lines)
+    yield f"{done} of {len(lines)} measured in {result['seconds']:.0f} s"
 
 
-def steps(lines):
-    return [line for line in lines if line["what"] == "step" and "seconds" in line]
+def outcome(line):
+    """A measurement's values, or why there are none."""
+    for why in ("error", "skipped"):
+        if why in line:
+            return f"{why}: {line[why]}"
+    keys = [key for key in SHOWN.get(line["kind"], line) if line.get(key) is not None]
+    missed = ["MISSED"] if line.get("met") is False else []
+    return ", ".join(missed + [f"{key} {brief(line[key])}" for key in keys])
 
 
-def draw(lines):
-    """{name: PNG} of what there are lines for."""
-    pictures, shapes = {}, prefills(lines)
-    if shapes:
-        figure, axes = panels(len(shapes))
-        for one, (shape, ways) in zip(figure.axes, shapes.items(), strict=True):
-            rows = [
-                {"what": way, "length": n, "seconds": seconds}
-                for way, points in ways.items()
-                for n, seconds in points.items()
-            ]
-            labels = {"title": shape, "xlabel": "tokens", "ylabel": "seconds to read"}
-            curves(one, rows, {way: way for way in ways}, "seconds", **labels)
-            one.legend()
-        pictures["prefill"] = as_png(figure)
-    peaks = [line for line in steps(lines) if "peak_gib" in line]
-    if peaks:
-        figure, axes = panels(1)
-        names = [
-            f"{s['shape']} {short(s['tokens'])}\n{s['recompute']}, {s['learns']}" for s in peaks
-        ]
-        axes.bar(names, [step["peak_gib"] for step in peaks])
-        axes.axhline(CARD, color="black", linestyle="--")
-        axes.set(ylabel="peak of a training step, GiB", title="dashed: a card of 80 GB")
-        axes.tick_params(axis="x", labelsize=7)
-        pictures["training"] = as_png(figure)
-    return pictures
+def brief(value):
+    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else str(value)
+
+
+def measured(line):
+    return "error" not in line and "skipped" not in line
+
+
+# ---- the page
 
 
 def section(result):
-    """The page's lines."""
-    lines = result["lines"]
-    laws = [line for line in lines if line["group"] == "law" and "right" in line]
-    rows = [
-        [f"{line['what']} {line.get('dtype', '')}".strip(), "yes" if line["right"] else "NO",
-         f"{line['worst']:.1e}" if "worst" in line else ""]
-        for line in laws
-    ]  # fmt: skip
-    page = table(("law", "holds", "worst"), rows) if rows else []
+    if result["tiny"]:
+        yield "A trial at a tiny size, no measurement."
+        yield ""
+    good = [line for line in result["lines"] if measured(line)]
+    for part in (verdicts, mixed_gradients, attentions, chunks, prefills, decodes):
+        yield from part(good)
+    yield from steps(result["lines"])
+    yield from commands(good)
+    missing = [line for line in result["lines"] if not measured(line)]
+    if missing:
+        yield f"Measured: {len(good)} of {len(result['lines'])}. Without a result:"
+        yield ""
+        yield from (f"- {line['what']}: {outcome(line)}." for line in missing)
+        yield ""
+
+
+def of_kind(lines, kind):
+    return [line for line in lines if line["kind"] == kind]
+
+
+def table_of(heads, rows):
+    """A table, or nothing without rows."""
+    return table(heads, rows) if rows else []
+
+
+def verdicts(lines):
     rows = []
-    for shape, ways in prefills(lines).items():
-        ours, full = ways.get("comet", {}), ways.get("full attention", {})
-        for n in sorted({*ours, *full}):
-            both = [f"{way[n]:.2f}" if n in way else "" for way in (ours, full)]
-            ratio = f"{full[n] / ours[n]:.2f}" if n in ours and n in full else ""
-            rows.append([shape, f"{n:,}", *both, ratio])
-    if rows:
-        heads = ("model", "tokens", "seconds to read", "full attention", "times as fast")
-        page += table(heads, rows)
-    decoded = [line for line in lines if line["what"].endswith(" decode") and "ms" in line]
+    for line in lines:
+        if "bound" in line:
+            numbers = texts(line, "checks:,", "worst:.1e", "bound:.0e")
+            rows.append((line["what"], *numbers, met(line)))
+    yield from table_of(("right?", "checks", "worst error", "allowed", ""), rows)
+
+
+def mixed_gradients(lines):
+    """Errors of the decoder's gradients under autocast, and how many values a gate takes."""
+    rows = []
+    for line in of_kind(lines, "mixed_precision"):
+        rows += [(what, f"{error:.2%}") for what, error in line["errors"].items()]
+        gates = f"{line['gate_values']:,} ({line['gate_dtype']})"
+        rows.append(("values of the last gates", gates))
+    yield from table_of(
+        ("bf16-mixed: `train.recompute`, autocast's cache", "gradients off by"), rows
+    )
+
+
+def attentions(lines):
+    """The worst error of each shape by dtype, and the kernel where it is known."""
+    cells, named = {}, {}
+    for line in of_kind(lines, "attention_kernels"):
+        named = line["kernels"]
+    for line in of_kind(lines, "attention"):
+        for what, error in line["errors"].items():
+            by = cells.setdefault(what.rpartition(": ")[0], {})
+            by[line["dtype"]] = max(error, by.get(line["dtype"], 0))
+    dtypes = sorted({dtype for by in cells.values() for dtype in by})
+    rows = []
+    for shape, by in cells.items():
+        errors = [f"{by[dtype]:.0e}" if dtype in by else "" for dtype in dtypes]
+        kernels = [f"`{named[shape][dtype]}`" if shape in named else "" for dtype in dtypes]
+        rows.append(
+            (shape, *(" ".join(pair).strip() for pair in zip(errors, kernels, strict=True)))
+        )
+    yield from table_of(("attention: worst error, kernel", *dtypes), rows)
+
+
+def chunks(lines):
+    fields = ("layers:,", "ms:,.1f", "ms_per_cell:.2f", "host_ms:,.1f", "tokens_s:,")
     rows = [
-        [
-            line["what"].split()[0],
-            line["way"],
-            "on" if line["cudnn"] else "off",
-            f"{line['ms']:.2f}",
-        ]
-        for line in decoded
+        (f"{line['model']}, {line['dtype']}", *texts(line, *fields, "peak_gib:.1f"))
+        for line in of_kind(lines, "chunk")
     ]
-    if rows:
-        page += table(("decoding", "way", "cuDNN", "ms a token"), rows)
-    rows = [
-        [line["shape"], f"{line['tokens']:,}", line["recompute"], line["learns"],
-         f"{line['seconds'][-1]:.2f}", f"{line['tokens_s']:,}", str(line.get("peak_gib", ""))]
-        for line in steps(lines)
-    ]  # fmt: skip
-    if rows:
-        heads = ("training", "tokens", "recompute", "learns", "seconds", "tokens/s", "peak GiB")
-        page += table(heads, rows)
-    kernels = [
-        [line["dtype"], f"{row['past']} + {row['own']}", f"{row['heads']}/{row['groups']}",
-         "yes" if row["ragged"] else "no", f"`{row['kernel']}`"]
+    heads = ("a closing chunk, memory full", "layers", "ms", "ms a cell", "ms of the host")
+    yield from table_of((*heads, "tokens/s", "peak GiB"), rows)
+    rows = []
+    for line in of_kind(lines, "chunk_kernels"):
+        rows.append((f"{line['model']}, all", *texts(line, "launches:,", "gpu_ms:,.2f")))
+        for name, count, milliseconds in line["top"][:TOP]:
+            rows.append((f"{line['model']}, `{name}`", f"{count:,}", f"{milliseconds:,.2f}"))
+    yield from table_of(("kernels of such a chunk", "launches", "ms"), rows)
+
+
+def prefills(lines):
+    rows, compared = [], comparison(of_kind(lines, "prefill"))
+    for row in compared:
+        ours = texts(row, "ours.seconds:,.2f", "ours.tokens_s:,")
+        theirs = texts(row, "full.seconds:,.2f")[0] + (" *" if row["extrapolated"] else "")
+        ratio, *peaks = texts(row, "ratio:.1f", "ours.peak_gib:.1f", "full.peak_gib:.1f")
+        rows.append((row["model"], f"{row['tokens']:,}", *ours, theirs, ratio, *peaks))
+    heads = ("prefill", "tokens", "CoMeT, s", "tokens/s", "full attention, s")
+    yield from table_of((*heads, "full / CoMeT", "CoMeT, peak GiB", "full, peak GiB"), rows)
+    if any(row["extrapolated"] for row in compared):
+        how = "a token after n others costs a + b n, through the two longest texts"
+        yield f"\\* extrapolated: {how}."
+        yield ""
+
+
+def comparison(lines):
+    """Both sides of each text, model by model and by length; full attention beyond its longest text
+    on a straight line of its time a token."""
+    sides = {}
+    for line in lines:
+        name = "ours" if line["attention"] == "CoMeT" else "full"
+        sides.setdefault((line["model"], line["tokens"]), {})[name] = line
+    rows = []
+    for (model, tokens), pair in sorted(sides.items(), key=lambda item: item[0]):
+        ours, full = pair.get("ours"), pair.get("full")
+        guess = None if full else beyond(lines, model, tokens)
+        full = full or guess
+        ratio = full["seconds"] / ours["seconds"] if ours and full else None
+        row = {"model": model, "tokens": tokens, "ours": ours, "full": full, "ratio": ratio}
+        rows.append(row | {"extrapolated": guess is not None})
+    return rows
+
+
+def beyond(lines, model, tokens):
+    """Full attention's seconds of a text that is longer than its two longest ones, or None."""
+    known = sorted(
+        (line["tokens"], line["seconds"] / line["tokens"])
         for line in lines
-        if line["what"] == "attention" and "rows" in line
-        for row in line["rows"]
-        if row["kernel"]
-    ]  # fmt: skip
-    if kernels:
-        page += table(("attention", "columns", "heads", "ragged", "kernel"), kernels)
-    return page
+        if line["model"] == model and line["attention"] == "full"
+    )[-2:]
+    if len(known) < 2 or tokens <= known[1][0]:
+        return None
+    (n, low), (n2, high) = known
+    return {"seconds": tokens * (high + (high - low) * (tokens - n2) / (n2 - n))}
+
+
+def decodes(lines):
+    pairs = {}
+    for line in of_kind(lines, "decode"):
+        pairs.setdefault((line["model"], line["attention"]), {})[line["cudnn"]] = line
+    rows = []
+    for (model, attention), pair in pairs.items():
+        without, allowed = (pair.get(cudnn) for cudnn in (False, True))
+        times = texts(without, "ms:.2f", "worst_ms:.1f") + texts(allowed, "ms:.2f", "worst_ms:.1f")
+        name = "CoMeT" if attention == "CoMeT" else "full attention"
+        rows.append((f"{model}, {name}", *times))
+    heads = ("decoding, ms/token", "without cuDNN's attention", "its slowest token")
+    yield from table_of((*heads, "with it", "its slowest token"), rows)
+
+
+def steps(lines):
+    """Training steps, those that ran out of memory too."""
+    fields = ("seconds:,.2f", "optimizer_seconds:.3f", "tokens_s:,", "peak_gib:.1f")
+    rows = []
+    for line in of_kind(lines, "train_step"):
+        if measured(line):
+            rows.append((line["what"], *texts(line, *fields)))
+        elif out_of_memory(line):
+            rows.append((line["what"], "out of memory", "", "", *texts(line, "peak_gib:.1f")))
+    heads = ("a training step, bf16-mixed", "seconds", "of the optimizer", "tokens/s", "peak GiB")
+    yield from table_of(heads, rows)
+
+
+def out_of_memory(line):
+    return "out of memory" in line.get("error", "")
+
+
+def commands(lines):
+    kinds = ("train", "evaluation", "resume", "gpu_tests")
+    rows = [
+        (line["what"], *texts(line, "took:.1f", "peak_gib:.2f"), outcome(line))
+        for line in lines
+        if line["kind"] in kinds
+    ]
+    yield from table_of(("command", "seconds", "peak GiB", "result"), rows)
+
+
+# ---- pictures
+
+
+def plot_prefill(result):
+    """Seconds against tokens, a panel for each model; None without a prefill."""
+    lines = [line for line in of_kind(result["lines"], "prefill") if measured(line)]
+    models = sorted({line["model"] for line in lines})
+    if not models:
+        return None
+    figure, _ = report.panels(len(models), (5 * len(models), 4))
+    for axes, model in zip(figure.axes, models, strict=True):
+        rows = [
+            {"what": line["attention"], "length": line["tokens"], "seconds": line["seconds"]}
+            for line in lines
+            if line["model"] == model
+        ]
+        names = {"CoMeT": "CoMeT", "full": "full attention"}
+        labels = {"xlabel": "tokens", "ylabel": "prefill, seconds", "title": model}
+        report.curves(axes, rows, names, "seconds", **labels)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def plot_training(result):
+    """Peak memory of the steps beside the card's; None without a GPU's step."""
+    lines = [line for line in of_kind(result["lines"], "train_step") if "peak_gib" in line]
+    if not lines:
+        return None
+    card = next((line["gib"] for line in result["lines"] if "gib" in line), CARD_GIB)
+    figure, axes = report.panels(1, (9, 1.5 + 0.4 * len(lines)))
+    peaks = [line["peak_gib"] for line in lines]
+    colors = ["tab:red" if out_of_memory(line) else "tab:blue" for line in lines]
+    bars = axes.barh([line["what"] for line in lines], peaks, color=colors)
+    notes = ["out of memory" if out_of_memory(line) else "" for line in lines]
+    seconds = [f"{line['seconds']:.1f} s" if measured(line) else "" for line in lines]
+    axes.bar_label(bars, [a or b for a, b in zip(notes, seconds, strict=True)], padding=3)
+    axes.axvline(card, color="black", linestyle="--", label=f"the card's {card:.0f} GiB")
+    axes.invert_yaxis()
+    axes.set(xlabel="peak of a training step, GiB")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+PICTURES = {"prefill": plot_prefill, "training": plot_training}

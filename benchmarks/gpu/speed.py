@@ -1,127 +1,107 @@
-"""How fast is it? A closing chunk, decoding, and reading against full attention."""
+"""How fast it reads and decodes, beside full attention with the same decoder."""
 
 import time
 
 import torch
+from transformers import DynamicCache
 
-from benchmarks.gpu.measure import Bench, Measurement
-from benchmarks.inference.ways import noise_cache
-from comet_pl.model.chunk_layout import RowClock
+from benchmarks.gpu.measure import clock, kernels, median
+from benchmarks.gpu.models import full_cache, held_model, text
 
-K = 1024
-
-
-def plan(bench: Bench) -> list[Measurement]:
-    found = []
-    for shape, full_to, slow in (("0.6B", 256, 1.0), ("4B", 128, 4.0)):
-        lengths = (1 / 16, 1 / 8) if bench.tiny else (4, 64, 256)
-        full = (1 / 16, 1 / 8) if bench.tiny else (4, 64, full_to)
-        most = 1 / 4 if bench.tiny else 1024
-        found += [Measurement(f"{shape} chunk", 5 * slow, chunk, (shape,))]
-        for cudnn in (False, True):
-            found.append(Measurement(f"{shape} decode", 8, decode, (shape, True, cudnn)))
-        for n in lengths:
-            seconds = 3 + 0.015 * n * slow
-            found.append(Measurement(f"{shape} prefill", seconds, prefill, (shape, True, n)))
-        for n in full:
-            seconds = 3 + 0.03 * n * slow
-            found.append(Measurement(f"{shape} prefill", seconds, prefill, (shape, False, n)))
-        for cudnn in (False, True):
-            found.append(Measurement(f"{shape} decode", 8, decode, (shape, False, cudnn)))
-        found.append(
-            Measurement(f"{shape} prefill", 5 + 0.014 * most * slow, prefill, (shape, True, most))
-        )
-    return found
-
-
-def full_cache(model):
-    """Of one text whose memory is full."""
-    c = model.config
-    return noise_cache(
-        model, RowClock(0, c.compression_stride, c.global_size, c.temporary_capacity)
-    )
+PIECE = 16  # chunks of a call
+FIRST = 8  # decoded tokens that are told apart: there kernels are chosen and built
+TOP = 14  # kernels that are named
 
 
 @torch.no_grad()
-def chunk(bench, shape):
-    """A closing chunk with full memory, and the kernels that take its time."""
-    model = bench.model(shape, torch.bfloat16).eval()
-    cache, ids = full_cache(model), bench.ids(bench.chunk)
-    layers = len(model.model.layers)
-
-    def read():
-        model(ids, chunk_sizes=[bench.chunk], past_key_values=cache, logits_to_keep=1)
-
-    wall, host = bench.clock(read, 7)
-    out = {"ms": wall, "host_ms": host, "tokens_s": round(bench.chunk / wall * 1e3)}
-    out["cell_ms"] = round(wall / layers, 3)
-    out["cache_gb"] = model.config.cache_bytes(1, torch.bfloat16) / 1e9
-    if bench.cuda:
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            read()
-            bench.synchronize()
-        events = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
-        out["gpu_ms"] = round(sum(event.self_device_time_total for event in events) / 1e3, 2)
-        out["launches"] = sum(event.count for event in events)
-        out["kernels"] = [
-            [event.key[:70], event.count, round(event.self_device_time_total / 1e3, 2)]
-            for event in events[:14]
-        ]
-    return out
+def chunk(place, model, dtype="bfloat16", layers=None):
+    """A chunk that closes, with full memory: milliseconds, and those of the host."""
+    comet = held_model(place, model, getattr(torch, dtype), layers=layers)
+    size, cells = comet.config.chunk_size, len(comet.model.layers)
+    run, cache = closing_chunk(place, comet)
+    wall, host = clock(place, run, times=7)
+    facts = {"model": model, "dtype": dtype, "layers": cells, "ms": wall, "host_ms": host}
+    facts |= {"ms_per_cell": round(wall / cells, 3), "tokens_s": round(size / wall * 1e3)}
+    return facts | {"cache_gb": round(cache.nbytes / 1e9, 3)}
 
 
 @torch.no_grad()
-def prefill(bench, shape, comet, thousands):
-    """Reads a text of so many thousand tokens."""
-    model, n = bench.model(shape, torch.bfloat16, comet).eval(), int(thousands * K)
-    size = bench.chunk
-    if comet:
-        model(bench.ids(2 * size), chunk_sizes=[size, size], use_cache=True, logits_to_keep=1)
-    else:
-        model(bench.ids(size), use_cache=True, logits_to_keep=1)
-    ids, cache = bench.ids(n), None
-    bench.synchronize()
+def chunk_kernels(place, model):
+    """Time of the GPU and launches in such a chunk, and its dearest kernels."""
+    run, _ = closing_chunk(place, held_model(place, model))
+    run()
+    found = kernels(run)
+    facts = {"model": model, "gpu_ms": round(sum(ms for *_, ms in found), 2)}
+    facts["launches"] = sum(count for _, count, _ in found)
+    return facts | {"top": [(name[:70], count, round(ms, 2)) for name, count, ms in found[:TOP]]}
+
+
+def closing_chunk(place, comet):
+    """A function that reads a chunk after full memory, and its cache."""
+    size, cache = comet.config.chunk_size, full_cache(comet)
+    ids = text(place, size)
+    options = {"chunk_sizes": [size], "past_key_values": cache, "logits_to_keep": 1}
+    return lambda: comet(ids, **options), cache
+
+
+@torch.no_grad()
+def prefill(place, model, thousands, full=False):
+    """Seconds of a whole text, weights and kernels warm."""
+    decoder, tokens = held_model(place, model, comet=not full), place.tokens(thousands)
+    read = read_at_once if full else read_in_pieces
+    read(decoder, text(place, place.tokens(4)))
+    ids = text(place, tokens)
+    place.synchronize()
     start = time.perf_counter()
-    if comet:
-        for piece in ids.split(16 * size, 1):
-            sizes = [size] * (piece.shape[1] // size)
-            options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-            cache = model(piece, chunk_sizes=sizes, **options).past_key_values
-    else:
-        model(ids, use_cache=True, logits_to_keep=1)
-    bench.synchronize()
+    read(decoder, ids)
+    place.synchronize()
     seconds = time.perf_counter() - start
-    way = "comet" if comet else "full attention"
-    return {"way": way, "tokens": n, "seconds": round(seconds, 4), "us_token": seconds / n * 1e6}
+    facts = {"model": model, "attention": "full" if full else "CoMeT", "tokens": tokens}
+    return facts | {"seconds": round(seconds, 4), "tokens_s": round(tokens / seconds)}
+
+
+def read_at_once(decoder, ids):
+    decoder(ids, use_cache=True, logits_to_keep=1)
+
+
+def read_in_pieces(comet, ids):
+    cache, size = None, comet.config.chunk_size
+    for piece in ids.split(PIECE * size, 1):
+        options = {"chunk_sizes": [size] * (piece.shape[1] // size), "use_cache": True}
+        output = comet(piece, past_key_values=cache, logits_to_keep=1, **options)
+        cache = output.past_key_values
 
 
 @torch.no_grad()
-def decode(bench, shape, comet, cudnn):
-    """Milliseconds a token; the first apart, where kernels made anew for each length would show."""
-    model, size = bench.model(shape, torch.bfloat16, comet).eval(), bench.chunk
-    if bench.cuda:
+def decode(place, model, tokens, cudnn, full_after=None):
+    """Milliseconds a token, with cuDNN's attention allowed or not; CoMeT in the middle of a chunk
+    with full memory, or full attention after so many thousand tokens."""
+    decoder = held_model(place, model, comet=full_after is None)
+    if place.on_gpu:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
     try:
-        if comet:
-            cache = full_cache(model)
-            model(bench.ids(size // 2 + 1), past_key_values=cache, logits_to_keep=1)
-        else:
-            from transformers import DynamicCache
-
-            cache = DynamicCache(config=model.config)
-            model(bench.ids(2 * size), past_key_values=cache, use_cache=True, logits_to_keep=1)
-        one, times = bench.ids(1), []
-        for _ in range(12 if bench.tiny else 64):
-            bench.synchronize()
-            start = time.perf_counter()
-            out = model(one, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            out.logits.argmax().item()
-            times.append((time.perf_counter() - start) * 1e3)
+        times = decoding_times(place, decoder, 2 * FIRST if place.tiny else tokens, full_after)
     finally:
-        if bench.cuda:
+        if place.on_gpu:
             torch.backends.cuda.enable_cudnn_sdp(True)
-    rest, way = sorted(times[8:]), "comet" if comet else "full attention"
-    ms, first = rest[len(rest) // 2], [round(t, 1) for t in times[:8]]
-    return {"way": way, "cudnn": cudnn, "ms": round(ms, 2), "worst_ms": rest[-1], "first_ms": first}
+    attention = "CoMeT" if full_after is None else "full"
+    facts = {"model": model, "attention": attention, "cudnn": cudnn, "tokens": len(times)}
+    first, rest = times[:FIRST], times[FIRST:]
+    facts |= {"ms": median(rest), "worst_ms": round(max(rest), 2)}
+    return facts | {"first_ms": [round(milliseconds, 1) for milliseconds in first]}
+
+
+def decoding_times(place, decoder, tokens, full_after):
+    if full_after is None:
+        cache, before = full_cache(decoder), decoder.config.chunk_size // 2 + 1
+    else:
+        cache, before = DynamicCache(config=decoder.config), place.tokens(full_after)
+    options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    decoder(text(place, before), **options)
+    one, times = text(place, 1), []
+    for _ in range(tokens):
+        place.synchronize()
+        start = time.perf_counter()
+        decoder(one, **options).logits.argmax().item()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times

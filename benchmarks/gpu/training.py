@@ -1,66 +1,79 @@
-"""Does it train, how fast, and in how much memory? Optimizer steps through CometModule."""
+"""Optimizer steps on one text: seconds and peak memory by model, length and way to recompute."""
 
 import time
-from typing import Any
 
-import lightning
 import torch
-from torch.utils.data import DataLoader
+from torch.optim import AdamW
 
-from benchmarks.gpu.measure import Bench, Measurement
+from benchmarks.gpu.measure import name_of
+from benchmarks.gpu.models import as_batch, new_model, text
 from comet_pl.config.schema import TrainConfig
-from comet_pl.training.lit_module import CometModule
-from comet_pl.training.trainable import add_adapters, halve_frozen
-
-K = 1024
-
-
-def plan(bench: Bench) -> list[Measurement]:
-    short, long = (256, 512) if bench.tiny else (32 * K, 128 * K)
-    return [
-        Measurement("step", 14, step, ("0.6B", short, "cell", "all")),
-        Measurement("step", 16, step, ("0.6B", short, "chunk", "all")),
-        Measurement("step", 24, step, ("4B", short, "cell", "memory")),
-        Measurement("step", 36, step, ("4B", short, "chunk", "all")),
-        Measurement("step", 30, step, ("0.6B", long, "chunk", "all")),
-        Measurement("step", 26, step, ("0.6B", long, "cell", "all")),
-        Measurement("step", 50, step, ("4B", long, "cell", "memory", 1)),
-        Measurement("step", 60, step, ("4B", long, "chunk", "all", 1)),
-    ]
+from comet_pl.training.chunk_checkpointing import read_chunks
+from comet_pl.training.text_reader import read_windows
+from comet_pl.training.trainable import add_adapters
+from comet_pl.training.windows import count_targets, cut_windows
 
 
-class Clock(lightning.Callback):
-    """Seconds of each step, and the time at which the first began."""
+def train_step(
+    place,
+    model,
+    thousands,
+    recompute,
+    learns="all",
+    fused=True,
+    autocast_cache=True,
+    offload=False,
+    steps=2,
+):
+    """Steps under bfloat16 autocast with float32 weights, as trainer.precision=bf16-mixed."""
+    tokens = place.tokens(thousands)
+    comet = new_model(place, model, torch.float32).train()
+    add_adapters(comet, TrainConfig(parameters=learns))
+    comet.to(place.device).gradient_checkpointing = recompute != "none"
+    learning = [p for p in comet.parameters() if p.requires_grad]
+    optimizer = AdamW(learning, 1e-5, fused=fused, foreach=not fused)
+    batch = as_batch(text(place, tokens))
+    windows = cut_windows(batch, comet.config.chunk_size, None)
+    targets, seconds, optimizer_seconds, losses = count_targets(batch), [], [], []
+    for _ in range(steps):
+        place.synchronize()
+        start = time.perf_counter()
+        with torch.autocast(place.device, torch.bfloat16, cache_enabled=autocast_cache):
+            if recompute == "chunk":
+                parts = read_chunks(comet, windows, targets, offload)
+            else:
+                parts = read_windows(comet, windows, targets)
+            losses.append(backward(parts))
+            place.synchronize()
+            computed = time.perf_counter()
+            torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        place.synchronize()
+        seconds.append(round(time.perf_counter() - start, 3))
+        optimizer_seconds.append(round(time.perf_counter() - computed, 3))
+    return {
+        "model": model,
+        "tokens": tokens,
+        "recompute": recompute,
+        "learns": learns,
+        "optimizer": "fused" if fused else "foreach",
+        "weights": name_of(next(comet.parameters()).dtype),
+        "autocast_cache": autocast_cache,
+        "offload": offload,
+        "seconds": seconds[-1],
+        "first_seconds": seconds[0],
+        "optimizer_seconds": optimizer_seconds[-1],
+        "tokens_s": round(tokens / seconds[-1]),
+        "losses": losses,
+    }
 
-    def __init__(self, bench):
-        self.bench, self.seconds, self.start = bench, [], 0.0
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.bench.synchronize()
-        self.start = time.perf_counter()
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.bench.synchronize()
-        self.seconds.append(round(time.perf_counter() - self.start, 3))
-
-
-def step(bench, shape, tokens, recompute, parameters, steps=2):
-    """Steps on one text in bf16-mixed, as train.py makes them; the last one counts."""
-    bench.models.clear()
-    train = TrainConfig(recompute=recompute, parameters=parameters, warmup_steps=0, lr=1e-5)
-    model = bench.make(shape, torch.float32, True)
-    add_adapters(model, train)
-    halve_frozen(model)
-    module, clock = CometModule(model.to(bench.device).train(), train, steps), Clock(bench)
-    trainer = lightning.Trainer(
-        accelerator=bench.device, devices=1, precision="bf16-mixed", max_steps=steps,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[clock],
-    )  # fmt: skip
-    ids = bench.ids(tokens).cpu()
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    trainer.fit(module, DataLoader([batch] * steps, batch_size=None))
-    loss = float(trainer.callback_metrics["train/loss"])
-    out = {"shape": shape, "tokens": tokens, "recompute": recompute, "learns": parameters}
-    speed = {"seconds": clock.seconds, "tokens_s": round(tokens / clock.seconds[-1])}
-    return out | speed | {"loss": loss, "right": loss == loss}
+def backward(parts):
+    """Backpropagates each loss before the next is asked for; their sum."""
+    total = 0.0
+    for loss in parts:
+        if loss is not None:
+            loss.backward()
+            total += float(loss.detach())
+    return total

@@ -17,10 +17,10 @@ SIZES = yaml.safe_load((ROOT / "benchmarks" / "sizes.yaml").read_text())
 class Options(Parser):
     """A parser with --out and the flags, numbers and arguments of sizes.yaml.
 
-    module: name below `benchmarks`. least: of a whole number, if not 1.
+    module: name below `benchmarks`. out: the usual folder. least: of a whole number, if not 1.
     """
 
-    def __init__(self, module, description, **least):
+    def __init__(self, module, description, out=RESULTS, **least):
         text = f"{description} benchmarks/README.md says more."
         super().__init__(prog=f"python -m benchmarks.{module}", description=text)
         self.numbers, self.least = SIZES["options"][module], least
@@ -39,8 +39,8 @@ class Options(Parser):
             value_type = int if value == "all" else type(value[0] if several else value)
             kind = {"type": value_type, "nargs": "+" if several else None}
             self.add_argument(flag(key), **kind, metavar="N", help=f"default: {value}")
-        text = "default: benchmarks/results"
-        self.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help=text)
+        text = f"default: {out.relative_to(ROOT)}"
+        self.add_argument("--out", type=Path, default=out, metavar="DIR", help=text)
 
     def settle(self, argv):
         """The options with every default, `command`, and `given`: the numbers in argv. Makes the

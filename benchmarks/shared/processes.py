@@ -28,11 +28,10 @@ def measure(function, job, name, watched=False, **env):
     """
     command = [sys.executable, "-m", "benchmarks.shared.child", function.__module__]
     command += [function.__name__, json.dumps(job | {"started": time.time()})]
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if "threads" in job:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(job["threads"])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=os.environ | env)
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment() | env)
         try:
             seen = watch(process) if watched else {}
             process.wait()
@@ -47,6 +46,12 @@ def measure(function, job, name, watched=False, **env):
             why = lines[-1].removeprefix("error: ")
             raise UserError(f"measuring {name} ended with status {process.returncode}: {why}")
         return json.loads(out.read().splitlines()[-1]) | seen
+
+
+def environment():
+    """This process's, in which children find the project."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": paths}
 
 
 def watch(process):

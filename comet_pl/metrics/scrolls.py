@@ -17,6 +17,7 @@ questions without a prediction as answered with nothing, and counts them.
 
 import argparse
 import csv
+import functools
 import io
 import json
 import re
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -89,11 +89,16 @@ def exact_match(prediction: str, reference: str) -> float:
     return float(normalise(prediction) == normalise(reference))
 
 
-_SCORER = RougeScorer(ROUGES, use_stemmer=False)
+@functools.cache
+def rouge_scorer() -> Any:
+    """The official scorer; its package brings nltk along, which only these tasks need."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(ROUGES, use_stemmer=False)
 
 
 def _rouge(prediction: str, references: Sequence[str]) -> list[float]:
-    scores = [_SCORER.score(reference, prediction) for reference in references]
+    scores = [rouge_scorer().score(reference, prediction) for reference in references]
     return [max(score[name].fmeasure for score in scores) for name in ROUGES]
 
 

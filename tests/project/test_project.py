@@ -110,7 +110,8 @@ def test_make_setup_installs_once_and_again_when_the_pins_change(make_folder: Pa
 
 
 @pytest.mark.parametrize(
-    "target", ["train", "test", "test-full", "lint", "bench", "bench-full", "smollm2"]
+    "target",
+    ["train", "test", "test-full", "lint", "bench", "bench-full", "smollm2", "gpu-bundle"],
 )
 def test_every_make_target_sets_up_first(make_folder: Path, target: str):
     commands, setup = (run("make", "-n", one, cwd=make_folder).stdout for one in (target, "setup"))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -91,7 +92,8 @@ def laws(place):
             errors[f"{family}, {what}"] = error
         for what, error in gradient_errors(place, reference, model).items():
             errors[f"{family}, gradients {what}"] = error
-    return within(errors, 1e-9)
+    # A decoder's norms round doubles to float32, on a GPU in an order of additions of its own.
+    return within(errors, 1e-5 if place.on_gpu else 1e-9)
 
 
 def tiny_decoder(family):
@@ -271,13 +273,14 @@ def bare_chunk(place, past, own, ragged):
         "compression": None,
     }
     rope = (positions.float(), positions.float())
+    common |= {"positions": positions, "rope": rope}
     if not ragged:
-        tokens = Tokens(positions, positions, rope, None, None)
+        tokens = Tokens(positions, positions, rope, None, np.empty(0, dtype=np.int64))
         return UniformChunk(tokens, **common, past=past, readout_place=slice(own, own))
     rows = positions.expand(2, -1)
     none = torch.zeros(2, dtype=torch.bool, device=place.device)
     return RaggedChunk(
-        Tokens(rows, rows, rope, None, None),
+        Tokens(rows, rows, rope, None, np.empty(0, dtype=np.int64)),
         **common,
         continues=False,
         first_rows=none,

@@ -78,8 +78,7 @@ def step(seconds, model, thousands, recompute, **more) -> Planned:
     """A training step's measurement, named by its arguments."""
     words = [model, f"{thousands}k", recompute, more.get("learns", "all")]
     words += ["foreach"] if more.get("fused") is False else []
-    words += ["no autocast cache"] if more.get("autocast_cache") is False else []
-    words += ["offload"] if more.get("offload") else []
+    words += ["boundaries on the GPU"] if more.get("offload") is False else []
     arguments = {"model": model, "thousands": thousands, "recompute": recompute, **more}
     return planned(f"step: {', '.join(words)}", seconds, train_step, **arguments)
 
@@ -89,11 +88,12 @@ TRAINING = [
     step(12, "0.6B", 32, "cell"),
     step(14, "0.6B", 32, "chunk"),
     step(22, "4B", 32, "cell", learns="memory"),
-    step(26, "4B", 32, "chunk", autocast_cache=False, offload=True),
+    step(28, "4B", 32, "chunk"),
     step(28, "0.6B", 128, "chunk"),
     step(24, "0.6B", 128, "cell"),
-    step(20, "4B", 32, "chunk"),  # out of memory on 80 GB
-    step(45, "4B", 128, "chunk", learns="memory", steps=1),
+    step(20, "4B", 32, "chunk", offload=False),
+    step(45, "4B", 128, "cell", learns="memory", steps=1),
+    step(60, "4B", 128, "chunk", steps=1),
 ]
 
 COMMANDS = [

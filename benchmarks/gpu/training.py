@@ -10,7 +10,7 @@ from benchmarks.gpu.models import as_batch, new_model, text
 from comet_pl.config.schema import TrainConfig
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.text_reader import read_windows
-from comet_pl.training.trainable import add_adapters
+from comet_pl.training.trainable import add_adapters, halve_frozen
 from comet_pl.training.windows import count_targets, cut_windows
 
 
@@ -21,14 +21,15 @@ def train_step(
     recompute,
     learns="all",
     fused=True,
-    autocast_cache=True,
-    offload=False,
+    offload=True,
     steps=2,
 ):
-    """Steps under bfloat16 autocast with float32 weights, as trainer.precision=bf16-mixed."""
+    """Steps as train.py makes them in trainer.precision=bf16-mixed: what learns in float32, what is
+    frozen in bfloat16, autocast without a cache, fused AdamW, boundaries of chunks on the CPU."""
     tokens = place.tokens(thousands)
     comet = new_model(place, model, torch.float32).train()
     add_adapters(comet, TrainConfig(parameters=learns))
+    halve_frozen(comet)
     comet.to(place.device).gradient_checkpointing = recompute != "none"
     learning = [p for p in comet.parameters() if p.requires_grad]
     optimizer = AdamW(learning, 1e-5, fused=fused, foreach=not fused)
@@ -38,7 +39,7 @@ def train_step(
     for _ in range(steps):
         place.synchronize()
         start = time.perf_counter()
-        with torch.autocast(place.device, torch.bfloat16, cache_enabled=autocast_cache):
+        with torch.autocast(place.device, torch.bfloat16, cache_enabled=False):
             if recompute == "chunk":
                 parts = read_chunks(comet, windows, targets, offload)
             else:
@@ -59,7 +60,6 @@ def train_step(
         "learns": learns,
         "optimizer": "fused" if fused else "foreach",
         "weights": name_of(next(comet.parameters()).dtype),
-        "autocast_cache": autocast_cache,
         "offload": offload,
         "seconds": seconds[-1],
         "first_seconds": seconds[0],

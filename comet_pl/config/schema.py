@@ -323,6 +323,11 @@ class TrainerConfig:
         "numbers of weights and of arithmetic (fp32: 32-true)",
         choices=("32-true", "bf16-mixed", "bf16-true", "16-mixed"),
     )
+    matmul_precision: str = key(
+        "highest",
+        "of float32 products: high takes a GPU's TF32, several times faster, with 10 bits",
+        choices=("highest", "high"),
+    )
     max_steps: int = key(1000, "optimizer steps; the learning rate's cosine ends there", min=1)
     max_epochs: int | None = key(None, "passes over the data; null: until max_steps", min=1)
     limit_train_batches: int | float = key(

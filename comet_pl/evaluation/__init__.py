@@ -49,6 +49,7 @@ def evaluate(
     kind = config.data.kind
     precision = config.trainer.precision
     half = AUTOCAST.get(precision)
+    torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     model.to(WEIGHTS.get(precision, model.dtype))  # type: ignore[arg-type]
     what = f"{model.dtype} weights" + (f", computing in {half}" if half else "")
     print(f"on {model.device}: {what.replace('torch.', '')}", flush=True)

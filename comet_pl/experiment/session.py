@@ -4,6 +4,7 @@ import shlex
 import sys
 
 import lightning
+import torch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -28,6 +29,7 @@ def run_session(config: Config, argv: list[str]) -> None:
         SystemExit: the training was stopped (128 + signal), or another rank reports the mistake.
     """
     build.check_device(config)
+    torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
     config = run.config
     seed_everything(config.seed, verbose=False)

@@ -376,3 +376,14 @@ def test_two_processes_are_one_with_all_rows(tmp_path, depths):
     assert best[0] == pytest.approx(best[1], rel=1e-4), "val/loss"
     for name, weight in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("asked", ["highest", "high"])
+def test_float32_products_are_as_precise_as_asked(asked, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        keys = ["trainer.max_steps=1", "eval.after_fit=false", f"run.root={tmp_path}"]
+        main([*SMALL, *keys, f"trainer.matmul_precision={asked}"])
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.shared.options import ROOT
+
 GIB = 2**30
 TINY_LEAST = 64  # tokens of the shortest text of a trial
 
@@ -86,9 +88,7 @@ def line_of(one: Planned, place: Place, deadline: float) -> dict[str, Any]:
         values = one.function(place, **one.arguments)
         place.synchronize()
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        line |= {"error": f"{type(error).__name__}: {error}"[:300]}
-        line |= {"where": f"{where.filename}:{where.lineno}"}
+        line |= {"error": f"{type(error).__name__}: {error}"[:300], "where": place_of(error)}
         if "CUDA error" in str(error):
             error.line = line
             raise
@@ -99,6 +99,18 @@ def line_of(one: Planned, place: Place, deadline: float) -> dict[str, Any]:
         line["peak_gib"] = line.get("peak_gib", gib(torch.cuda.max_memory_allocated()))
     gc.collect()
     return line
+
+
+def place_of(error):
+    """The project's last line in the error's traceback, as file:line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [
+        f
+        for f in frames
+        if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename
+    ]
+    last = (ours or frames)[-1]
+    return f"{last.filename.removeprefix(f'{ROOT}/')}:{last.lineno}"
 
 
 def append_line(file: Path, line: dict[str, Any]) -> None:

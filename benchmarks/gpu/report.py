@@ -265,13 +265,14 @@ def plot_training(result):
     figure, axes = report.panels(1, (9, 1.5 + 0.4 * len(lines)))
     peaks = [line["peak_gib"] for line in lines]
     colors = ["tab:red" if out_of_memory(line) else "tab:blue" for line in lines]
-    bars = axes.barh([line["what"] for line in lines], peaks, color=colors)
+    names = [line["what"].removeprefix("step: ") for line in lines]
+    bars = axes.barh(names, peaks, color=colors)
     notes = ["out of memory" if out_of_memory(line) else "" for line in lines]
     seconds = [f"{line['seconds']:.1f} s" if measured(line) else "" for line in lines]
     axes.bar_label(bars, [a or b for a, b in zip(notes, seconds, strict=True)], padding=3)
     axes.axvline(card, color="black", linestyle="--", label=f"the card's {card:.0f} GiB")
     axes.invert_yaxis()
-    axes.set(xlabel="peak of a training step, GiB")
+    axes.set(xlabel="peak of a training step, GiB", xlim=(0, 1.35 * max(card, *peaks)))
     axes.legend(frameon=False, fontsize=8)
     return figure
 

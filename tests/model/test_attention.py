@@ -7,6 +7,7 @@ import torch
 
 from comet_pl.model import attention
 from comet_pl.model.attention import _SplitAttention, attend
+from comet_pl.model.chunk_batch import UniformChunk
 from tests.support.models import text, tiny
 
 SCALE = 0.3
@@ -47,10 +48,11 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize(("past", "own"), [(0, 7), (5, 1), (5, 7), (40, 33)])
 def test_uniform_rows(past, own, implementation, grad):
     q, k, v = inputs(past, own)
-    seen = torch.ones(own, past + own, dtype=torch.bool).tril(past)
-    step = SimpleNamespace(uniform=True, past=past, mask=seen)
+    chunk = object.__new__(UniformChunk)  # attention asks it for nothing else
+    chunk.past, chunk.columns = past, past + own
+    chunk.tokens = SimpleNamespace(positions=torch.arange(past, past + own)[None])
     with torch.set_grad_enabled(grad):
-        ours, reference = attend(implementation, q, k, v, step, SCALE), formula(q, k, v, past)
+        ours, reference = attend(implementation, q, k, v, chunk, SCALE), formula(q, k, v, past)
     torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-12)
     if grad:
         weights = torch.randn_like(reference)

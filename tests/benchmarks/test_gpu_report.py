@@ -1,10 +1,9 @@
-"""The GPU script's page and pictures, and the bundle for a bare machine."""
+"""What a GPU script has measured, on the page and in pictures; and what it needs to start there."""
 
 import json
 import os
 import re
 import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -14,13 +13,6 @@ from packaging.utils import canonicalize_name
 from benchmarks import performance
 from benchmarks.gpu import report
 from benchmarks.shared.options import ROOT
-
-TINY = ["--tiny", "--device", "cpu"]
-MODULE = [sys.executable, "-m", "benchmarks.gpu"]
-CLOCK_SLACK = 3  # seconds that a busy machine may add to the end of a run
-
-
-# ---- the page
 
 
 def a_prefill(attention, tokens, seconds, peak):

@@ -245,6 +245,7 @@ def test_a_watched_script_tells_its_seconds(place, tmp_path):
 # ---- the whole
 
 
+@pytest.mark.slow
 def test_the_speed_of_both_sides_is_measured(tmp_path, capsys):
     """A group of the real plan, from its options to its picture."""
     gpu.main([*TINY, "--groups", "speed", "--out", str(tmp_path)])

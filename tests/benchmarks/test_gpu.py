@@ -70,6 +70,7 @@ def test_a_group_that_breaks_loses_its_rest_alone(toy, capsys, tmp_path):
     assert "2 of 9 measured" in printed and "error: RuntimeError: mat1 and mat2" in printed
 
 
+@pytest.mark.slow  # it waits for the end of the time
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_what_hangs_is_killed_in_time_with_all_its_processes(toy, monkeypatch, tmp_path):
     note = tmp_path / "pid"

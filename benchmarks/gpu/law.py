@@ -207,7 +207,7 @@ def attention_kernels(place):
     found = {}
     for shape in attention_shapes(place):
         past, ragged = shape["past"], shape["ragged"]
-        chunk = bare_chunk(place, past, shape["own"], ragged)
+        chunk = bare_chunk(place.device, past, shape["own"], ragged)
         found[shape_name(**shape)] = names = {}
         for dtype in ATTENTION_BOUNDS:
             inputs = attention_inputs(place, getattr(torch, dtype), **shape)
@@ -241,7 +241,7 @@ def attention_inputs(place, dtype, past, own, heads, key_heads, width, ragged):
 def attention_errors(place, dtype, **shape):
     """Relative errors of the output and of the inputs' gradients."""
     inputs = attention_inputs(place, dtype, **shape)
-    chunk = bare_chunk(place, shape["past"], shape["own"], shape["ragged"])
+    chunk = bare_chunk(place.device, shape["past"], shape["own"], shape["ragged"])
     ours = attend("sdpa", *inputs, chunk, SCALE)
     weights = torch.randn(ours.shape, device=place.device)
     (ours.float() * weights).sum().backward()
@@ -254,9 +254,9 @@ def attention_errors(place, dtype, **shape):
     return errors
 
 
-def bare_chunk(place, past, own, ragged):
+def bare_chunk(device, past, own, ragged):
     """A chunk of two rows with what attention asks of it: columns, positions, mask."""
-    positions = torch.arange(past, past + own, device=place.device)[None]
+    positions = torch.arange(past, past + own, device=device)[None]
     common = {
         "slots": None,
         "columns": past + own,
@@ -278,7 +278,7 @@ def bare_chunk(place, past, own, ragged):
         tokens = Tokens(positions, positions, rope, None, np.empty(0, dtype=np.int64))
         return UniformChunk(tokens, **common, past=past, readout_place=slice(own, own))
     rows = positions.expand(2, -1)
-    none = torch.zeros(2, dtype=torch.bool, device=place.device)
+    none = torch.zeros(2, dtype=torch.bool, device=device)
     return RaggedChunk(
         Tokens(rows, rows, rope, None, np.empty(0, dtype=np.int64)),
         **common,

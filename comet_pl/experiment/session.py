@@ -29,9 +29,9 @@ def run_session(config: Config, argv: list[str]) -> None:
         SystemExit: the training was stopped (128 + signal), or another rank reports the mistake.
     """
     build.check_device(config)
-    torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
     config = run.config
+    torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     seed_everything(config.seed, verbose=False)
     tokenizer = restore_tokenizer(run.saved) if run.saved else build.build_tokenizer(config)
     data = build.build_data(config, tokenizer)

@@ -229,17 +229,17 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden[t] = self.model.embed_tokens(ids.gather(1, chunks[t].tokens.source))
             if t == 0:
                 memory[i] = transport.receive(i)
-            if recompute:
-                if t == 0:
+                if recompute:
                     layers[i] = RecomputedLayer(cells[i], memory[i], draws)
+            if recompute:
                 hidden[t] = layers[i].visit(hidden[t], chunks[t])
-                if t == plan.chunks - 1 and use_cache:
-                    memory[i] = layers.pop(i).after()
             else:
                 hidden[t], memory[i] = cells[i](hidden[t], memory[i], chunks[t])
             if self.observer is not None and chunks[t].gated:
                 self.show_gate(i, chunks[t])
             if t == plan.chunks - 1:
+                if recompute and use_cache:
+                    memory[i] = layers.pop(i).after()
                 transport.send(i, memory.pop(i))
             if i == len(cells) - 1:
                 tokens, last = chunks.pop(t).tokens, hidden.pop(t)

@@ -56,18 +56,18 @@ class Channel:
 
     def wait(self, posted: Sequence[tuple[Any, Tensor]]) -> None:
         """Until these messages are there."""
-        begun, cuda = time.perf_counter(), bool(posted) and posted[0][1].is_cuda
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in "12") if cuda else (None, None)
-        if start is not None:
-            start.record()
+        cuda, begun = bool(posted) and posted[0][1].is_cuda, time.perf_counter()
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 if cuda else 0)]
+        for mark in marks[:1]:
+            mark.record()
         for work, _ in posted:
             work.wait()
-        if end is None:
+        if not marks:
             self.waited += time.perf_counter() - begun
-        else:
-            end.record()
-            self._count()
-            self.marks.append((start, end))
+            return
+        marks[1].record()
+        self._count()
+        self.marks.append((marks[0], marks[1]))
 
     def _count(self) -> None:
         """Adds the waits that are over."""

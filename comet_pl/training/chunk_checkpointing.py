@@ -186,11 +186,11 @@ class Store:
 
     def room(self, like: Tensor, entries: int) -> Tensor:
         """Uninitialized (B, entries, d)."""
-        shape, device = (len(like), entries, like.shape[2]), like.device
-        size = math.prod(shape) * like.element_size()
-        if not (self.offload and like.is_cuda):
-            device = torch.device("cpu") if self.offload else device
+        shape = len(like), entries, like.shape[2]
+        if not self._pages(like):
+            device = torch.device("cpu") if self.offload else like.device
             return torch.empty(shape, dtype=like.dtype, device=device)
+        size = math.prod(shape) * like.element_size()
         if self.used + size > len(self.page):
             self.page = torch.empty(max(PAGE, size), dtype=torch.uint8, pin_memory=True)
             self.used = 0
@@ -201,9 +201,13 @@ class Store:
     def blocks(self, like: Tensor, entries: int) -> list[Tensor]:
         """Uninitialized (B, entries, d), cut along the entries so that pages hold the parts."""
         most = entries
-        if self.offload and like.is_cuda:
+        if self._pages(like):
             most = max(1, PAGE // 16 // (len(like) * like.shape[2] * like.element_size()))
         return [self.room(like, min(most, entries - k)) for k in range(0, entries, most)]
+
+    def _pages(self, like: Tensor) -> bool:
+        """Whether a tensor leaves a GPU."""
+        return self.offload and like.is_cuda
 
 
 def cut(blocks: Sequence[Tensor], row: int, start: int, end: int) -> Iterator[Tensor]:

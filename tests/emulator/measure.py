@@ -11,43 +11,24 @@ import traceback
 from collections import Counter
 
 import torch
-from transformers import Qwen3Config
+from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 
-from comet_pl import CometCache, CometConfig, CometForCausalLM
+from benchmarks.gpu.law import bare_chunk
+from benchmarks.gpu.models import MEMORY, SHAPES, full_cache
+from comet_pl import CometConfig, CometForCausalLM
 from comet_pl.config.schema import TrainConfig
-from comet_pl.model.chunk_layout import RowClock
 from comet_pl.training.trainable import add_adapters, halve_frozen
 from tests.emulator.device import LIBRARY, Integers, counts, reset, total
 
 GIB = 2**30
-SHAPES = {
-    "0.6B": {
-        "hidden_size": 1024,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "intermediate_size": 3072,
-    },
-    "4B": {
-        "hidden_size": 2560,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "intermediate_size": 9728,
-    },
-}
-COMMON = {"num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
-MEMORY = {
-    "chunk_size": 2048,
-    "global_size": 512,
-    "compression_stride": 8,
-    "temporary_capacity": 2048,
-}
 
 
 def build(shape, layers=None, dtype=torch.bfloat16, vocab=151936):
     """A model of Qwen3's shape with the paper's memory on the device; its weights are nothing."""
-    sizes = SHAPES[shape] | COMMON | {"vocab_size": vocab, "max_position_embeddings": 1 << 18}
-    backbone = Qwen3Config(**sizes | ({"num_hidden_layers": layers} if layers else {}))
+    sizes = SHAPES[shape] | {"vocab_size": vocab, "max_position_embeddings": 1 << 18}
+    sizes |= {"num_hidden_layers": layers} if layers else {}
+    backbone = AutoConfig.for_model(**sizes, tie_word_embeddings=True)
     torch.set_default_dtype(dtype)
     try:
         with torch.device("cuda"), no_init_weights():
@@ -58,76 +39,56 @@ def build(shape, layers=None, dtype=torch.bfloat16, vocab=151936):
     return model
 
 
-def full_cache(model):
-    config = model.config
-    cache = CometCache().begin(config, 1, model.fingerprint)
-    cache.rows = [
-        RowClock(
-            stride=config.compression_stride,
-            global_slots=config.global_size,
-            temporary_slots=config.temporary_capacity,
-        )
-    ]
-    cache.reserve(config, model.dtype, model.device)
-    return cache
-
-
 def events(found: Counter):
     kinds = {"launches": "K ", "waits": "S ", "copies": "C "}
     return {name: total(found, kind) for name, kind in kinds.items()}
 
 
-def per_layer(of, layers=(2, 3)):
-    """A call's events of one layer: what one layer more adds; and of all else."""
-    few, more = (of(n) for n in layers)
-    cell = {k: more[k] - few[k] for k in few}
-    return {"cell": cell, "rest": {k: few[k] - layers[0] * cell[k] for k in few}}
-
-
 @torch.no_grad()
+def per_layer(shape, dtype, call):
+    """A call's events of one layer, which is what one layer more adds, by name too; and of all
+    else.
+
+    Args:
+        call: of a model with full memory, its cache and 2,048 ids; returns the counts.
+    """
+    found = {}
+    for layers in (2, 3):
+        model = build(shape, layers, getattr(torch, dtype), vocab=1000).eval()
+        with Integers():
+            ids = torch.zeros(1, 2048, dtype=torch.long).cuda()
+            found[layers] = call(model, full_cache(model), ids)
+    few, more = events(found[2]), events(found[3])
+    cell = {kind: more[kind] - few[kind] for kind in few}
+    rest = {kind: few[kind] - 2 * cell[kind] for kind in few}
+    return {"cell": cell, "rest": rest, "names": dict(found[3] - found[2])}
+
+
 def reading(shape, dtype="bfloat16"):
     """A chunk that closes, memory full."""
-    names: Counter = Counter()
 
-    def of(layers):
-        model = build(shape, layers, getattr(torch, dtype), vocab=1000).eval()
-        cache, ids = full_cache(model), torch.zeros(1, 2048, dtype=torch.long)
-        with Integers():
-            ids = ids.cuda()
-            for _ in range(2):
-                reset()
-                model(ids, chunk_sizes=[2048], past_key_values=cache, logits_to_keep=1)
-        found = counts()
-        names.update({k: (n if layers == 3 else -n) for k, n in found.items()})
-        return events(found)
+    def call(model, cache, ids):
+        for _ in range(2):
+            reset()
+            model(ids, chunk_sizes=[2048], past_key_values=cache, logits_to_keep=1)
+        return counts()
 
-    return per_layer(of) | {"names": {k: n for k, n in names.items() if n > 0}}
+    return per_layer(shape, dtype, call)
 
 
-@torch.no_grad()
 def decoding(shape, dtype="bfloat16"):
-    """One token of text, no compression token, chunk half full."""
-    names: Counter = Counter()
+    """One token of text, no compression token, chunk half full; with a mask."""
 
-    def of(layers):
-        model = build(shape, layers, getattr(torch, dtype), vocab=1000).eval()
-        cache, ids = full_cache(model), torch.zeros(1, 1201, dtype=torch.long)
-        with Integers():
-            ids = ids.cuda()
-            model(ids, past_key_values=cache, logits_to_keep=1)
-            one = ids[:, :1]
-            mask = torch.ones(1, cache.columns + 3, dtype=torch.long).cuda()
-            for k in range(3):
-                reset()
-                seen = mask[:, : 1201 + 1 + k]
-                model(one, past_key_values=cache, logits_to_keep=1, attention_mask=seen)
-                found = counts()
-        names.update({k: (n if layers == 3 else -n) for k, n in found.items()})
-        if layers == 3:
-            names.update({k: 10**6 * n for k, n in found.items() if k.startswith(("S", "C"))})
-        return events(found)
+    def call(model, cache, ids):
+        model(ids[:, :1201], past_key_values=cache, logits_to_keep=1)
+        for _ in range(3):
+            mask = torch.ones(1, cache.columns + 1, dtype=torch.long).cuda()
+            reset()
+            options = {"past_key_values": cache, "logits_to_keep": 1}
+            model(ids[:, :1], attention_mask=mask, **options)
+        return counts()
 
-    return per_layer(of) | {"names": {k: n for k, n in names.items() if n > 0}}
+    return per_layer(shape, dtype, call)
 
 
 @torch.no_grad()
@@ -193,8 +154,7 @@ def step(shape, tokens, layers=None, gib=78.5, **keys):
         with Integers():
             reset()
             trainer.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
-        out |= {"ok": True, "steps": trainer.global_step} | events(found := counts())
-        out["names"] = {name: n for name, n in found.items() if name[0] in "SCM"}
+        out |= {"ok": True, "steps": trainer.global_step} | events(counts())
     except torch.OutOfMemoryError as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = [f"{f.filename.split('/')[-1]}:{f.lineno} {f.name}" for f in frames]
@@ -208,20 +168,14 @@ def step(shape, tokens, layers=None, gib=78.5, **keys):
 
 
 @torch.no_grad()
-def attention(dtype, rows, past, own, heads, groups, ragged):
+def attention(dtype, past, own, heads, groups, ragged):
     """The kernels of one call of `attend`."""
-    from types import SimpleNamespace
-
     from comet_pl.model.attention import attend
-    from comet_pl.model.chunk_batch import UniformChunk
 
-    shapes = [(rows, heads, own, 128), *[(rows, groups, past + own, 128)] * 2]
+    shapes = [(2, heads, own, 128), *[(2, groups, past + own, 128)] * 2]
     q, k, v = (torch.empty(s, device="cuda", dtype=getattr(torch, dtype)) for s in shapes)
-    mask = torch.ones(rows, 1, own, past + own, dtype=torch.bool, device="cuda")
-    chunk = SimpleNamespace(mask=mask)
-    if not ragged:
-        chunk = object.__new__(UniformChunk)
-        chunk.past = past
+    with Integers():  # the mask
+        chunk = bare_chunk("cuda", past, own, ragged)
     attend("sdpa", q, k, v, chunk, 0.1)
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()

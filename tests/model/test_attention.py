@@ -1,13 +1,11 @@
 """Every attention path against the plain formula: mask, softmax, weighted sum."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from benchmarks.gpu.law import bare_chunk
 from comet_pl.model import attention
 from comet_pl.model.attention import _SplitAttention, attend
-from comet_pl.model.chunk_batch import UniformChunk
 from tests.support.models import text, tiny
 
 SCALE = 0.3
@@ -48,9 +46,7 @@ def way(request, monkeypatch):
 @pytest.mark.parametrize(("past", "own"), [(0, 7), (5, 1), (5, 7), (40, 33)])
 def test_uniform_rows(past, own, implementation, grad):
     q, k, v = inputs(past, own)
-    chunk = object.__new__(UniformChunk)  # attention asks it for nothing else
-    chunk.past, chunk.columns = past, past + own
-    chunk.tokens = SimpleNamespace(positions=torch.arange(past, past + own)[None])
+    chunk = bare_chunk("cpu", past, own, ragged=False)
     with torch.set_grad_enabled(grad):
         ours, reference = attend(implementation, q, k, v, chunk, SCALE), formula(q, k, v, past)
     torch.testing.assert_close(ours, reference, atol=1e-12, rtol=1e-12)

@@ -3,27 +3,26 @@
 The emulated device (tests/emulator) shows which kernels run; here their numbers are compared.
 """
 
-import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch.profiler import ProfilerActivity, profile
 
-from comet_pl import CometCache, CometForCausalLM
+from benchmarks.gpu import law
+from benchmarks.gpu.measure import Place, kernels, relative
+from comet_pl import CometCache
 from comet_pl.model.attention import attend
-from comet_pl.model.chunk_batch import RaggedChunk, UniformChunk
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.text_reader import read_windows
 from comet_pl.training.windows import count_targets, cut_windows
-from tests.conftest import ROOT
+from tests.laws.test_reference import CASES, load, sequences
 from tests.support.models import FAMILIES, text, tiny
-from tests.support.training import fit, gradients_of, norm_apart, ragged
+from tests.support.training import fit, norm_apart, ragged
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
 HALF = (torch.bfloat16, torch.float16)
-GOLDEN = sorted((ROOT / "tests" / "laws" / "golden").iterdir())
+PLACE = Place(GPU, tiny=True, scratch=Path())
 
 
 def largest(found, expected):
@@ -36,12 +35,11 @@ def largest(found, expected):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("folder", GOLDEN, ids=lambda folder: folder.name)
-def test_golden_cases(folder, dtype, limit):
-    expected = load_file(folder / "expected.safetensors")
-    stride = json.loads((folder / "case.json").read_text())["stride_override"]
-    model = CometForCausalLM.from_pretrained(folder).to(GPU, dtype).eval()
-    for k in (k for k in range(9) if f"input_ids.{k}" in expected):
+@pytest.mark.parametrize("case", CASES)
+def test_golden_cases(case, dtype, limit):
+    model, expected, stride = load(case)
+    model = model.to(GPU, dtype).eval()
+    for k in sequences(expected):
         ids, sizes = expected[f"input_ids.{k}"][None].to(GPU), expected[f"chunk_sizes.{k}"].tolist()
         with torch.no_grad():
             logits = model(ids, chunk_sizes=sizes, strides=stride and [stride]).logits
@@ -54,19 +52,6 @@ def test_golden_cases(folder, dtype, limit):
 
 
 # ---- attention
-
-
-def call(dtype, past, own, heads, groups, width, is_ragged):
-    """(queries, keys, values, chunk, seen): two rows."""
-    torch.manual_seed(0)
-    shapes = [(2, heads, own, width), *[(2, groups, past + own, width)] * 2]
-    q, k, v = (torch.randn(s, device=GPU, dtype=dtype, requires_grad=True) for s in shapes)
-    seen = torch.ones(own, past + own, dtype=torch.bool, device=GPU).tril(past)
-    chunk = object.__new__(RaggedChunk if is_ragged else UniformChunk)
-    chunk.columns, chunk.past = past + own, past
-    positions = torch.arange(past, past + own, device=GPU).expand(2 if is_ragged else 1, -1)
-    chunk.tokens = type("Tokens", (), {"positions": positions})
-    return q, k, v, chunk, seen
 
 
 SHAPES = [(0, 7, 4, 2), (5, 7, 4, 2), (5, 1, 4, 2), (300, 130, 6, 6), (300, 130, 8, 1)]
@@ -82,24 +67,23 @@ SHAPES = [(0, 7, 4, 2), (5, 7, 4, 2), (5, 1, 4, 2), (300, 130, 6, 6), (300, 130,
 )
 def test_attention_is_the_formula(dtype, limit, shape, width, is_ragged):
     """Forward and backward, against float64; the kernel is not the one that writes all scores."""
-    q, k, v, chunk, seen = call(dtype, *shape, width, is_ragged)
-    with profile(activities=[ProfilerActivity.CUDA]) as watched:
-        out = attend("sdpa", q, k, v, chunk, 0.1)
-        torch.cuda.synchronize()
+    past, own, heads, groups = shape
+    inputs = law.attention_inputs(PLACE, dtype, past, own, heads, groups, width, is_ragged)
+    chunk = law.bare_chunk(GPU, past, own, is_ragged)
+    out = attend("sdpa", *inputs, chunk, law.SCALE)
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
-    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
-    keys, values = (t.repeat_interleave(shape[2] // shape[3], 1) for t in exact[1:])
-    scores = (exact[0] @ keys.mT * 0.1).masked_fill(~seen, -torch.inf)
-    wanted = scores.softmax(-1) @ values
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = law.formula(*exact, past)
     (wanted * weights.double()).sum().backward()
     assert largest(out, wanted) < limit
-    for mine, theirs in zip((q, k, v), exact, strict=True):
+    for mine, theirs in zip(inputs, exact, strict=True):
         assert largest(mine.grad, theirs.grad) < 2 * limit
     if dtype != torch.float64:
-        kernels = " ".join(event.key.lower() for event in watched.key_averages())
+        seen = kernels(lambda: attend("sdpa", *inputs, chunk, law.SCALE))
+        names = " ".join(name.lower() for name, *_ in seen)
         half = dtype in HALF and not is_ragged
-        assert ("flash" if half else "fmha") in kernels and "softmax" not in kernels
+        assert ("flash" if half else "fmha") in names and "softmax" not in names
 
 
 # ---- laws in float64, where a decoder's norms still round to float32
@@ -128,24 +112,14 @@ def test_all_ways_to_read_agree(family, tmp_path):
     assert torch.equal(there.generate(ids.to(GPU), **options).cpu(), expected)
 
 
-@pytest.mark.parametrize("way", ["none", "cell", "chunk", "offload", "layer_major"])
+@pytest.mark.parametrize("way", ["none", "cell", "chunk", "chunk, offloaded", "layer_major"])
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
 def test_gradients_agree_whatever_is_recomputed(family, way):
-    batch, results = ragged([41, 33, 41], 1.0), []
-    for device in ("cpu", GPU):
-        model = tiny(family).to(device).train()
-        if device == GPU:
-            model.gradient_checkpointing = way in ("cell", "chunk", "offload")
-            model.traversal = "layer_major" if way == "layer_major" else "chunk_major"
-        windows, count = cut_windows(batch, 5, 4), count_targets(batch)
-        again = device == GPU and way in ("chunk", "offload")
-        read = read_chunks(model, windows, count, way == "offload") if again else None
-        for loss in read or read_windows(model, windows, count):
-            if loss is not None:
-                loss.backward()
-        gradients = gradients_of(model)
-        results.append({k: None if g is None else g.cpu() for k, g in gradients.items()})
-    assert norm_apart(results[1], results[0]) < 1e-5
+    batch, here, there = ragged([41, 33, 41], 1.0), tiny(family).train(), tiny(family).to(GPU)
+    there.train().traversal = "layer_major" if way == "layer_major" else "chunk_major"
+    recompute = "none" if way == "layer_major" else way
+    expected = law.gradients(here, batch, "none", 5, 4)
+    assert relative(law.gradients(there, batch, recompute, 5, 4), expected) < 1e-5
 
 
 @pytest.mark.parametrize("recompute", ["none", "cell", "chunk"])

@@ -17,7 +17,7 @@ from importlib import import_module
 import torch
 
 from benchmarks.gpu.plan import SHARES
-from benchmarks.gpu.report import PICTURES, terminal
+from benchmarks.gpu.report import PICTURES, measured, terminal
 from benchmarks.shared.options import RESULTS, ROOT, Options
 from benchmarks.shared.processes import environment
 from benchmarks.shared.report import machine
@@ -35,7 +35,24 @@ def parse(argv):
         raise UserError(f"--device: torch sees no GPU here; {trial}")
     if options.device == "cpu" and options.size != "tiny":
         raise UserError("--device: cpu given, but its models are for a GPU; --tiny is needed too")
+    options.done = done(options) if options.rest else {}
     return options
+
+
+def done(options):
+    """{what: line} of the results in --out. Raises UserError if they are of another machine."""
+    file = options.out / "gpu.json"
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        lines = {line["what"]: line for line in found["lines"] if measured(line)}
+        theirs, tiny = found["machine"].get("gpu"), found["tiny"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"--rest: no results of a run before in {file} ({error})") from None
+    here = torch.cuda.get_device_name() if options.device == "cuda" else None
+    if theirs not in (None, here) or tiny != (options.size == "tiny"):
+        kind = f"{theirs or 'no GPU'}{', tiny' if tiny else ''}"
+        raise UserError(f"--rest: the results in {file} are of another kind: {kind}")
+    return lines
 
 
 def deadlines(groups, start, minutes):
@@ -53,6 +70,7 @@ def run_group(options, group, deadline, scratch):
     lines, log = options.out / "gpu-lines.jsonl", options.out / "gpu-log.txt"
     job = {"plan": PLAN, "group": group, "device": options.device, "tiny": options.size == "tiny"}
     job |= {"scratch": str(scratch), "lines": str(lines), "deadline": deadline}
+    job["done"] = list(options.done)
     command = [sys.executable, "-m", "benchmarks.gpu.group", json.dumps(job)]
     with log.open("ab") as output:
         process = subprocess.Popen(
@@ -71,7 +89,7 @@ def run_group(options, group, deadline, scratch):
             why = "its group's time was over"
         finally:
             kill_all(process)
-    return complete(group, lines_of(lines, group), why)
+    return complete(group, lines_of(lines, group), why, options.done)
 
 
 def kill_all(process):
@@ -94,15 +112,18 @@ def lines_of(file, group):
     return lines
 
 
-def complete(group, lines, why):
+def complete(group, lines, why, done):
     """A line for each measurement of the plan: the first without one was being measured when the
     process ended, those after it were not begun."""
-    rest = import_module(PLAN).PLAN[group][len(lines) :]
-    for k, planned in enumerate(rest):
-        line = {"group": group, "what": planned.what, "kind": planned.function.__name__}
-        verdict = {"skipped": "its group had ended"} if k else {"error": why}
-        lines.append(line | verdict)
-    return lines
+    found, whole = done | {line["what"]: line for line in lines if "what" in line}, []
+    verdict = {"error": why}
+    for planned in import_module(PLAN).PLAN[group]:
+        line = found.get(planned.what)
+        if line is None:
+            line = {"group": group, "what": planned.what, "kind": planned.function.__name__}
+            line, verdict = line | verdict, {"skipped": "its group had ended"}
+        whole.append(line)
+    return whole
 
 
 def measure(options, start):

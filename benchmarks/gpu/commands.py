@@ -166,7 +166,7 @@ def two_ranks(place, steps=6, limit=75):
     return {"two": two, "one": one, **within(differences, 5e-3)}
 
 
-def gpu_tests(place, limit=60):
+def gpu_tests(place, limit=120):
     """The tests that are marked gpu, of the files that have one: other files may import packages
     that are not here."""
     tests = sorted((ROOT / "tests").rglob("test_*.py"))

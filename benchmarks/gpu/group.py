@@ -1,7 +1,7 @@
 """`python -m benchmarks.gpu.group JOB` measures a group of the plan; __main__.py starts it.
 
 JOB is JSON: "plan" (a module with PLAN), "group", "device", "tiny", "scratch" (a folder), "lines"
-(the file that gets a line a measurement) and "deadline" (a time).
+(the file that gets a line a measurement), "deadline" (a time) and "done" (what is left out).
 """
 
 import json
@@ -17,6 +17,8 @@ def main(argv):
     place = Place(job["device"], job["tiny"], Path(job["scratch"]))
     lines, group = Path(job["lines"]), {"group": job["group"]}
     for planned in import_module(job["plan"]).PLAN[job["group"]]:
+        if planned.what in job["done"]:
+            continue
         try:
             line = line_of(planned, place, job["deadline"])
         except Exception as error:

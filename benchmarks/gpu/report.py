@@ -17,6 +17,7 @@ SHOWN = {
     "gpu_tests": ("summary",),
     "attention_kernels": ("kernels",),
     "chunk": ("ms", "host_ms", "tokens_s"),
+    "chunk_attention": ("flash", "cudnn", "flash_with_backward", "cudnn_with_backward"),
     "chunk_kernels": ("gpu_ms", "launches", "top"),
     "prefill": ("tokens", "seconds", "tokens_s"),
     "decode": ("ms", "worst_ms"),
@@ -149,11 +150,11 @@ def chunks(lines):
 def prefills(lines):
     rows, compared = [], comparison(of_kind(lines, "prefill"))
     for row in compared:
-        ours = texts(row, "ours.seconds:,.2f", "ours.tokens_s:,")
+        ours = texts(row, "plain.seconds:,.2f", "graphs.seconds:,.2f", "ours.tokens_s:,")
         theirs = texts(row, "full.seconds:,.2f")[0] + (" *" if row["extrapolated"] else "")
         ratio, *peaks = texts(row, "ratio:.1f", "ours.peak_gib:.1f", "full.peak_gib:.1f")
         rows.append((row["model"], f"{row['tokens']:,}", *ours, theirs, ratio, *peaks))
-    heads = ("prefill", "tokens", "CoMeT, s", "tokens/s", "full attention, s")
+    heads = ("prefill", "tokens", "CoMeT, s", "by CUDA graphs, s", "tokens/s", "full attention, s")
     yield from table_of((*heads, "full / CoMeT", "CoMeT, peak GiB", "full, peak GiB"), rows)
     if any(row["extrapolated"] for row in compared):
         how = "a token after n others costs a + b n, through the two longest texts"
@@ -162,21 +163,26 @@ def prefills(lines):
 
 
 def comparison(lines):
-    """Both sides of each text, model by model and by length; full attention beyond its longest text
-    on a straight line of its time a token."""
+    """All sides of each text, model by model and by length, "ours" the quicker of CoMeT's; full
+    attention beyond its longest text on a straight line of its time a token."""
     sides = {}
     for line in lines:
-        name = "ours" if line["attention"] == "CoMeT" else "full"
-        sides.setdefault((line["model"], line["tokens"]), {})[name] = line
+        sides.setdefault((line["model"], line["tokens"]), {})[side(line)] = line
     rows = []
-    for (model, tokens), pair in sorted(sides.items(), key=lambda item: item[0]):
-        ours, full = pair.get("ours"), pair.get("full")
+    for (model, tokens), by in sorted(sides.items(), key=lambda item: item[0]):
+        plain, graphs, full = by.get("plain"), by.get("graphs"), by.get("full")
+        ours = min(filter(None, (plain, graphs)), key=lambda line: line["seconds"], default=None)
         guess = None if full else beyond(lines, model, tokens)
         full = full or guess
         ratio = full["seconds"] / ours["seconds"] if ours and full else None
-        row = {"model": model, "tokens": tokens, "ours": ours, "full": full, "ratio": ratio}
-        rows.append(row | {"extrapolated": guess is not None})
+        row = {"model": model, "tokens": tokens, "plain": plain, "graphs": graphs, "ours": ours}
+        rows.append(row | {"full": full, "ratio": ratio, "extrapolated": guess is not None})
     return rows
+
+
+def side(line):
+    """full, graphs (CoMeT's) or plain."""
+    return "full" if line["attention"] == "full" else "graphs" if line["graphs"] else "plain"
 
 
 def beyond(lines, model, tokens):
@@ -195,15 +201,22 @@ def beyond(lines, model, tokens):
 def decodes(lines):
     pairs = {}
     for line in of_kind(lines, "decode"):
-        pairs.setdefault((line["model"], line["attention"]), {})[line["cudnn"]] = line
+        pairs.setdefault((line["model"], line["attention"]), {})[line["graphs"]] = line
     rows = []
     for (model, attention), pair in pairs.items():
-        without, allowed = (pair.get(cudnn) for cudnn in (False, True))
-        times = texts(without, "ms:.2f", "worst_ms:.1f") + texts(allowed, "ms:.2f", "worst_ms:.1f")
-        name = "CoMeT" if attention == "CoMeT" else "full attention"
+        times = [
+            t for graphs in (False, True) for t in texts(pair.get(graphs), "ms:.2f", "worst_ms:.1f")
+        ]
+        name = "CoMeT" if attention == "CoMeT" else "full attention after 4,096 tokens"
         rows.append((f"{model}, {name}", *times))
-    heads = ("decoding, ms/token", "without cuDNN's attention", "its slowest token")
-    yield from table_of((*heads, "with it", "its slowest token"), rows)
+    heads = ("decoding, ms/token", "without graphs", "its slowest token", "by CUDA graphs")
+    yield from table_of((*heads, "its slowest token"), rows)
+    for line in of_kind(lines, "chunk_attention"):
+        rows = [
+            (name, *texts(line, f"{key}:.3f", f"{key}_with_backward:.3f"))
+            for name, key in (("flash, as it is", "flash"), ("cuDNN, two parts", "cudnn"))
+        ]
+        yield from table_of(("attention of 4B's closing chunk", "ms", "with backward"), rows)
 
 
 def steps(lines):
@@ -245,11 +258,11 @@ def plot_prefill(result):
     figure, _ = report.panels(len(models), (5 * len(models), 4))
     for axes, model in zip(figure.axes, models, strict=True):
         rows = [
-            {"what": line["attention"], "length": line["tokens"], "seconds": line["seconds"]}
+            {"what": side(line), "length": line["tokens"], "seconds": line["seconds"]}
             for line in lines
             if line["model"] == model
         ]
-        names = {"CoMeT": "CoMeT", "full": "full attention"}
+        names = {"plain": "CoMeT", "graphs": "CoMeT by CUDA graphs", "full": "full attention"}
         labels = {"xlabel": "tokens", "ylabel": "prefill, seconds", "title": model}
         report.curves(axes, rows, names, "seconds", **labels)
         axes.legend(frameon=False, fontsize=8)

@@ -20,7 +20,6 @@ def train_step(
     thousands,
     recompute,
     learns="all",
-    fused=True,
     offload=True,
     steps=2,
 ):
@@ -32,7 +31,7 @@ def train_step(
     halve_frozen(comet)
     comet.to(place.device).gradient_checkpointing = recompute != "none"
     learning = [p for p in comet.parameters() if p.requires_grad]
-    optimizer = AdamW(learning, 1e-5, fused=fused, foreach=not fused)
+    optimizer = AdamW(learning, 1e-5, fused=True)
     batch = as_batch(text(place, tokens))
     windows = cut_windows(batch, comet.config.chunk_size, None)
     targets, seconds, optimizer_seconds, losses = count_targets(batch), [], [], []
@@ -58,7 +57,6 @@ def train_step(
         "tokens": tokens,
         "recompute": recompute,
         "learns": learns,
-        "optimizer": "fused" if fused else "foreach",
         "weights": name_of(next(comet.parameters()).dtype),
         "offload": offload,
         "seconds": seconds[-1],

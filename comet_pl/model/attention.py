@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comet_pl.model.chunk_batch import Chunk, UniformChunk
+from comet_pl.model.chunk_batch import Chunk, StepChunk, UniformChunk
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _flash_cuda = torch.ops.aten._scaled_dot_product_flash_attention
+_flash_packed = torch.ops.aten._flash_attention_forward
 _efficient_cuda = torch.ops.aten._efficient_attention_forward
 FUSED = (torch.float16, torch.bfloat16, torch.float32)  # what its kernels take
 LOWER_RIGHT = 2  # its number for this causality
@@ -103,6 +104,8 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Ten
     if uniform and _flash_runs(q):
         # Its causality is lower-right, and it knows groups.
         return _flash_cuda(q, k, v, 0.0, own > 1, scale=scale)[0]
+    if isinstance(chunk, StepChunk) and _flash_runs(q):
+        return _flash_step(q, k, v, chunk, scale)
     bias = None if uniform else _bias(chunk.mask, q.dtype)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and own == 1:
@@ -112,7 +115,7 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Ten
     elif groups > 1:
         k, v = (t.repeat_interleave(groups, 1) for t in (k, v))
     if bias is not None:
-        bias = bias.expand(-1, q.shape[1], -1, -1)
+        bias = bias.expand(*q.shape[:2], -1, -1)
     causal = LOWER_RIGHT if uniform and own > 1 else 0
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     rows, columns, values = (t.transpose(1, 2) for t in (q, k, v))
@@ -123,6 +126,15 @@ def _on_cuda(q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float) -> Ten
     return out.flatten(1, 2).unsqueeze(2) if groups > 1 and own == 1 else out
 
 
+def _flash_step(q: Tensor, k: Tensor, v: Tensor, chunk: StepChunk, scale: float) -> Tensor:
+    """The kernel for packed texts of lengths that the device knows: the rows' heads are heads of
+    one text, since all rows have the same length."""
+    packed = (t.flatten(0, 1).transpose(0, 1) for t in (q, k, v))
+    sizes = *chunk.limits, q.shape[2], chunk.columns
+    out = _flash_packed(*packed, *sizes, 0.0, True, False, scale=scale, seqused_k=chunk.used)[0]
+    return out.transpose(0, 1).unflatten(0, q.shape[:2])
+
+
 @torch._dynamo.assume_constant_result
 def _flash_runs(q: Tensor) -> bool:
     """Whether the flash kernel takes these queries: half precision, from compute capability 8."""
@@ -131,7 +143,7 @@ def _flash_runs(q: Tensor) -> bool:
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B, 1, W, L) as numbers to add; the kernel wants rows of a multiple of 16."""
+    """A bool mask (B or 1, 1, W, L) as numbers to add; the kernel wants rows of a multiple of 16."""
     room = mask.new_zeros(*mask.shape[:3], -(-mask.shape[3] // 16) * 16, dtype=dtype)
     bias = room[..., : mask.shape[3]]
     return bias.masked_fill_(~mask, -torch.inf)

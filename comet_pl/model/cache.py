@@ -67,6 +67,7 @@ class CometCache(Cache):
         self.weights: str | None = None
         self.model: Any = None  # the model that filled it; knows the digest of its weights
         self.notes: dict[str, Any] = {}  # what `save` keeps beside the memory
+        self.graphs: Any = None  # the CUDA graphs that write to its buffers
 
     @classmethod
     def at(cls, rows: list[RowClock], layers: int, fingerprint: str) -> CometCache:
@@ -328,7 +329,8 @@ class CometCache(Cache):
     # ---- helpers
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"model": None}  # pickles and deep copies leave the model behind
+        # Copies and pickles leave behind the model and what knows the buffers' addresses.
+        return self.__dict__ | {"model": None, "graphs": None}
 
     def _has_inference_tensors(self) -> bool:
         for memory in self.memories:

@@ -86,7 +86,7 @@ class Chunk(ABC):
     @property
     @abstractmethod
     def mask(self) -> Tensor:
-        """(B, 1, W, L) or (W, L): True where a token sees a column.
+        """(B or 1, 1, W, L) or (W, L): True where a token sees a column.
 
         Each layer makes it anew: that is little beside the scores it masks, and torch.compile then
         sees one kind of chunk instead of two.
@@ -220,6 +220,44 @@ class RaggedChunk(Chunk):
     @property
     def first(self) -> Tensor | None:
         return self.first_rows
+
+
+@dataclass(eq=False)
+class StepChunk(Chunk):
+    """One text token of every row at the same place of an open chunk, perhaps after a compression
+    token. Only the device knows the place, so that a CUDA graph can repeat it: the key columns are
+    all of the buffer's, used or not."""
+
+    places: Tensor  # (W,) the own tokens' key columns
+    pending_place: Tensor | None  # (1,) of the compression token's output; None: there is none
+    used: Tensor  # (1,) int32: key columns, the own tokens' included
+    limits: tuple[Tensor, Tensor]  # [0, W] and [0, L] as int32
+
+    @property
+    def mask(self) -> Tensor:
+        columns = torch.arange(self.columns, device=self.places.device)
+        return (columns <= self.places[:, None])[None, None]
+
+    def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
+        assert held is not None
+        return held.index_copy_(2, self.places, new.to(held.dtype))
+
+    def append_outputs(self, pending: Tensor | None, hidden: Tensor) -> Tensor | None:
+        if self.pending_place is None:
+            return pending
+        assert pending is not None
+        return pending.index_copy_(1, self.pending_place, hidden[:, :1].to(pending.dtype))
+
+    # It closes no chunk.
+
+    def readout(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def newest(self, entries: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def settle(self, state: Tensor | None, new: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 def take(x: Tensor, places: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from comet_pl.model.cell import Decoder, check_backbone, check_positions
 from comet_pl.model.chunk_batch import Chunk, Rope
 from comet_pl.model.chunk_layout import ChunkPlan
 from comet_pl.model.configuration_comet import CometConfig, check_keys
+from comet_pl.model.cuda_graphs import graphs_of
 from comet_pl.model.forward_plan import check_prompt, plan_forward, row_plans
 from comet_pl.model.identity import Fingerprint, digest
 from comet_pl.model.loss import loss_and_logits
@@ -80,6 +81,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         self.traversal = "chunk_major"
         self.transport: Any = LocalTransport  # a pipeline puts its own here
         self.gradient_checkpointing = False  # recompute each cell's activations when needed
+        self.cuda_graphs = False  # on a GPU, without gradients: see cuda_graphs.py
         self.observer: Observer | None = None
         self._fingerprint = Fingerprint()
         self._own_ids: dict[Any, Tensor] = {}  # on the device that asked last
@@ -215,6 +217,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         facts = plan.facts(in_place, device, self.rope)
         input_ids = moved(input_ids, device)
         ids = torch.cat([input_ids, self.own_ids(input_ids)], 1)
+        graphs = graphs_of(self, cache, in_place)
+        replayed: set[int] = set()
         cells, transport = self.model.layers, self.transport(cache.memories)
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         draws = recompute and any(isinstance(m, nn.Dropout) and m.p for m in self.modules())
@@ -224,14 +228,19 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         memory: dict[int, LayerMemory] = {}
         outputs = []
         for t, i in TRAVERSALS[self.traversal](plan.chunks, len(cells)):
-            if i == 0:
+            if i == 0 and graphs is not None and (known := graphs.read(plan, t, input_ids)):
+                outputs.append(known)
+                replayed.add(t)
+            elif i == 0:
                 chunks[t] = plan.chunk(t, facts)
                 hidden[t] = self.model.embed_tokens(ids.gather(1, chunks[t].tokens.source))
             if t == 0:
                 memory[i] = transport.receive(i)
                 if recompute:
                     layers[i] = RecomputedLayer(cells[i], memory[i], draws)
-            if recompute:
+            if t in replayed:
+                pass
+            elif recompute:
                 hidden[t] = layers[i].visit(hidden[t], chunks[t])
             else:
                 hidden[t], memory[i] = cells[i](hidden[t], memory[i], chunks[t])
@@ -241,7 +250,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 if recompute and use_cache:
                     memory[i] = layers.pop(i).after()
                 transport.send(i, memory.pop(i))
-            if i == len(cells) - 1:
+            if i == len(cells) - 1 and t not in replayed:
                 tokens, last = chunks.pop(t).tokens, hidden.pop(t)
                 if len(tokens.target):
                     last = last.flatten(0, 1)

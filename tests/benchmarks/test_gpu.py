@@ -33,9 +33,9 @@ def toy(monkeypatch, tmp_path):
     """Runs groups of tests/support/gpu_plan.py; the lines of gpu.json."""
     monkeypatch.setattr(gpu, "PLAN", "tests.support.gpu_plan")
 
-    def run(groups, minutes):
+    def run(groups, minutes, more=()):
         out = ["--out", str(tmp_path / "out"), "--minutes", str(minutes)]
-        gpu.main([*TINY, *out, "--groups", *groups])
+        gpu.main([*TINY, *more, *out, "--groups", *groups])
         return json.loads((tmp_path / "out" / "gpu.json").read_text())["lines"]
 
     return run
@@ -68,6 +68,28 @@ def test_a_group_that_breaks_loses_its_rest_alone(toy, capsys, tmp_path):
     assert "illegal memory access" in (tmp_path / "out" / "gpu-log.txt").read_text()
     printed = capsys.readouterr().out
     assert "2 of 9 measured" in printed and "error: RuntimeError: mat1 and mat2" in printed
+
+
+def test_the_rest_of_a_run_before(toy, tmp_path):
+    """What has a result keeps it; the lines that had none are measured."""
+    toy(["law", "speed"], minutes=3)
+    file = tmp_path / "out" / "gpu.json"
+    before = json.loads(file.read_text())
+    before["lines"][0]["sum"] = "kept"
+    file.write_text(json.dumps(before))
+    results = [
+        line.get("sum", line.get("error", line.get("skipped")))
+        for line in toy(["law", "speed"], minutes=3, more=["--rest"])
+    ]
+    assert results[0] == "kept" and len(results) == len(before["lines"])
+    assert results[2] == "its process ended with status -9"
+    before["machine"]["gpu"] = "another card"
+    file.write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"--rest: .* of another kind: another card"):
+        toy(["law"], minutes=3, more=["--rest"])
+    file.unlink()
+    with pytest.raises(UserError, match="--rest: no results of a run before in"):
+        toy(["law"], minutes=3, more=["--rest"])
 
 
 @pytest.mark.slow  # it waits for the end of the time

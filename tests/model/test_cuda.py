@@ -10,13 +10,13 @@ import torch
 
 from benchmarks.gpu import law
 from benchmarks.gpu.measure import Place, kernels, relative
-from comet_pl import CometCache
+from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model.attention import attend
 from comet_pl.training.chunk_checkpointing import read_chunks
 from comet_pl.training.text_reader import read_windows
 from comet_pl.training.windows import count_targets, cut_windows
 from tests.laws.test_reference import CASES, load, sequences
-from tests.support.models import FAMILIES, text, tiny
+from tests.support.models import FAMILIES, MEMORY, backbone, text, tiny
 from tests.support.training import fit, norm_apart, ragged
 
 pytestmark = pytest.mark.gpu
@@ -173,3 +173,53 @@ def test_compiled_cells_are_whole_graphs_with_the_same_numbers():
         expected = plain(ids, chunk_sizes=[6] * 5).logits
     assert largest(found, expected) < 1e-4
     torch._dynamo.reset()
+
+
+# ---- CUDA graphs
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize(
+    ("dtype", "limit"),
+    [(torch.float64, 1e-5), (torch.float32, 1e-4), (torch.bfloat16, 0.05)],
+    ids=str,
+)
+def test_recorded_chunks(dtype, limit, compiled):
+    """A long text in one call, then tokens one by one, in half precision by the flash kernel."""
+    if compiled and dtype == torch.float64:
+        pytest.skip("compiled once in float32")
+    sizes = backbone(hidden_size=128, head_dim=64)
+    torch.manual_seed(0)
+    model = CometForCausalLM(CometConfig(sizes, adapter_rank=2, **MEMORY)).to(GPU, dtype).eval()
+    ids = text(3, 200).to(GPU)
+    results = []
+    for model.cuda_graphs in (False, True):
+        if compiled and model.cuda_graphs:
+            torch._dynamo.reset()
+            model.compile_cells()
+        with torch.inference_mode():
+            cache = CometCache()
+            logits = [model(ids[:, :100], past_key_values=cache).logits]
+            for k in range(100, 200):
+                logits.append(model(ids[:, k : k + 1], past_key_values=cache).logits)
+        results.append(torch.cat(logits, 1))
+    # Two kinds of steps, whole chunks, chunks that close at a token, and that token.
+    assert len(cache.graphs.recordings) == 5
+    assert largest(results[1], results[0]) < limit
+    if dtype == torch.bfloat16:
+        with torch.inference_mode():
+            seen = kernels(lambda: model(ids[:, :1], past_key_values=cache))
+        assert any("flash" in name for name, *_ in seen)
+
+
+def test_generated_by_graphs():
+    model, ids = tiny(dtype=torch.float32).to(GPU), text(2, 23).to(GPU)
+    options = {"max_new_tokens": 60, "do_sample": False}
+    expected = model.generate(ids, **options)
+    model.cuda_graphs = True
+    found = model.generate(ids, **options, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, expected)
+    assert len(found.past_key_values.graphs.recordings) >= 3
+    torch.manual_seed(0)
+    sampled = [model.generate(ids, max_new_tokens=30, do_sample=True) for _ in range(2)]
+    assert not torch.equal(*sampled)

@@ -143,7 +143,7 @@ def _flash_runs(q: Tensor) -> bool:
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask (B or 1, 1, W, L) as numbers to add; the kernel wants rows of a multiple of 16."""
+    """A bool mask (B or 1, 1, W, L) as numbers to add; the kernel wants rows of 16 n."""
     room = mask.new_zeros(*mask.shape[:3], -(-mask.shape[3] // 16) * 16, dtype=dtype)
     bias = room[..., : mask.shape[3]]
     return bias.masked_fill_(~mask, -torch.inf)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -47,6 +48,7 @@ class Recording:
     """A kind of chunk, ready to run."""
 
     run: Callable[[], Any]
+    body: Callable[[], Tensor]  # was recorded; what it reads has to live as long as its addresses
     ids: Tensor  # (B, text tokens) goes in
     numbers: Tensor | None  # of a step: its first key column, and pending outputs held before
     hidden: Tensor  # (B, W, d) comes out
@@ -124,26 +126,15 @@ class ChunkGraphs:
         if kind.clock is None:
             numbers = step_numbers(segment, m, ids.device)
             step = StepInputs(kind, numbers, self.memories[0].keys, model)
+            body = partial(visit, model, self.memories, step.chunk, ids)
             # Kernels load; what this writes, the recording's first run writes again.
-            self.visit(step.chunk(), ids)
-
-            def body() -> Tensor:
-                return self.visit(step.chunk(), ids)
+            body()
         else:
             chunk = fixed_chunk(kind, segment, plan, ids.device, model.rope)
-
-            def body() -> Tensor:
-                return self.visit(chunk, ids)
-
+            body = partial(visit, model, self.memories, lambda: chunk, ids)
         run, hidden = self.capture(body)
-        return Recording(run, ids[:, : kind.tokens], numbers, hidden, np.flatnonzero(kinds == TEXT))
-
-    def visit(self, chunk: Chunk, ids: Tensor) -> Tensor:
-        """(B, W, d) outputs of the last layer; memory changes in its buffers."""
-        hidden = self.model.model.embed_tokens(ids.gather(1, chunk.tokens.source))
-        for cell, memory in zip(self.model.model.layers, self.memories, strict=True):
-            hidden, _ = cell(hidden, memory, chunk)
-        return hidden
+        text = np.flatnonzero(kinds == TEXT)
+        return Recording(run, body, ids[:, : kind.tokens], numbers, hidden, text)
 
     def capture(self, body: Callable[[], Tensor]) -> tuple[Callable[[], Any], Tensor]:
         """What runs the body again, and the tensor that its result is then in."""
@@ -154,6 +145,17 @@ class ChunkGraphs:
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             hidden = body()
         return graph.replay, hidden
+
+
+def visit(
+    model: Any, memories: Sequence[LayerMemory], chunk: Callable[[], Chunk], ids: Tensor
+) -> Tensor:
+    """(B, W, d) outputs of the last layer on a chunk; memory changes in its buffers."""
+    now = chunk()
+    hidden = model.model.embed_tokens(ids.gather(1, now.tokens.source))
+    for cell, memory in zip(model.model.layers, memories, strict=True):
+        hidden, _ = cell(hidden, memory, now)
+    return hidden
 
 
 class StepInputs:

@@ -2,6 +2,8 @@
 the CPU; tests/model/test_cuda.py records on a GPU."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,8 +18,8 @@ from tests.support.models import EXACT, FEW, memories, text, tiny
 
 
 class Recorder:
-    """Stands in for ChunkGraphs.capture: like a GPU's it does nothing yet, and its result lies
-    where the next run overwrites it."""
+    """Stands in for ChunkGraphs.capture: like a GPU's it does nothing yet, its result lies where
+    the next run overwrites it, and it keeps nothing alive that the run reads."""
 
     def __init__(self):
         self.recorded = self.runs = 0
@@ -31,11 +33,13 @@ class Recorder:
                 if tensor is not None:
                     tensor.copy_(value)
 
+        held, place = weakref.ref(body), weakref.ref(hidden.fill_(torch.nan))
+
         def run():
             self.runs += 1
-            hidden.copy_(body())
+            place().copy_(held()())
 
-        return run, hidden.fill_(torch.nan)
+        return run, hidden
 
 
 @pytest.fixture
@@ -181,3 +185,20 @@ def test_only_so_many_are_kept(recorder):
     for size in sizes:
         model(text(1, size), chunk_sizes=[size], past_key_values=cache)
     assert len(cache.graphs.recordings) == MOST
+
+
+@torch.no_grad()
+def test_a_cache_frees_its_buffers_when_it_goes(recorder):
+    """No circle that waits for the garbage collector."""
+    model, ids = tiny(), text(1, 80)
+    model.cuda_graphs = True
+    cache = model(ids).past_key_values
+    model(ids[:, :9], past_key_values=cache)
+    assert cache.graphs.recordings
+    keys = weakref.ref(cache.memories[0].keys)
+    gc.disable()
+    try:
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()

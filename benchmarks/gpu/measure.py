@@ -18,6 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.shared.options import ROOT
+from comet_pl.errors import first_line
 
 GIB = 2**30
 TINY_LEAST = 64  # tokens of the shortest text of a trial
@@ -89,7 +90,8 @@ def line_of(one: Planned, place: Place, deadline: float) -> dict[str, Any]:
         values = one.function(place, **one.arguments)
         place.synchronize()
     except Exception as error:
-        line |= {"error": f"{type(error).__name__}: {error}"[:300], "where": place_of(error)}
+        line |= {"error": f"{type(error).__name__}: {first_line(error)}"[:300]}
+        line["where"] = place_of(error)
         if "CUDA error" in str(error):
             error.line = line
             raise

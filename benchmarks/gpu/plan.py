@@ -117,7 +117,7 @@ COMMANDS = [
         lengths=[1024, 32768],
         examples=2,
     ),
-    planned("two processes on one device", 45, two_ranks, tiny_seconds=20),
+    planned("two processes on one device", 90, two_ranks, tiny_seconds=20),
     planned("train.py, resumed", 40, resume, tiny_seconds=14),
     planned("train.py, 32-true", 25, train, tiny_seconds=8, name="full", precision="32-true"),
     planned(

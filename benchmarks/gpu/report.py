@@ -1,5 +1,7 @@
 """What the lines say: a table for the terminal, the section of the page, the pictures."""
 
+import re
+
 from benchmarks.shared import report
 from benchmarks.shared.report import met, table, texts
 
@@ -51,6 +53,12 @@ def outcome(line):
     keys = [key for key in SHOWN.get(line["kind"], line) if line.get(key) is not None]
     missed = ["MISSED"] if line.get("met") is False else []
     return ", ".join(missed + [f"{key} {brief(line[key])}" for key in keys])
+
+
+def short(kernel):
+    """A kernel's name without namespaces, arguments and the template's."""
+    kernel = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.split(r"[<(]", kernel)[0].rpartition("::")[2]
 
 
 def brief(value):
@@ -124,7 +132,7 @@ def attentions(lines):
     rows = []
     for shape, by in cells.items():
         errors = [f"{by[dtype]:.0e}" if dtype in by else "" for dtype in dtypes]
-        kernels = [f"`{named[shape][dtype]}`" if shape in named else "" for dtype in dtypes]
+        kernels = [f"`{short(named[shape][dtype])}`" if shape in named else "" for dtype in dtypes]
         rows.append(
             (shape, *(" ".join(pair).strip() for pair in zip(errors, kernels, strict=True)))
         )
@@ -143,7 +151,7 @@ def chunks(lines):
     for line in of_kind(lines, "chunk_kernels"):
         rows.append((f"{line['model']}, all", *texts(line, "launches:,", "gpu_ms:,.2f")))
         for name, count, milliseconds in line["top"][:TOP]:
-            rows.append((f"{line['model']}, `{name}`", f"{count:,}", f"{milliseconds:,.2f}"))
+            rows.append((f"{line['model']}, `{short(name)}`", f"{count:,}", f"{milliseconds:,.2f}"))
     yield from table_of(("kernels of such a chunk", "launches", "ms"), rows)
 
 

@@ -43,10 +43,11 @@ class Options(Parser):
         self.add_argument("--out", type=Path, default=out, metavar="DIR", help=text)
 
     def settle(self, argv):
-        """The options with every default, `command`, and `given`: the numbers in argv. Makes the
-        folder of the results. Raises UserError."""
+        """The options with every default, `command` (without --out) and `given`: the numbers in
+        argv. Makes the folder of the results. Raises UserError."""
         options = self.parse_intermixed_args(argv)
-        options.command, options.given = " ".join([self.prog, *argv]), set()
+        told = [a for i, a in enumerate(argv) if "--out" not in (a, argv[i - 1] if i else "")]
+        options.command, options.given = " ".join([self.prog, *told]), set()
         options.load = os.getloadavg()[0]
         for key, usual in {**self.numbers["usual"], **self.numbers.get(options.size, {})}.items():
             value = getattr(options, key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from comet_pl.config.help import help_asked
 from comet_pl.config.load import eval_paths
-from comet_pl.errors import run_cli
+from comet_pl.errors import importing, run_cli
 from comet_pl.experiment.checkpoint import find_checkpoint
 
 
@@ -18,8 +18,9 @@ def main(argv: list[str]) -> None:
     path, out = eval_paths(argv)
     checkpoint, folder = find_checkpoint(path)
 
-    from comet_pl.build import device_of, load_checkpoint
-    from comet_pl.evaluation import evaluate
+    with importing():
+        from comet_pl.build import device_of, load_checkpoint
+        from comet_pl.evaluation import evaluate
 
     model, tokenizer, config = load_checkpoint(checkpoint, argv)
     print(f"evaluates {checkpoint}", flush=True)

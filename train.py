@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from comet_pl.config.help import help_asked
 from comet_pl.config.load import load
-from comet_pl.errors import run_cli
+from comet_pl.errors import importing, run_cli
 from comet_pl.experiment.run_folder import saved_configuration
 
 
@@ -18,7 +18,8 @@ def main(argv: list[str]) -> None:
     if saved := saved_configuration(config):
         config = load(argv, base=saved)
 
-    from comet_pl.experiment.session import run_session
+    with importing():
+        from comet_pl.experiment.session import run_session
 
     run_session(config, argv)
 

@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from comet_pl.config.schema import CheckpointConfig
@@ -22,11 +23,19 @@ from comet_pl.errors import TrainingStopped, UserErrorOnAllRanks
 from comet_pl.experiment.checkpoint import read_checkpoint
 from comet_pl.files import replacing
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Of terminals and schedulers. Who has told the process to ignore one, as nohup does, is obeyed.
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 
 class RunCheckpoints(Checkpoint):
-    """Writes last.ckpt by steps and by minutes, at the end of fit and on Ctrl-C or SIGTERM.
+    """Writes last.ckpt by steps and by minutes, at the end of fit and on a signal (SIGNALS).
 
     best.ckpt is that of the best validation so far. Both are written between two steps, after the
     validation that belongs to the last one, and after the logged values.
@@ -60,11 +69,21 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         checkpoint["comet"] = self.content
 
+    def setup(self, trainer: lightning.Trainer, *_: Any, stage: str = "") -> None:
+        """Lightning's own answer to a SLURM signal would save within a step, to another file."""
+        environment = trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.tells = trainer.is_global_zero
         try:
-            self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self.handlers = {
+                number: signal.signal(number, self._on_signal)
+                for number in SIGNALS
+                if signal.getsignal(number) != signal.SIG_IGN
+            }
         # outside the main thread, signals are left to the program that runs it
         except ValueError:
             self.handlers = {}

@@ -5,8 +5,11 @@ Importing it registers CoMeT with Hugging Face's Auto classes.
 
 from typing import TYPE_CHECKING, Any
 
-from comet_pl.model.cache import CometCache
-from comet_pl.model.configuration_comet import CometConfig, on_first_use
+from comet_pl.errors import importing
+
+with importing():
+    from comet_pl.model.cache import CometCache
+    from comet_pl.model.configuration_comet import CometConfig, on_first_use
 
 if TYPE_CHECKING:
     from comet_pl.model.modeling_comet import CometForCausalLM

@@ -13,12 +13,14 @@ import sys
 from argparse import ArgumentTypeError
 from typing import Any
 
-from torch import Tensor
-from transformers import TextStreamer
+from comet_pl.errors import Parser, UserError, importing, run_cli
 
-from comet_pl.chat.conversation import Conversation
-from comet_pl.chat.open_model import add_options, check_target, open_conversation
-from comet_pl.errors import Parser, UserError, run_cli
+with importing():
+    from torch import Tensor
+    from transformers import TextStreamer
+
+    from comet_pl.chat.conversation import Conversation
+    from comet_pl.chat.open_model import add_options, check_target, open_conversation
 
 
 def main(argv: list[str]) -> None:

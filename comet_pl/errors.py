@@ -1,12 +1,29 @@
-"""Users' mistakes: one clear line on stderr, exit code 2, no traceback."""
+"""What is the user's or the machine's: one clear line on stderr, exit code 2, no traceback.
+
+COMET_DEBUG=1 shows the traceback before the line.
+"""
 
 import argparse
 import difflib
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
+
+COMMANDS = ("train.py", "eval.py", "comet_pl.")
+LONGEST = 590  # characters of a line; more is cut in its middle
+# In errors of libraries that no class tells apart.
+NO_ROOM = (
+    "no space left",
+    "unexpected pos",
+    "inline_container",
+    "quota exceeded",
+    "read-only file",
+)
+NO_MEMORY = ("out of memory", "allocate memory", "unable to allocate", "bad_alloc")
 
 
 class UserError(ValueError):
@@ -22,7 +39,7 @@ class UserErrorOnAllRanks(UserError, OnAllRanks):
 
 
 class TrainingStopped(OnAllRanks):
-    """Ctrl-C or SIGTERM ended the training between two steps; last.ckpt holds the state."""
+    """A signal ended the training between two steps; last.ckpt holds the state."""
 
     def __init__(self, number: int, step: int):
         self.number, self.step = number, step
@@ -61,12 +78,124 @@ def os_errors(line: str) -> Iterator[None]:
         raise UserError(f"{line}: {error.strerror or error}") from None
 
 
-def run_cli(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(sys.argv[1:])`: mistakes become a line on stderr and exit code 2, Ctrl-C 130."""
+def is_disk_fault(error: BaseException) -> bool:
+    """Whether a file could not be written: an OSError, or torch's and safetensors' words for it."""
+    return isinstance(error, OSError) or any(words in str(error).lower() for words in NO_ROOM)
+
+
+def fault_of(error: Exception) -> str | None:
+    """What the user or the machine did, in words; None: the program's own error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
+        return f"out of memory{': ' * bool(text)}{text}; docs/how-to.md says how to need less"
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}"
+    return f"a file cannot be written: {first_line(error)}" if is_disk_fault(error) else None
+
+
+def as_line(text: str) -> str:
+    """Text that a terminal may show: one line, nothing but printable characters, not too long."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 5 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+
+
+class Stream:
+    """A standard stream that may go away, as pipes and full disks do: the work goes on without it.
+
+    Raises:
+        nothing, where the stream below raises an OSError.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._leave()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._leave()
+
+    def _leave(self) -> None:
+        """What is still to come, and what waits in buffers, goes nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Within the block all three are there, also if the process was started without them."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+    before = sys.stdin, sys.stdout, sys.stderr
+    sys.stdin = sys.stdin or open(os.devnull)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        setattr(sys, name, Stream(stream))
     try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (UserError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
-        raise SystemExit(2) from None
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stdin, sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Within the block, in which libraries are imported, Ctrl-C ends a command of ours at once;
+    some libraries swallow a KeyboardInterrupt. Other programs keep their own answer."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = any(os.path.basename(word).startswith(COMMANDS) for word in sys.orig_argv[1:6])
+    if not ours or before is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run_cli(main: Callable[[list[str]], None]) -> None:
+    """Runs `main(sys.argv[1:])`: what is the user's or the machine's becomes a line on stderr and
+    exit code 2, Ctrl-C exit code 130."""
+    with standard_streams():
+        try:
+            main([decodable(argument) for argument in sys.argv[1:]])
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception as error:
+            line = fault_of(error)
+            if line is None:
+                raise
+            if os.environ.get("COMET_DEBUG") == "1":
+                error.__suppress_context__ = False
+                traceback.print_exception(error)
+            print(f"error: {as_line(line)}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+
+def decodable(argument: str) -> str:
+    """An argument of the command. Raises UserError if it is not text in UTF-8."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{argument!a}: is not text in UTF-8") from None
+    return argument

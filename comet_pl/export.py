@@ -7,7 +7,7 @@ loads the result; after `import comet_pl`, so does AutoModelForCausalLM.
 
 from pathlib import Path
 
-from comet_pl.errors import Parser, run_cli
+from comet_pl.errors import Parser, importing, run_cli
 from comet_pl.files import check_new, save_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -23,10 +23,11 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
         UserError: the checkpoint is missing or damaged; the folder exists or cannot be written.
     """
     check_new(folder)
-    import torch
-    import transformers
+    with importing():
+        import torch
+        import transformers
 
-    from comet_pl.experiment.checkpoint import load_trained
+        from comet_pl.experiment.checkpoint import load_trained
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from transformers import PreTrainedTokenizerBase
+from comet_pl.errors import Parser, UserError, importing, os_errors, run_cli
 
-from comet_pl.chat.open_model import add_options, check_target, open_conversation
-from comet_pl.errors import Parser, UserError, os_errors, run_cli
-from comet_pl.progress import Bar
-from data.chat_template import BLANK, encode
+with importing():
+    from transformers import PreTrainedTokenizerBase
+
+    from comet_pl.chat.open_model import add_options, check_target, open_conversation
+    from comet_pl.progress import Bar
+    from data.chat_template import BLANK, encode
 
 PIECE = 100_000  # bytes of a file decoded and tokenised at once
 

@@ -7,6 +7,8 @@ may save half a step.
 
 import os
 import signal
+import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -19,8 +21,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from comet_pl.config.schema import CheckpointConfig
-from comet_pl.errors import TrainingStopped, UserErrorOnAllRanks
-from comet_pl.experiment.checkpoint import read_checkpoint
+from comet_pl.errors import TrainingStopped, UserErrorOnAllRanks, fault_of, is_disk_fault
+from comet_pl.experiment.checkpoint import check_resumable, read_checkpoint
 from comet_pl.files import replacing
 
 # Of terminals and schedulers. Who has told the process to ignore one, as nohup does, is obeyed.
@@ -100,7 +102,7 @@ class RunCheckpoints(Checkpoint):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         # the data may end before max_steps
         if trainer.global_step > self.saved_step:
-            self._save(trainer, "last.ckpt")
+            self._save(trainer, "last.ckpt", must=True)
 
     def on_exception(self, *_: Any) -> None:
         """Saves nothing: a step may be half done, or its batch read and lost."""
@@ -123,8 +125,9 @@ class RunCheckpoints(Checkpoint):
             due = trainer.strategy.reduce_boolean_decision(due, all=False)
             numbers = torch.tensor(number or 0, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(numbers, reduce_op="max")) or None
+        ends = number is not None or step >= trainer.max_steps
         if (due or number) and step > self.saved_step:
-            self._save(trainer, "last.ckpt")
+            self._save(trainer, "last.ckpt", must=ends)
         if number:
             raise TrainingStopped(number, step)
 
@@ -135,16 +138,52 @@ class RunCheckpoints(Checkpoint):
             raise UserErrorOnAllRanks(f"checkpoint.monitor: {monitor!r} given, {allowed}")
         value, sign = float(metrics[monitor]), 1 if self.settings.mode == "min" else -1
         if value == value and (self.best is None or sign * value < sign * self.best):
-            self.best = value
-            self._save(trainer, "best.ckpt")
+            before, self.best = self.best, value
+            if not self._save(trainer, "best.ckpt", must=False):
+                self.best = before
 
-    def _save(self, trainer: lightning.Trainer, name: str) -> None:
+    def _save(self, trainer: lightning.Trainer, name: str, must: bool) -> bool:
+        """Whether it is written. If not, as on a full disk, the training goes on and tries again
+        when the next checkpoint is due; the former file stays.
+
+        Args:
+            must: it is the last chance.
+
+        Raises:
+            UserError: it must, and cannot; on all ranks.
+        """
         # logged values must not be younger than the checkpoint
         for logger in trainer.loggers:
             logger.save()
+        io = trainer.strategy.checkpoint_io
+        assert isinstance(io, AtomicCheckpointIO)
+        own = "-".join((*self.folder.parent.parts[-2:], name))
+        io.spare = Path(tempfile.gettempdir(), own) if must else None
         trainer.save_checkpoint(self.folder / name)
-        if name == "last.ckpt":
-            self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        failed = io.failure is not None
+        if trainer.world_size > 1:
+            failed = trainer.strategy.reduce_boolean_decision(failed, all=False)
+        step = trainer.global_step
+        if failed or name == "last.ckpt":
+            self.saved_at = time.monotonic()
+        if failed:
+            line = f"{self.folder / name}: step {step} cannot be saved: {io.failure}"
+            if must:
+                raise UserErrorOnAllRanks(f"{line}; {self._remedy(io, name)}")
+            if self.tells:
+                print(f"warning: {line}; goes on, and tries again", file=sys.stderr, flush=True)
+        elif name == "last.ckpt":
+            self.saved_step = step
+        return not failed
+
+    def _remedy(self, io: "AtomicCheckpointIO", name: str) -> str:
+        goes_on = "then resume=true goes on"
+        if io.saved_in_spare:
+            return f"it is in {io.spare}; make room and move it to {self.folder / name}, {goes_on}"
+        stays = (
+            f"that of step {self.saved_step} stays" if self.saved_step > 0 else "there is no other"
+        )
+        return f"{stays}; make room, {goes_on}"
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
@@ -173,15 +212,35 @@ def validation_follows(trainer: lightning.Trainer) -> bool:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint whole or not at all; reads tensors and plain types only."""
 
+    failure: str | None = None  # why the last one could not be written
+    spare: Path | None = None  # where else it may go
+    saved_in_spare = False
+
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        with replacing(Path(path)) as beside, open(beside, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
+        """Notes in `failure` what the file system refuses: only one rank meets it, and the others
+        wait for it after this."""
+        self.failure = self._write(checkpoint, Path(path))
+        self.saved_in_spare = False
+        if self.failure and self.spare:
+            self.saved_in_spare = self._write(checkpoint, self.spare) is None
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> str | None:
+        try:
+            with replacing(path) as beside, open(beside, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+        except Exception as error:
+            if not is_disk_fault(error):
+                raise
+            return fault_of(error)
+        return None
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(Path(path))
+        check_resumable(checkpoint, Path(path))
+        return checkpoint

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from comet_pl.files import as_png, replace_file
+from comet_pl.files import as_png, try_file
 from comet_pl.training.lit_module import CometModule
 
 
@@ -14,7 +14,7 @@ def show_figure(module: CometModule, tag: str, figure: Figure, file: Path | None
     """Writes a figure to TensorBoard under its tag, and to `file`; for rank 0."""
     picture = as_png(figure)
     if file is not None:
-        replace_file(file, picture, "run.root")
+        try_file(file, picture)
     if module.logger is not None:
         writer = module.logger.experiment  # type: ignore[attr-defined]
         pixels = imread(io.BytesIO(picture))[..., :3]

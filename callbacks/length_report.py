@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from callbacks.figures import show_figure
-from comet_pl.files import as_json, replace_file
+from comet_pl.files import as_json, try_file
 from comet_pl.metrics.loss_by_position import LossByPosition, chunk_of_columns, curve, name
 from comet_pl.model.observer import Observer
 
@@ -52,6 +52,6 @@ class LengthReport(lightning.Callback):
         known = {label: loss for label, loss in losses.items() if loss is not None}
         pl_module.record({f"val/loss_by_chunk/{label}": loss for label, loss in known.items()})
         report = as_json({"step": trainer.global_step, "buckets": buckets}, indent=2)
-        replace_file(self.folder / "length_report.json", report, "run.root")
+        try_file(self.folder / "length_report.json", report)
         file = self.folder / "length_report.png"
         show_figure(pl_module, "val/loss_by_chunk", curve(buckets), file)

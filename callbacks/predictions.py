@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from comet_pl.evaluation.results import Answer, answer_of
-from comet_pl.files import as_json, replace_file
+from comet_pl.files import as_json, try_file
 from data.batches import IGNORED
 
 SHOWN = 16  # examples in TensorBoard; the file has all
@@ -88,7 +88,7 @@ class Predictions(lightning.Callback):
             return
         step = trainer.global_step
         file = self.folder / f"predictions-{step}.jsonl"
-        replace_file(file, b"".join(map(as_json, answers)), "run.root")
+        try_file(file, b"".join(map(as_json, answers)))
         if pl_module.logger is not None:
             writer = pl_module.logger.experiment  # type: ignore[attr-defined]
             writer.add_text("val/predictions", as_table(answers[:SHOWN]), global_step=step)

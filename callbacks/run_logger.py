@@ -1,5 +1,7 @@
 """TensorBoard events straight in the run's folder, and the configuration in them."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from comet_pl.config.load import to_dict
 from comet_pl.config.schema import Config
+from comet_pl.errors import fault_of, is_disk_fault
 from comet_pl.experiment.run_folder import Run
 
 
@@ -27,14 +30,61 @@ class RunLogger(TensorBoardLogger):
             folder, name="", version="", default_hp_metric=False, purge_step=purge_step
         )
 
+    full = False  # the disk; until the next checkpoint events are dropped, and the training goes on
+
     @property
     def log_dir(self) -> str:
         return str(self._root_dir)
 
+    @property
+    def experiment(self) -> Any:
+        """The writer of events."""
+        if self.full:
+            return Guarded(None, self._note)
+        try:
+            return Guarded(super().experiment, self._note)
+        except OSError as error:
+            self._note(error)
+            return Guarded(None, self._note)
+
     @rank_zero_only
     def save(self) -> None:
         """Flushes; config.yaml makes Lightning's hparams.yaml superfluous."""
+        self.full = False
         self.experiment.flush()
+
+    def _note(self, error: Exception) -> None:
+        self.full, self._experiment = True, None  # its thread has ended
+        line = f"warning: {self.log_dir}: events cannot be written: {fault_of(error)}; goes on"
+        print(line, file=sys.stderr, flush=True)
+
+
+class Guarded:
+    """A writer that notes what a full disk refuses and goes on.
+
+    Args:
+        writer: None: everything is dropped.
+    """
+
+    def __init__(self, writer: Any, note: Callable[[Exception], None]):
+        self._writer, self._note = writer, note
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._writer, name, None)
+        if name == "file_writer":
+            return Guarded(found, self._note)
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            if found is None:
+                return None
+            try:
+                return found(*arguments, **more)
+            except Exception as error:
+                if not is_disk_fault(error):
+                    raise
+                return self._note(error)
+
+        return call
 
 
 class LogConfig(lightning.Callback):

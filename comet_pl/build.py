@@ -82,17 +82,11 @@ def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     path, data = config.backbone.path, config.data
     if path is not None:
-        from transformers import AutoTokenizer
-
+        from comet_pl.experiment.loading import load_tokenizer
         from comet_pl.files import check_built
 
         check_built(path, "backbone.path")
-        try:
-            return AutoTokenizer.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"backbone.path: {path}: no tokenizer can be loaded: {first_line(error)}"
-            ) from None
+        return load_tokenizer(path, f"backbone.path: {path}: no tokenizer can be loaded")
     from data.tokenizer import AGENT_TOKENS, train_tokenizer
 
     more = AGENT_TOKENS if isinstance(data, AgentData) else ()
@@ -121,10 +115,10 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForC
 
 
 def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
-    from safetensors import SafetensorError
     from transformers import AutoConfig
 
     from comet_pl import CometConfig, CometForCausalLM
+    from comet_pl.experiment.loading import load_model
     from comet_pl.training.induction_init import start_lookups
 
     backbone, comet = config.backbone, asdict(config.model)
@@ -132,15 +126,9 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
         # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not
         # be lost in bf16 weights.
         dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
-        try:
-            return CometForCausalLM.from_pretrained(
-                backbone.path,
-                comet=comet,
-                attn_implementation=backbone.attn_implementation,
-                dtype=dtype,
-            )
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise UserError(f"backbone.path: {backbone.path}: {first_line(error)}") from None
+        attention = {"attn_implementation": backbone.attn_implementation}
+        what = f"backbone.path: {backbone.path}"
+        return load_model(backbone.path, what, comet=comet, dtype=dtype, **attention)
     try:
         decoder = AutoConfig.for_model(
             backbone.model_type,

@@ -8,6 +8,7 @@ import difflib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -71,11 +72,14 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def os_errors(line: str) -> Iterator[None]:
-    """Turns an OSError of the block into the UserError `line`: reason."""
+    """Turns what is wrong with a file in the block into the UserError `line`: reason."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{line}: {error.strerror or error}") from None
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_fault(error):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{line}: {reason or first_line(error)}") from None
 
 
 def is_disk_fault(error: BaseException) -> bool:
@@ -173,9 +177,16 @@ def importing() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def quiet_thread(args: threading.ExceptHookArgs) -> None:
+    """The hook of a thread's end: what writes to disk tells of it in its own way."""
+    if not (args.exc_value and is_disk_fault(args.exc_value)):
+        threading.__excepthook__(args)
+
+
 def run_cli(main: Callable[[list[str]], None]) -> None:
     """Runs `main(sys.argv[1:])`: what is the user's or the machine's becomes a line on stderr and
     exit code 2, Ctrl-C exit code 130."""
+    threading.excepthook = quiet_thread
     with standard_streams():
         try:
             main([decodable(argument) for argument in sys.argv[1:]])

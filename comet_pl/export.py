@@ -28,6 +28,7 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
         import transformers
 
         from comet_pl.experiment.checkpoint import load_trained
+        from comet_pl.experiment.loading import Digests
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -35,7 +36,7 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
     model, tokenizer, _ = load_trained(checkpoint, [])
     if dtype is not None:
         model = model.to(getattr(torch, dtype))
-    save_folder(folder, model, tokenizer)
+    save_folder(folder, model, tokenizer, Digests())
 
 
 def main(argv: list[str]) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
+import socket
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +21,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+
+
 @contextmanager
-def replacing(path: Path, tag: str = "") -> Iterator[Path]:
-    """Yields a path beside `path` for a file or folder; it becomes `path` if the block succeeds.
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a path beside `path`, this process's own, for a file or folder; it becomes `path` if
+    the block succeeds.
 
-    If the block fails, what it wrote is removed; so is what a killed process left, before it. Both
-    paths lie in one folder, so the renaming is atomic.
-
-    Args:
-        tag: tells apart the processes that may write the same path at once.
+    If the block fails, what it wrote is removed; so is what killed processes of this machine left,
+    before it. Both paths lie in one folder, so the renaming is atomic.
 
     Raises:
         OSError
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}{tag}.part")
+    remove_leftovers(path)
+    beside = path.with_name(f".{path.name}.{HOST}-{os.getpid()}.part")
     _remove(beside)
     try:
         yield beside
@@ -41,11 +47,33 @@ def replacing(path: Path, tag: str = "") -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Removes the parts of `path` whose process is gone; those of other machines stay."""
+    name = re.escape(path.name)
+    # Without HOST: of former versions.
+    part = re.compile(rf"\.?{name}(?:\.(?:{HOST}-)?(\d+))?\.part")
+    for entry in os.listdir(path.parent):
+        if (match := part.fullmatch(entry)) and not (match[1] and is_alive(int(match[1]))):
+            _remove(path.with_name(entry))
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes, key: str) -> None:
@@ -59,6 +87,14 @@ def replace_file(path: Path, content: bytes, key: str) -> None:
     """
     with os_errors(f"{key}: {path} cannot be written"), replacing(path) as beside:
         beside.write_bytes(content)
+
+
+def try_file(path: Path, content: bytes) -> None:
+    """As replace_file, but a training does not end for want of a picture: stderr says why."""
+    try:
+        replace_file(path, content, "run.root")
+    except UserError as error:
+        print(f"warning: {error}; goes on", file=sys.stderr, flush=True)
 
 
 def check_new(folder: Path) -> None:

@@ -35,7 +35,7 @@ def convert(file: Path, folder: Path) -> None:
 
     with tempfile.TemporaryDirectory() as work:
         source = _unpacked(file, Path(work))
-        options = {"gguf_file": source.name, "local_files_only": True}
+        options = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 source.parent, quantization_config=GgufConfig(dequantize=True), **options

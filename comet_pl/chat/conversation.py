@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.errors import UserError, os_errors
+from comet_pl.files import remove_leftovers
 from data.chat_template import BLANK, encode, frame, separator
 
 # Tokens a forward call prefills, at least one chunk: it holds the activations of one chunk and the
@@ -126,6 +128,7 @@ class Conversation:
             UserError: it cannot be written.
         """
         with os_errors(f"--save: {path} cannot be written"):
+            remove_leftovers(Path(path))
             self.cache.save(path, notes={"opening": self.opening, **notes})
 
     def _prefill(self, ids: list[int]) -> None:

@@ -12,15 +12,15 @@ import huggingface_hub
 import torch
 import transformers
 import yaml
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.chat.conversation import Conversation
 from comet_pl.config.load import filled
 from comet_pl.config.schema import ModelConfig
-from comet_pl.errors import UserError, first_line, nearest
+from comet_pl.errors import UserError, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
+from comet_pl.experiment.loading import load_model, load_tokenizer, loading
 from comet_pl.files import check_built
 from comet_pl.model.pretrained import kind
 
@@ -145,8 +145,11 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None, gpu: bool =
         if local:
             path, _ = find_checkpoint(path)
             name = str(path)
+        source = "" if local else "no file or folder here, and from the hub "
         if not path.is_file():
-            return _from_hugging_face(name, comet, dtype)
+            return _from_hugging_face(
+                name, comet, dtype, f"MODEL: {name}: {source}cannot be loaded"
+            )
         keys = [f"model.{key}={json.dumps(value)}" for key, value in comet.items()]
         model, tokenizer, config = load_trained(path, keys)
         if dtype is None and gpu and config.trainer.precision == "bf16-mixed":
@@ -154,18 +157,17 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None, gpu: bool =
         return model.to(getattr(torch, dtype)) if dtype else model, tokenizer, comet
     except UserError as error:
         raise UserError(str(error).replace("ckpt: ", "MODEL: ", 1)) from None
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        source = "" if local else "no file or folder here, and from the hub "
-        raise UserError(f"MODEL: {name}: {source}cannot be loaded: {first_line(error)}") from None
 
 
-def _from_hugging_face(name: str, comet: dict[str, Any], dtype: str | None) -> Loaded:
-    if plain := kind(name, {}) == "decoder":
+def _from_hugging_face(name: str, comet: dict[str, Any], dtype: str | None, what: str) -> Loaded:
+    with loading(what):
+        plain = kind(name, {}) == "decoder"
+    if plain:
         comet = PLAIN_DECODER | comet
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name, what)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = CometForCausalLM.from_pretrained(name, comet=comet, dtype=dtype or "auto").eval()
+        model = load_model(name, what, comet=comet, dtype=dtype or "auto").eval()
     if plain:
         line = (
             f"note: {name} has no memory of its own; it gets a random, untrained one, so expect "

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
+import zipfile
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.config.schema import Config
-from comet_pl.errors import UserError, first_line
+from comet_pl.errors import UserError, os_errors
+from comet_pl.experiment.loading import load_model, load_tokenizer, loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,30 +71,57 @@ def restore_tokenizer(content: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     )
 
 
-def read_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
+RESUMED = {  # keys of a checkpoint that goes on, and their types
+    "state_dict": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "loops": dict,
+    "random_states": list,
+    "global_step": int,
+}
+
+
+def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[str, Any]:
     """A checkpoint's content, tensors on the CPU.
 
     Args:
         mmap: tensors are read from the file at their first use.
+        whole: every byte is compared with the checksums in the file, every weight with infinity.
 
     Raises:
         UserError: no file, or not a whole checkpoint of this project.
     """
     import torch
 
-    try:
+    from comet_pl.model.digests import check_finite
+
+    best = path.with_name("best.ckpt")
+    other = f"; {best} may be whole" if path.name == "last.ckpt" and best.is_file() else ""
+    with os_errors(f"{path}: cannot be read"):
+        path.open("rb").close()
+    with loading(f"{path}: not a readable checkpoint: truncated, or something else{other}", False):
+        if whole and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as records:
+                if damaged := records.testzip():
+                    raise UserError(f"{path}: damaged: {damaged} is not what was written{other}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read, perhaps cut short: {error.strerror or error}"
-        ) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, BadZipFile, pickle.UnpicklingError):
-        raise UserError(
-            f"{path}: not a readable checkpoint: truncated, or something else"
-        ) from None
-    if not isinstance(checkpoint, dict) or "comet" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("comet"), dict):
         raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
+    for key in ("state_dict", "global_step"):
+        if not isinstance(checkpoint.get(key), RESUMED[key]):
+            raise UserError(f"{path}: a damaged checkpoint: no {key} in it{other}")
+    if whole:
+        with loading(f"{path}: damaged{other}"):
+            check_finite(checkpoint["state_dict"])
     return checkpoint
+
+
+def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raises UserError unless the checkpoint has all that a training goes on from."""
+    for key, kind in RESUMED.items():
+        value = checkpoint.get(key)
+        if not isinstance(value, kind) or (key != "global_step" and not value):
+            raise UserError(f"{path}: cannot be resumed: no {key} in it")
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:
@@ -148,6 +175,14 @@ def load_trained(
 def _from_checkpoint(
     path: Path, argv: list[str]
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
+    checkpoint = read_checkpoint(path, mmap=True)
+    with loading(f"ckpt: {path}: its content cannot be used"):
+        return _restored(checkpoint, path, argv)
+
+
+def _restored(
+    checkpoint: Mapping[str, Any], path: Path, argv: list[str]
+) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     import json
 
     import torch
@@ -156,7 +191,6 @@ def _from_checkpoint(
     from comet_pl import CometConfig, CometForCausalLM
     from comet_pl.training.trainable import add_adapters, merge_adapters, new_rows
 
-    checkpoint = read_checkpoint(path, mmap=True)
     content = checkpoint["comet"]
     config = load(argv, "eval", base=content["config"])
     settings = CometConfig.from_dict(json.loads(content["model"]))
@@ -211,15 +245,13 @@ def _from_folder(
     path: Path, argv: list[str]
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A Hugging Face folder: the configuration is the conf's and the command line's."""
-    from safetensors import SafetensorError
-    from transformers import AutoTokenizer
-
-    from comet_pl import CometForCausalLM
     from comet_pl.model.pretrained import kind
 
     config = load(argv, "eval")
     off = config.model.global_size == 0 and config.model.compression_stride is None
-    if kind(path, {}) == "decoder" and not off:
+    with loading(f"ckpt: {path} cannot be loaded"):
+        plain = kind(path, {}) == "decoder"
+    if plain and not off:
         raise UserError(
             f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train "
             "it first "
@@ -231,10 +263,7 @@ def _from_folder(
         if argument.startswith("model.")
     }
     comet = {key: value for key, value in dataclasses.asdict(config.model).items() if key in given}
-    try:
-        model = CometForCausalLM.from_pretrained(
-            path, comet=comet, attn_implementation=config.backbone.attn_implementation
-        )
-        return model.eval(), AutoTokenizer.from_pretrained(path), config
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"ckpt: {path} cannot be loaded: {first_line(error)}") from None
+    attention = {"attn_implementation": config.backbone.attn_implementation}
+    what = f"ckpt: {path} cannot be loaded"
+    model = load_model(path, what, comet=comet, **attention)
+    return model.eval(), load_tokenizer(path, what), config

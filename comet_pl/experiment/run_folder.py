@@ -18,10 +18,12 @@ from comet_pl.config.load import to_dict, upgraded
 from comet_pl.config.schema import DATA_KINDS, Config
 from comet_pl.errors import UserError
 from comet_pl.experiment.checkpoint import read_checkpoint
+from comet_pl.experiment.lock import lock_folder, release
 from comet_pl.files import replacing
 
 # Lightning's other processes learn from it the name that the first one chose.
 NAME_VARIABLE = "COMET_RUN_NAME"
+CHECKPOINTS = ("last.ckpt", "best.ckpt")  # the first of them resumes
 FIXED = ("seed", "model", "backbone", "data", "train")
 # Of the fixed sections; at most rounding changes.
 FREE = (
@@ -51,10 +53,11 @@ class Run:
         return self.path / "checkpoints"
 
     def create(self) -> None:
-        """Makes the folder and writes config.yaml, atomically; rank 0 only."""
+        """Makes and locks the folder and writes config.yaml, atomically; rank 0 only."""
         content = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
         try:
             self.path.mkdir(parents=True, exist_ok=not self.fresh)
+            lock_folder(self.path)
             with replacing(self.path / "config.yaml") as beside:
                 beside.write_text(content, encoding="utf-8")
         except OSError as error:
@@ -63,6 +66,7 @@ class Run:
 
     def discard(self) -> None:
         """Removes a folder that this run has made and never used; its name is free again."""
+        release(self.path)
         if self.fresh:
             shutil.rmtree(self.path, ignore_errors=True)
 
@@ -96,14 +100,14 @@ def saved_configuration(config: Config) -> dict[str, Any] | None:
 
 
 def plan_run(config: Config, rank: int = 0) -> Run:
-    """The folder to write to and the checkpoint to resume from. Nothing is written.
+    """The folder to write to and the checkpoint to resume from; a folder that is there is locked.
 
     Args:
         rank: of this process; others than 0 take what rank 0 has chosen.
 
     Raises:
-        UserError: the folder exists and resume is not true; or what is resumed was made with
-            another configuration.
+        UserError: the folder exists and resume is not true, or another process trains there; what
+            is resumed was made with another configuration.
     """
     chosen = config.run.name or (os.environ.get(NAME_VARIABLE) if rank else None)
     if chosen is None and rank > 0:
@@ -124,14 +128,33 @@ def plan_run(config: Config, rank: int = 0) -> Run:
         )
     if not (exists and config.resume):
         return Run(path, config, fresh=not exists)
+    if rank > 0:
+        return _resumed(path, config)
+    lock_folder(path)  # before anything is read that its holder may still change
+    try:
+        return _resumed(path, config)
+    except BaseException:
+        release(path)
+        raise
+
+
+def _resumed(path: Path, config: Config) -> Run:
+    """The run in a folder that is there. Raises UserError."""
     if saved := saved_configuration(config):
         _check_same(saved, path, config)
-    checkpoint = path / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
+    folder = path / "checkpoints"
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.name: {folder} is no folder")
+    found = [folder / name for name in CHECKPOINTS if (folder / name).exists()]
+    if not found:
         return Run(path, config, fresh=False)
-    content = read_checkpoint(checkpoint, mmap=True)
-    step, comet = content["global_step"], content["comet"]
-    return Run(path, config, checkpoint, step, fresh=False, saved=comet)
+    # A training from the start would replace a best.ckpt whose last.ckpt is gone.
+    checkpoint = found[0]
+    content = read_checkpoint(checkpoint, mmap=True, whole=False)
+    comet = content["comet"]
+    # Also where config.yaml is gone, or the checkpoint came from elsewhere.
+    _check_same(comet["config"], path, config)
+    return Run(path, config, checkpoint, content["global_step"], fresh=False, saved=comet)
 
 
 def _time_stamp(folder: Path) -> str:

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from comet_pl import build
 from comet_pl.config.schema import Config
-from comet_pl.errors import OnAllRanks, TrainingStopped, UserError
+from comet_pl.errors import OnAllRanks, TrainingStopped, UserError, first_line
 from comet_pl.evaluation import evaluate
 from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
+from comet_pl.experiment.lock import release
 from comet_pl.experiment.run_folder import Run, plan_run
 from comet_pl.training.trainable import count_parameters, describe, merge_adapters
 
@@ -30,6 +31,14 @@ def run_session(config: Config, argv: list[str]) -> None:
     """
     build.check_device(config)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
+    try:
+        train_and_evaluate(run, argv)
+    finally:
+        release(run.path)
+
+
+def train_and_evaluate(run: Run, argv: list[str]) -> None:
+    """The planned run, from building its parts to its evaluation. Raises as run_session."""
     config = run.config
     torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     seed_everything(config.seed, verbose=False)
@@ -39,7 +48,10 @@ def run_session(config: Config, argv: list[str]) -> None:
     trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
     if trainer.is_global_zero:
         run.create()
-        start = f"continues from step {run.step}" if run.checkpoint else "starts"
+        start = "starts"
+        if run.checkpoint:
+            gone = " of best.ckpt (there is no last.ckpt)" * (run.checkpoint.name != "last.ckpt")
+            start = f"continues from step {run.step}{gone}"
         print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
         if config.train.compile:
             print(
@@ -51,6 +63,12 @@ def run_session(config: Config, argv: list[str]) -> None:
         trainer.fit(build.build_module(config, model), datamodule=data, ckpt_path=run.checkpoint)
     except (TrainingStopped, SystemExit, UserError, MisconfigurationException) as error:
         end(error, trainer, run, argv)
+    except Exception as error:
+        # Lightning forgets the checkpoint once all of it is restored.
+        if not trainer._checkpoint_connector._loaded_checkpoint:
+            raise
+        reason = first_line(error)
+        raise UserError(f"{run.checkpoint}: cannot be resumed: {reason}") from None
     if not trainer.is_global_zero:
         return
     print(

@@ -11,21 +11,18 @@ whose tensors are as long as needed.
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
+from comet_pl.model.cache_file import read_cache, write_cache
 from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, pending_tokens
-from comet_pl.model.configuration_comet import CometConfig, buffer_dtype, wide
+from comet_pl.model.configuration_comet import CometConfig, buffer_dtype
 from comet_pl.model.room import check_room
 
 
@@ -286,14 +283,7 @@ class CometCache(Cache):
         facts = {name: getattr(self, name) for name in ("columns", "preallocated", "fingerprint")}
         facts |= {"rows": [asdict(r) for r in self.rows], "layers": len(self.memories)}
         facts |= {"weights": weights, "notes": self.notes if notes is None else notes}
-        beside = Path(f"{path}.{os.getpid()}.part")
-        try:
-            save_file(tensors, beside, metadata={"comet_cache": json.dumps(facts)})
-            os.umask(mask := os.umask(0))
-            os.chmod(beside, 0o666 & ~mask)  # safetensors writes for its owner alone
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_cache(path, tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> CometCache:
@@ -303,27 +293,19 @@ class CometCache(Cache):
             ValueError: not a file, or not a whole one, that `save` wrote.
         """
         cache = cls()
+        tensors, facts = read_cache(path)
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                facts = json.loads((file.metadata() or {})["comet_cache"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            for name, tensor in tensors.items():
-                if name.endswith(".state"):  # former versions kept S in the model's precision
-                    tensors[name] = tensor.to(wide(tensor.dtype))
-            cache.memories = [
-                LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields))
-                for i in range(facts["layers"])
-            ]
             cache.rows = [RowClock(**row) for row in facts["rows"]]
-            numbers = [value for row in facts["rows"] for value in row.values()]
-            if any(not isinstance(n, int) or n < 0 for n in [*numbers, facts["columns"]]):
-                raise ValueError("impossible numbers of tokens")
             cache.columns, cache.preallocated = facts["columns"], facts["preallocated"]
-            cache.notes = facts.get("notes", {})
             cache.fingerprint, cache.weights = facts["fingerprint"], facts["weights"]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            why = f"no {error} in it" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path}: not a readable CometCache file ({why})") from None
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a readable CometCache file ({error})") from None
+        cache.notes = facts.get("notes", {})
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
+        cache.memories = [
+            LayerMemory(*(tensors.get(f"{i}.{name}") for name in LayerMemory._fields))
+            for i in range(facts["layers"])
+        ]
         return cache
 
     # ---- helpers

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     GenerationMixin,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
 )
@@ -30,28 +30,19 @@ from comet_pl.model.chunk_batch import Chunk, Rope
 from comet_pl.model.chunk_layout import ChunkPlan
 from comet_pl.model.configuration_comet import CometConfig, check_keys
 from comet_pl.model.cuda_graphs import graphs_of
+from comet_pl.model.digests import forget_digests
 from comet_pl.model.forward_plan import check_prompt, plan_forward, row_plans
 from comet_pl.model.identity import Fingerprint, digest
 from comet_pl.model.loss import loss_and_logits
 from comet_pl.model.memory import GateProjection, GlobalMemory
 from comet_pl.model.observer import Observer
 from comet_pl.model.recomputation import RecomputedLayer
+from comet_pl.model.text_only import TextOnly
 from comet_pl.model.transfer import moved
 from comet_pl.model.traversal import TRAVERSALS, LocalTransport
 
 # Of all cells together: each length of text, and each way to close a chunk, makes some.
 COMPILED_GRAPHS = 64
-
-
-class TextOnly(LogitsProcessor):
-    """Suppresses all ids from `first` on, which takes no list of them to the device."""
-
-    def __init__(self, first: int):
-        self.first = first
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        text, new = scores[:, : self.first], scores.shape[1] - self.first
-        return nn.functional.pad(text, (0, new), value=-torch.inf)
 
 
 class CometForCausalLM(PreTrainedModel, GenerationMixin):
@@ -113,17 +104,25 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs: as in Hugging Face's from_pretrained.
 
         Raises:
-            ValueError: an impossible or unknown memory key; a decoder that is not supported.
+            ValueError: an impossible or unknown memory key; a decoder that is not supported; a file
+                that is not what was saved; weights that are missing, unknown or not finite.
         """
         kind = pretrained.kind(path, kwargs)
+        if kind == "authors":
+            return pretrained.load_authors(cls, path, comet or {}, **kwargs)
         if kind == "comet":
             config = kwargs.pop("config", None) or CometConfig.from_pretrained(path)
             config.override(comet or {})
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        if kind == "authors":
-            return pretrained.load_authors(cls, path, comet or {}, **kwargs)
-        decoder = AutoModelForCausalLM.from_pretrained(path, *args, **kwargs)
-        return cls.from_decoder(decoder, comet or {})
+            load: partial[Any] = partial(super().from_pretrained, path, *args, config=config)
+            return pretrained.load_whole(load, path, kwargs, comet or {})
+        kwargs.setdefault("trust_remote_code", False)  # without it Hugging Face asks on stdin
+        plain: partial[Any] = partial(AutoModelForCausalLM.from_pretrained, path, *args)
+        return cls.from_decoder(pretrained.load_whole(plain, path, kwargs), comet or {})
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Hugging Face's; digests of what the folder held before are removed."""
+        forget_digests(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_decoder(cls, decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from comet_pl.model.configuration_comet import CometConfig
+from comet_pl.model.digests import check_digests, check_finite
 
 AUTHORS_KEYS = (
     "chunk_size",
@@ -52,6 +54,45 @@ def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
         return "comet"
     theirs = "global_beacon_ids" in facts and "temp_beacon_stride" in facts
     return "authors" if theirs else "decoder"
+
+
+def load_whole(
+    load: Callable[..., Any],
+    path: str | os.PathLike[str],
+    options: dict[str, Any],
+    comet: dict[str, Any] | None = None,
+) -> Any:
+    """What `load(**options)` loads, after a look at its files and its weights: Hugging Face draws
+    random values for those that are missing.
+
+    Args:
+        options: of from_pretrained.
+        comet: memory keys that were given over the folder's own; None: a plain decoder.
+
+    Raises:
+        ValueError
+    """
+    check_digests(path)
+    wants_info = options.pop("output_loading_info", False)
+    model, info = load(**options, output_loading_info=True)
+    # A bias that `comet` asks for starts at its value.
+    missing = [name for name in info["missing_keys"] if not name.endswith("gate.proj.bias")]
+    # A memory, or a bias, that `comet` switches off is left out.
+    parts = ("inv_freq", *(() if comet is None else ("_memory.",)))
+    unknown = [key for key in info["unexpected_keys"] if not any(part in key for part in parts)]
+    check_names(path, missing, unknown)
+    check_finite(model.state_dict())
+    return (model, info) if wants_info else model
+
+
+def check_names(
+    path: str | os.PathLike[str], missing: Sequence[str], unknown: Sequence[str]
+) -> None:
+    """Raises ValueError if weights are missing or unknown."""
+    for what, names in (("weights are missing for", missing), ("unknown weights", unknown)):
+        if names:
+            others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{path}: {what} {sorted(names)[0]}{others}")
 
 
 def authors_config(folder: Path, comet: dict[str, Any]) -> CometConfig:
@@ -103,11 +144,7 @@ def load_authors(
     # A bias that `comet` asks for starts at its value.
     fresh = ["gate.proj.bias"] + ["lm_head.weight"] * config.tie_word_embeddings
     absent = [name for name in missing if not name.endswith(tuple(fresh))]
-    if absent:
-        others = len(absent) - 1
-        raise ValueError(f"{folder}: weights are missing for {absent[0]} (and {others} more)")
     # Weights of a memory that is switched off are left out.
-    unknown = [name for name in unexpected if "_memory." not in name]
-    if unknown:
-        raise ValueError(f"{folder}: unknown weights {unknown[0]} (and {len(unknown) - 1} more)")
+    check_names(folder, absent, [name for name in unexpected if "_memory." not in name])
+    check_finite(model.state_dict())
     return model.eval()

@@ -6,7 +6,6 @@ of any size. Worker processes encode; the rows keep their order.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -188,7 +187,7 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
     }
     with (
         os_errors(f"data.cache: {file.parent} cannot be written"),
-        replacing(file, f".{os.getpid()}") as beside,
+        replacing(file) as beside,
     ):
         options = {"features": Features(kinds), "writer_batch_size": FLUSH}
         with ArrowWriter(path=str(beside), **options) as writer, Bar(None) as bar:

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks.checkpoints import AtomicCheckpointIO, RunCheckpoints
 from comet_pl.config.load import load
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, first_line
 from comet_pl.experiment.run_folder import plan_run
 from tests.support.tiny_runs import ROOT, command
 from tests.support.trained import SMALL, main, run
@@ -279,9 +279,9 @@ def test_by_minutes_only(tmp_path, monkeypatch):
     """So few minutes that every step is due."""
     saved, save = [], RunCheckpoints._save
 
-    def spy(self, trainer, name):
+    def spy(self, trainer, name, must):
         saved.append((name, trainer.global_step))
-        save(self, trainer, name)
+        return save(self, trainer, name, must)
 
     monkeypatch.setattr(RunCheckpoints, "_save", spy)
     keys = ["checkpoint.every_steps=null", "checkpoint.every_minutes=0.00001"]
@@ -328,15 +328,22 @@ def test_ctrl_c_before_the_first_step_is_no_error(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "last.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"comet": 1}, path)
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"comet": 1}, path)
+    assert io.failure is None
 
     def half(checkpoint, file):
         file.write(b"half")
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(OSError, match="disk full"):
-        AtomicCheckpointIO().save_checkpoint({"comet": 2}, path)
+    # The callback asks for `failure` when all ranks are through.
+    for error in (OSError(28, "disk full"), RuntimeError("enforce fail at inline_container.cc")):
+        io.save_checkpoint({"comet": 2}, path)
+        assert io.failure.endswith(first_line(error).removeprefix("[Errno 28] "))
+    error = ValueError("the program's own")
+    with pytest.raises(ValueError, match="own"):
+        io.save_checkpoint({"comet": 2}, path)
     assert [one.name for one in tmp_path.iterdir()] == ["last.ckpt"]
     assert torch.load(path, weights_only=True) == {"comet": 1}
 

@@ -111,11 +111,11 @@ def rewrite(path, change):
             lambda facts, tensors: facts["rows"][1].update(fill="a"),
             "not a readable CometCache file .impossible numbers",
         ),
-        (lambda facts, tensors: facts.update(layers=1), "damaged: it has 1 layers"),
+        (lambda facts, tensors: facts.update(layers=1), "1.keys does not fit the other layers"),
         (lambda facts, tensors: facts.update(layers="two"), "not a readable CometCache file"),
         (
             lambda facts, tensors: tensors.update({"2.state": tensors.pop("1.state")}),
-            "damaged: state of layer 1 has the shape None",
+            "2.state does not fit the other layers",
         ),
         (
             lambda facts, tensors: tensors.update({"0.keys": tensors["0.keys"][:, :1].clone()}),

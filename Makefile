@@ -83,4 +83,5 @@ gpu-bundle: setup
 		--platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 		--constraint constraints.txt --dest .gpu-bundle $(BUNDLE)
 	cp benchmarks/gpu/run.sh .gpu-bundle/run.sh
-	@echo "on the GPU machine, from the project's root: OUT=FOLDER sh .gpu-bundle/run.sh"
+	@echo "for Python $(GPU_PYTHON) (GPU_PYTHON=...); on the GPU machine, from the project's root: OUT=FOLDER sh .gpu-bundle/run.sh"
+	@echo "without a GPU, a trial: OUT=FOLDER sh .gpu-bundle/run.sh --tiny --device cpu"

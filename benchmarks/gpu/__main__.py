@@ -21,7 +21,7 @@ from benchmarks.gpu.report import PICTURES, measured, terminal
 from benchmarks.shared.options import RESULTS, ROOT, Options
 from benchmarks.shared.processes import environment
 from benchmarks.shared.report import machine
-from comet_pl.errors import UserError, run_cli
+from comet_pl.errors import UserError, os_errors, run_cli
 from comet_pl.files import as_json, as_png, replace_file
 
 PLAN = "benchmarks.gpu.plan"
@@ -35,18 +35,21 @@ def parse(argv):
         raise UserError(f"--device: torch sees no GPU here; {trial}")
     if options.device == "cpu" and options.size != "tiny":
         raise UserError("--device: cpu given, but its models are for a GPU; --tiny is needed too")
-    options.done = done(options) if options.rest else {}
+    options.earlier = earlier(options) if options.rest else []
+    options.done = {line["what"]: line for line in options.earlier if measured(line)}
     return options
 
 
-def done(options):
-    """{what: line} of the results in --out. Raises UserError if they are of another machine."""
+def earlier(options):
+    """The lines of the results in --out. Raises UserError if they are of another machine."""
     file = options.out / "gpu.json"
     try:
         found = json.loads(file.read_text("utf-8"))
-        lines = {line["what"]: line for line in found["lines"] if measured(line)}
-        theirs, tiny = found["machine"].get("gpu"), found["tiny"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        lines = [
+            line | {} for line in found["lines"] if line["what"] and line["kind"] and line["group"]
+        ]
+        theirs, tiny = dict(found["machine"]).get("gpu"), found["tiny"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"--rest: no results of a run before in {file} ({error})") from None
     here = torch.cuda.get_device_name() if options.device == "cuda" else None
     if theirs not in (None, here) or tiny != (options.size == "tiny"):
@@ -70,13 +73,16 @@ def run_group(options, group, deadline, scratch):
     lines, log = options.out / "gpu-lines.jsonl", options.out / "gpu-log.txt"
     job = {"plan": PLAN, "group": group, "device": options.device, "tiny": options.size == "tiny"}
     job |= {"scratch": str(scratch), "lines": str(lines), "deadline": deadline}
-    job["done"] = list(options.done)
+    failed = [line["what"] for line in options.earlier if "error" in line]
+    job |= {"done": list(options.done), "last": failed}
     command = [sys.executable, "-m", "benchmarks.gpu.group", json.dumps(job)]
+    # A trial is many small products, which several threads only make wait for each other.
+    one_thread = {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment() | {"PYTHONUNBUFFERED": "1"},
+            env=environment() | {"PYTHONUNBUFFERED": "1"} | one_thread,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -127,26 +133,31 @@ def complete(group, lines, why, done):
 
 
 def measure(options, start):
-    """Measures the groups; gpu.json is whole after each of them."""
-    for name in ("gpu-lines.jsonl", "gpu-log.txt"):
-        (options.out / name).unlink(missing_ok=True)
+    """Measures the groups; gpu.json is whole after each of them, with all that was there before."""
+    with os_errors(f"--out: {options.out} cannot be written"):
+        for name in ("gpu-lines.jsonl", "gpu-log.txt"):
+            (options.out / name).unlink(missing_ok=True)
     result = {"command": options.command, "machine": machine("cpu", options.load)}
     result |= {"device": options.device, "dtype": "bfloat16", "tiny": options.size == "tiny"}
-    result |= {"minutes": options.minutes, "lines": []}
+    by_group = {group: [] for group in SHARES}
+    for line in options.earlier:
+        by_group[line["group"]].append(line)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         for group, deadline in deadlines(options.groups, start, options.minutes).items():
             print(f"{group}: at most {max(0, deadline - time.time()):.0f} s", flush=True)
-            result["lines"] += run_group(options, group, deadline, scratch)
+            by_group[group] = run_group(options, group, deadline, scratch)
+            result["lines"] = [line for lines in by_group.values() for line in lines]
             for line in result["lines"]:
                 if "gpu" in line:
                     result["machine"]["gpu"] = line["gpu"]
-            result["seconds"] = round(time.time() - start, 1)
+            result |= {"minutes": options.minutes, "seconds": round(time.time() - start, 1)}
             replace_file(options.out / "gpu.json", as_json(result, 1), "--out")
     return result
 
 
 def main(argv):
     start = time.time()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends its processes
     options = parse(argv)
     result = measure(options, start)
     print("\n".join(terminal(result)), flush=True)

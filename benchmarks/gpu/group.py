@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu.group JOB` measures a group of the plan; __main__.py starts it.
 
 JOB is JSON: "plan" (a module with PLAN), "group", "device", "tiny", "scratch" (a folder), "lines"
-(the file that gets a line a measurement), "deadline" (a time) and "done" (what is left out).
+(the file that gets a line a measurement), "deadline" (a time), "done" (what is left out) and "last"
+(what failed before).
 """
 
 import json
@@ -16,7 +17,8 @@ def main(argv):
     job = json.loads(argv[0])
     place = Place(job["device"], job["tiny"], Path(job["scratch"]))
     lines, group = Path(job["lines"]), {"group": job["group"]}
-    for planned in import_module(job["plan"]).PLAN[job["group"]]:
+    plan = import_module(job["plan"]).PLAN[job["group"]]
+    for planned in sorted(plan, key=lambda planned: planned.what in job["last"]):
         if planned.what in job["done"]:
             continue
         try:

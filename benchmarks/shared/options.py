@@ -33,7 +33,10 @@ class Options(Parser):
         self.set_defaults(size=None)
         flags = self.add_mutually_exclusive_group() if sizes else self
         for size in sizes:
-            flags.add_argument(f"--{size}", dest="size", action="store_const", const=size)
+            text = "a trial, at the least sizes" if size == "tiny" else f"{size} sizes"
+            flags.add_argument(
+                f"--{size}", dest="size", action="store_const", const=size, help=text
+            )
         for key, value in self.numbers["usual"].items():
             several = isinstance(value, list)
             value_type = int if value == "all" else type(value[0] if several else value)

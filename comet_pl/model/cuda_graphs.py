@@ -14,11 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import is_not
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.cell import BY_LENGTH
@@ -55,13 +60,61 @@ class Recording:
     text: np.ndarray  # where the text tokens stand in W
 
 
+class Watch:
+    """Whether a model still is what its recordings hold: its modules, their weights' places, no
+    hooks, the adapters' state."""
+
+    def __init__(self, model: Any):
+        self.model, self.seen = model, registrations[0]
+        self.modules = list(model.modules())
+        self.weights = list(model.parameters())
+        self.addresses = [weight.data_ptr() for weight in self.weights]
+        self.adapters = [m for m in self.modules if hasattr(m, "merged_adapters")]
+        self.state = self._adapter_state()
+
+    def holds(self, model: Any) -> bool:
+        if self.seen != registrations[0]:
+            # Some module somewhere has got something new.
+            now = list(model.modules()), list(model.parameters())
+            for before, found in zip((self.modules, self.weights), now, strict=True):
+                if len(before) != len(found) or any(map(is_not, before, found)):
+                    return False
+            self.seen = registrations[0]
+        return (
+            self.model is model
+            and self.addresses == [weight.data_ptr() for weight in self.weights]
+            and not self.hooked()
+            and self.state == self._adapter_state()
+        )
+
+    def hooked(self) -> bool:
+        """Whether something waits for a module to be called, which a recording never does."""
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+
+    def _adapter_state(self) -> list[Any]:
+        """peft's."""
+        return [
+            (tuple(m.active_adapters), tuple(m.merged_adapters), m.disable_adapters)
+            for m in self.adapters
+        ]
+
+
+registrations = [0]  # of parameters and modules, anywhere in the process
+
+
+def _count(*_: Any) -> None:
+    registrations[0] += 1
+
+
+register_module_module_registration_hook(_count)
+register_module_parameter_registration_hook(_count)
+
+
 class ChunkGraphs:
     """The recordings of one cache under one model."""
 
     def __init__(self, model: Any, memories: Sequence[LayerMemory]):
-        self.model, self.memories = model, list(memories)
-        self.weights = list(model.parameters())
-        self.addresses = [weight.data_ptr() for weight in self.weights]
+        self.model, self.memories, self.watch = model, list(memories), Watch(model)
         self.seen: Counter[Kind] = Counter()
         self.recordings: dict[Kind, Recording] = {}
         self.pool: Any = None  # of the recordings' memory
@@ -73,8 +126,7 @@ class ChunkGraphs:
             for old, new in zip(self.memories, memories, strict=True)
             for a, b in zip(old, new, strict=True)
         )
-        there = self.addresses == [weight.data_ptr() for weight in self.weights]
-        return same and there and self.model is model
+        return same and self.watch.holds(model)
 
     def read(self, plan: ForwardPlan, t: int, ids: Tensor) -> tuple[Tensor, np.ndarray] | None:
         """Reads the call's t-th chunk by its recording: (k, d) wanted outputs and their flat places
@@ -88,6 +140,8 @@ class ChunkGraphs:
             return None
         head, m = segments[0], plan.config.global_size
         kind = self.kind_of(head, len(segments), m)
+        if kind is None:
+            return None
         start = int(plan.columns[0][head.start]) if head.count else 0
         given = ids[:, start : start + head.count]
         if kind not in self.recordings:
@@ -102,14 +156,22 @@ class ChunkGraphs:
         recording.run()
         return wanted_outputs(recording, plan.wanted, start, head.count)
 
-    def kind_of(self, segment: Segment, rows: int, m: int) -> Kind:
-        """A step has room for its key columns in the buffer."""
+    def kind_of(self, segment: Segment, rows: int, m: int) -> Kind | None:
+        """None: the open chunk outgrows its buffers, and gets other ones."""
         first, last = segment.span(m)
-        clock, keys = segment.before, self.memories[0].keys
-        step = segment.count == 1 and clock.fill and not segment.closes
+        clock, memory = segment.before, self.memories[0]
         kind = Kind(rows, segment.count, last - first)
-        if step and keys is not None and clock.memory + last <= keys.shape[2] and self.steps:
-            return kind
+        if not segment.closes:
+            after = replace(clock, fill=segment.text)
+            pairs = (
+                (memory.keys, 2, clock.memory + last),
+                (memory.pending, 1, pending_tokens(after)),
+            )
+            for buffer, axis, size in pairs:
+                if buffer is not None and size > buffer.shape[axis]:
+                    return None
+            if segment.count == 1 and clock.fill and self.steps:
+                return kind
         return kind._replace(closes=segment.closes, clock=replace(clock, num_tokens=0))
 
     @property
@@ -122,9 +184,12 @@ class ChunkGraphs:
         """The kind's recording; the segment is one of it, with these ids (B, its text tokens)."""
         model, m = self.model, plan.config.global_size
         kinds, _ = own_layout(segment, m)
-        ids, numbers = torch.cat([given, model.own_ids(given)], 1), None
-        if kind.clock is None:
-            numbers = step_numbers(segment, m, ids.device)
+        # Written to by every later run, under whatever mode.
+        with torch.inference_mode(False):
+            ids, numbers = torch.cat([given, model.own_ids(given)], 1).clone(), None
+            if kind.clock is None:
+                numbers = step_numbers(segment, m, ids.device)
+        if numbers is not None:
             step = StepInputs(kind, numbers, self.memories[0].keys, model)
             body = partial(visit, model, self.memories, step.chunk, ids)
             # Kernels load; what this writes, the recording's first run writes again.
@@ -219,7 +284,7 @@ def graphs_of(model: Any, cache: CometCache, in_place: bool) -> ChunkGraphs | No
         return None
     if cache.graphs is None or not cache.graphs.fit(model, cache.memories):
         cache.graphs = ChunkGraphs(model, cache.memories)
-    return cache.graphs
+    return None if cache.graphs.watch.hooked() else cache.graphs
 
 
 def alike(plan: ForwardPlan, t: int) -> list[Segment] | None:

@@ -119,10 +119,10 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         plain: partial[Any] = partial(AutoModelForCausalLM.from_pretrained, path, *args)
         return cls.from_decoder(pretrained.load_whole(plain, path, kwargs), comet or {})
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's; digests of what the folder held before are removed."""
         forget_digests(save_directory)
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_decoder(cls, decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from comet_pl import CometCache
 from comet_pl.model import cuda_graphs
@@ -202,3 +203,101 @@ def test_a_cache_frees_its_buffers_when_it_goes(recorder):
         assert keys() is None
     finally:
         gc.enable()
+
+
+GROWING = [
+    ({"chunk_size": 4, "compression_stride": 2, "temporary_capacity": 12, "rollover": False}, None),
+    ({"chunk_size": 12, "compression_stride": 7}, [1]),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("sizes", "strides"), GROWING)
+def test_compression_tokens_beyond_their_buffer(sizes, strides, recorder):
+    """An open chunk that grows, and strides that become less than the buffer was made for."""
+    model, ids = tiny(**sizes), text(1, 60)
+    results = []
+    for model.cuda_graphs in (False, True):
+        cache = CometCache()
+        calls = [model(ids[:, :24], past_key_values=cache).logits]
+        if strides:
+            model(ids[:, :12], past_key_values=cache, chunk_sizes=[12])
+        options = {"strides": strides} if strides else {}
+        for k in range(24, 54):
+            calls.append(model(ids[:, k : k + 1], past_key_values=cache, **options).logits)
+            options = {}
+        results.append(torch.cat(calls, 1))
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+    assert recorder.runs
+
+
+def replaced(model):
+    weights = {name: 1.5 * value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+
+
+def renewed(model):
+    norm = model.model.layers[1].input_layernorm
+    norm.weight = torch.nn.Parameter(2 * norm.weight.detach())
+
+
+def hooked(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def swapped(model):
+    model.model.layers[0].mlp = tiny(seed=1).model.layers[0].mlp
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [replaced, renewed, hooked, swapped])
+def test_a_model_that_changes_after_the_recording(change, recorder):
+    results = []
+    for graphs in (False, True):
+        model, ids, cache = tiny(), text(1, 60), CometCache()
+        model.cuda_graphs = graphs
+        logits = [model(ids[:, :30], past_key_values=cache).logits]
+        for k in range(30, 60):
+            if k == 45:
+                change(model)
+            logits.append(model(ids[:, k : k + 1], past_key_values=cache).logits)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+
+
+@torch.no_grad()
+def test_adapters_that_are_added_switched_off_and_merged(recorder):
+    results = []
+    for graphs in (False, True):
+        model, ids, cache = tiny(), text(1, 90), CometCache()
+        model.cuda_graphs = graphs
+        tuned, logits = model, []
+        for k in range(90):
+            if k == 30:
+                torch.manual_seed(0)
+                options = {"r": 2, "target_modules": ["q_proj", "down_proj"]}
+                tuned = get_peft_model(model, LoraConfig(init_lora_weights=False, **options))
+                tuned.double().eval()
+            if k == 50:
+                tuned.base_model.disable_adapter_layers()
+            if k == 60:
+                tuned.base_model.enable_adapter_layers()
+            if k == 70:
+                tuned.merge_adapter()
+            logits.append(tuned(input_ids=ids[:, k : k + 1], past_key_values=cache).logits)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(results[1], results[0], **EXACT)
+    assert recorder.runs
+
+
+def test_every_mode_without_gradients(recorder):
+    model, ids = tiny(), text(1, 90)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.cuda_graphs, cache = True, CometCache()
+        found = [model(ids[:, :30], past_key_values=cache).logits]
+    for k in range(30, 90):
+        mode = torch.inference_mode if k % 20 < 10 else torch.no_grad
+        with mode():
+            found.append(model(ids[:, k : k + 1], past_key_values=cache).logits.clone())
+    torch.testing.assert_close(torch.cat(found, 1), expected, **EXACT)

@@ -119,6 +119,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
 
     from comet_pl import CometConfig, CometForCausalLM
     from comet_pl.experiment.loading import load_model
+    from comet_pl.model.room import check_weights
     from comet_pl.training.induction_init import start_lookups
 
     backbone, comet = config.backbone, asdict(config.model)
@@ -129,6 +130,7 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
         attention = {"attn_implementation": backbone.attn_implementation}
         what = f"backbone.path: {backbone.path}"
         return load_model(backbone.path, what, comet=comet, dtype=dtype, **attention)
+    check_weights(backbone, config.model.adapter_rank)
     try:
         decoder = AutoConfig.for_model(
             backbone.model_type,
@@ -148,6 +150,8 @@ def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometFor
             start_lookups(model, backbone.lookback)
         return model
     except ValueError as error:
+        if isinstance(error, MemoryError):
+            raise
         raise UserError(f"model or backbone: {first_line(error)}") from None
 
 

@@ -10,12 +10,10 @@ MOST_DAYS = 36_500  # a century, so that years keep four digits
 
 
 def _length_schedule(pairs: list[list[int]]) -> bool:
+    if not pairs or any(len(pair) != 2 or pair[1] < 1 for pair in pairs):
+        return False
     steps = [pair[0] for pair in pairs]
-    return (
-        all(len(pair) == 2 and pair[1] >= 1 for pair in pairs)
-        and steps[0] == 0
-        and sorted(set(steps)) == steps
-    )
+    return steps[0] == 0 and sorted(set(steps)) == steps
 
 
 def _least_most(values: list[int]) -> bool:

@@ -23,6 +23,7 @@ from comet_pl.config.sources import (
     command_line_layer,
     conf_layers,
     in_a_line,
+    is_section,
     read_arguments,
     read_file,
 )
@@ -77,6 +78,9 @@ def load(
             base = {key: value for key, value in base.items() if key != "strategy"}
         layers = [checkpoint_layer(base)]
     if conf is not None and (base is None or command == "eval"):
+        section, slash, name = conf.partition("/")
+        if slash and is_section(section):
+            raise UserError(f"conf={conf}: holds keys of one section; write {section}={name}")
         layers += conf_layers(conf, conf_dir)
     if backbone is not None:
         layers += conf_layers(f"backbone/{backbone}", conf_dir)

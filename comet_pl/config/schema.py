@@ -36,7 +36,8 @@ AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
 
 def _folder_name(name: str) -> bool:
-    return name.strip() == name and name not in (".", "..") and not set(name) & set("/\\\n")
+    plain = name.strip() == name and name not in (".", "..") and not set(name) & set("/\\\n")
+    return plain and 0 < len(name.encode()) <= 200
 
 
 def _interval(value: int | float) -> bool:
@@ -156,9 +157,9 @@ class TrainConfig:
     lora_dropout: float = key(
         0.0, "with lora: share of the inputs to the updates that is dropped", min=0, below=1
     )
-    lr: float = key(3e-4, "peak learning rate of all but the memory modules", above=0)
+    lr: float = key(3e-4, "peak learning rate of all but the memory modules", above=0, max=1e9)
     memory_lr_factor: float = key(
-        5.0, "the memory modules' learning rate, as a multiple of lr (paper: 5)", min=0
+        5.0, "the memory modules' learning rate, as a multiple of lr (paper: 5)", min=0, max=1e9
     )
     betas: list[float] = key(
         [0.9, 0.999], "AdamW's betas", min=0, below=1, check=_pair, needs="two numbers >= 0 and < 1"

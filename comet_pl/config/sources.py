@@ -44,12 +44,12 @@ def conf_names(conf_dir: Path, section: str = "") -> list[str]:
     """What conf= can name: NAME or FOLDER/NAME; with section="backbone" what backbone= can."""
     names = sorted(path.stem for path in (conf_dir / section).glob("*.yaml") if path.stem != "base")
     if not section:
-        folders = sorted(path.name for path in conf_dir.glob("*/") if not _is_section(path.name))
+        folders = sorted(path.name for path in conf_dir.glob("*/") if not is_section(path.name))
         names += [f"{folder}/{name}" for folder in folders for name in conf_names(conf_dir, folder)]
     return names
 
 
-def _is_section(folder: str) -> bool:
+def is_section(folder: str) -> bool:
     """Whether conf/<folder>/ holds values of one section, not whole confs."""
     return dataclasses.is_dataclass(get_type_hints(Config).get(folder))
 
@@ -84,8 +84,18 @@ def command_line_layer(arguments: dict[str, str]) -> Layer:
                 )
         hints = hints_of(key)
         plain = hints and all(map(is_text, hints)) and text not in ("null", "~")
-        inner[leaf] = text if plain and text[0] not in "'\"" else read_yaml(key, text)
+        value = text if plain and text[0] not in "'\"" else read_yaml(key, text)
+        if isinstance(inner.get(leaf), dict) and not isinstance(value, dict):
+            raise UserError(f"{key}: {value!r} given together with keys of it")
+        inner[leaf] = merged(inner.get(leaf), value)
     return Layer("", values)
+
+
+def merged(old: Any, new: Any) -> Any:
+    """Two values of one key; of two sections all keys, the later of those that both have."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {key: merged(old.get(key), value) for key, value in new.items()}
 
 
 def read_yaml(key: str, text: str) -> Any:
@@ -97,6 +107,8 @@ def read_yaml(key: str, text: str) -> Any:
     try:
         values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
         return values["value"]
+    except RecursionError:
+        raise UserError(f"{key}: nested too deep") from None
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         why = getattr(error, "problem", None) or in_a_line(error)
         raise UserError(f"{key}: {text!r} cannot be read: {why}") from None
@@ -129,7 +141,7 @@ def conf_layers(
     'backbone/small' holds that section's keys.
     """
     section, _, stem = name.rpartition("/")
-    if not _is_section(section):
+    if not is_section(section):
         section, stem = "", name
     option = section or "conf"
     if name in path:
@@ -181,6 +193,8 @@ def read_file(file: Path, name: str) -> Layer:
         raise UserError(f"{name}{line}: malformed yaml: {why}") from None
     except OmegaConfBaseException as error:
         raise UserError(f"{name}: {in_a_line(error)}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deep") from None
     return Layer(name, {str(key): value for key, value in values.items()}, dict(_lines(node, "")))
 
 

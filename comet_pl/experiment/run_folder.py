@@ -90,7 +90,7 @@ def saved_configuration(config: Config) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         # Killed before it was written.
         return None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError):
         raise UserError(
             f"{file}: cannot be read, so that it is unknown how this run was configured"
         ) from None

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +23,24 @@ def free_bytes(device: torch.device) -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) << 10
     return None
+
+
+def check_weights(backbone: Any, adapter_rank: int) -> None:
+    """Raises TooLittleMemory if a decoder from scratch exceeds the free memory; not exact.
+
+    Args:
+        backbone: its sizes, named as in Hugging Face's configurations.
+    """
+    d, heads = backbone.hidden_size, backbone.num_attention_heads * backbone.head_dim
+    keys = backbone.num_key_value_heads * backbone.head_dim
+    layer = d * (2 * heads + 2 * keys + 3 * backbone.intermediate_size + 4 * adapter_rank)
+    count = backbone.num_hidden_layers * (layer + 10 * d) + backbone.vocab_size * d
+    free = free_bytes(torch.device("cpu"))
+    if free is not None and 4 * count > free:
+        raise TooLittleMemory(
+            f"about {count:,} weights take {4 * count / 2**30:,.1f} GiB, but "
+            f"{free / 2**30:,.1f} GiB are free; smaller sizes of backbone or model are needed"
+        )
 
 
 def check_room(

@@ -1,0 +1,122 @@
+"""How a training ends that something else ends: it saves, says so, and goes on later."""
+
+import os
+import signal
+import subprocess
+import threading
+
+import pytest
+import torch
+
+from tests.support.tiny_runs import ROOT, command
+from tests.support.trained import SMALL
+
+LONG = [*SMALL, "trainer.max_steps=100000", "checkpoint.every_steps=null", "eval.after_fit=false"]
+SLURM = {
+    "SLURM_JOB_ID": "78",
+    "SLURM_JOB_NAME": "train",
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NNODES": "1",
+}
+
+
+def started(root, *keys, ignored=(), **env):
+    """A training in a process of its own that has done four steps."""
+
+    def before():
+        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        command(root, "x", *LONG, *keys),
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=before,
+    )
+    watchdog = threading.Timer(300, process.kill)
+    watchdog.start()
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            break
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "env"),
+    [
+        (signal.SIGHUP, {}),
+        pytest.param(signal.SIGUSR1, SLURM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGXCPU, {}, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_of_terminals_and_schedulers_save(number, env, tmp_path):
+    process = started(tmp_path, **env)
+    process.send_signal(number)
+    out, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert "Traceback" not in errors and "stopped after step" in out
+    folder = tmp_path / "passkey" / "x"
+    saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] >= 4
+    # Lightning's own answer to a scheduler is another file, of half a step.
+    assert not list(folder.rglob("hpc_ckpt*"))
+
+
+@pytest.mark.slow
+def test_what_nohup_ignores_is_ignored(tmp_path):
+    process = started(tmp_path, ignored=[signal.SIGHUP])
+    process.send_signal(signal.SIGHUP)
+    for line in process.stdout:
+        if line.startswith("step 8/"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_the_same_job_twice(tmp_path):
+    """The second is refused at once, the first trains on; what is killed holds nobody back."""
+    first = started(tmp_path, "resume=true")
+    again = [*command(tmp_path, "x", *SMALL), "resume=true", "trainer.max_steps=100000"]
+    second = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert second.returncode == 2
+    assert f"is being trained by process {first.pid} on" in second.stderr
+    first.send_signal(signal.SIGTERM)
+    first.communicate()
+    assert first.returncode == 128 + signal.SIGTERM
+    third = started(tmp_path, "resume=true")
+    third.kill()
+    third.communicate()
+    fourth = started(tmp_path, "resume=true")
+    fourth.kill()
+    fourth.communicate()
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_no_step(tmp_path):
+    """Files may not grow beyond 8 kB, as on a disk that is full: the training goes to its end, says
+    what is not written, and what was saved before goes on when there is room."""
+    keys = ["checkpoint.every_steps=1", "eval.after_fit=false"]
+    whole = command(tmp_path, "x", *SMALL, *keys)
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *whole]
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    ended = subprocess.run(limited, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    *warnings, last = ended.stderr.strip().splitlines()
+    assert sum("last.ckpt: step" in line and "goes on, and tries" in line for line in warnings) == 3
+    assert last.startswith("error: ") and "step 4 cannot be saved: " in last
+    assert last.endswith("make room, then resume=true goes on")
+    assert "step 4/4 loss" in ended.stdout
+    assert not list(tmp_path.rglob("*.part"))
+    resumed = subprocess.run(
+        [*whole, "resume=true"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr

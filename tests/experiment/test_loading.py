@@ -3,6 +3,7 @@ and what was damaged after it was written is refused, or is the same."""
 
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -91,6 +92,33 @@ def test_no_code_of_a_folder_runs_and_nobody_is_asked(folder, what, tmp_path):
     load = load_model if what == "config" else load_tokenizer
     with pytest.raises(UserError, match=r"^what: "):
         load(folder, "what")
+    assert not note.exists()
+
+
+class Bomb:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, note):
+        self.note = str(note)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.note}",)
+
+
+def test_pickles_are_read_as_plain_types_only(folder, tmp_path):
+    note = tmp_path / "it ran"
+    checkpoint = tmp_path / "last.ckpt"
+    for content in (Bomb(note), {"comet": {}, "state_dict": {"x": Bomb(note)}, "global_step": 1}):
+        torch.save(content, checkpoint)
+        with pytest.raises(UserError, match=r"not a readable checkpoint|not one that train"):
+            read_checkpoint(checkpoint)
+        checkpoint.write_bytes(pickle.dumps(content))
+        with pytest.raises(UserError, match=r"not a readable checkpoint|not one that train"):
+            read_checkpoint(checkpoint)
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Bomb(note)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"^what: ."):
+        load_model(folder, "what")
     assert not note.exists()
 
 
@@ -254,6 +282,16 @@ def test_best_ckpt_resumes_where_last_ckpt_is_gone(trained, tmp_path, capsys):
         in capsys.readouterr().out
     )
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 5
+
+
+def test_a_damaged_last_ckpt_names_best_ckpt(trained, tmp_path):
+    run = Path(shutil.copytree(trained, tmp_path / "passkey" / "trained"))
+    last, best = (run / "checkpoints" / name for name in ("last.ckpt", "best.ckpt"))
+    content = bytearray(last.read_bytes())
+    content[len(content) // 3] ^= 4
+    last.write_bytes(content)
+    with pytest.raises(UserError, match=rf"last.ckpt: damaged: .*; {best} may be whole"):
+        main([f"run.root={tmp_path}", "run.name=trained", *SMALL, "resume=true"])
 
 
 # ---- random damage

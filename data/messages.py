@@ -21,6 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError, nearest
+from data.encoding import begins_after, windows
 from data.jsonl import Row, UnusableRow
 from data.tool_calls import Call, action_text, as_arguments
 
@@ -217,14 +218,14 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], plain: set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, the character of the joined pieces where each begins)."""
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
     ids, offsets, before = list[int](), list[int](), 0
     for number, piece in enumerate(pieces):
-        tokens = tokenizer(piece, split_special_tokens=number in plain, **options)
-        ids += tokens["input_ids"]
-        # some tokenizers let white space begin where it ends
-        starts = (min(start, len(piece) - 1) for start, _ in tokens["offset_mapping"])
-        offsets += [before + start for start in starts]
+        begins = begins_after(tokenizer, ids)
+        for tokens in windows(tokenizer, [piece], begins, special=number not in plain):
+            ids += tokens.ids
+            # some tokenizers let white space begin where it ends
+            starts = (min(start, len(piece) - 1) for start in tokens.starts)
+            offsets += [before + start for start in starts]
         before += len(piece)
     return np.array(ids, dtype=np.int32), np.maximum.accumulate(np.array(offsets, dtype=np.int64))
 

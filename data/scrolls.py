@@ -11,6 +11,7 @@ evaluation accepts all of them.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -23,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError
 from data.batches import IGNORED, Pair, say
-from data.chat_template import encode, frame
+from data.chat_template import answer_start, frame
+from data.encoding import begins_after, encode, stream
 from data.jsonl import Complaints, Row, UnusableRow, find
 from data.scrolls_rows import options, rows, split_input, tasks
 from data.text.batches import TextBatches
@@ -65,12 +67,29 @@ class Frame:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer, self.max_length, self.stop = tokenizer, max_length, stop_token(tokenizer)
         self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
+        self.begins = begins_after(tokenizer, self.before)
+        self.answer_begins, self.start = (
+            begins_after(tokenizer, self.after),
+            answer_start(tokenizer),
+        )
 
-    def ids(self, text: str) -> np.ndarray:
-        return np.array(encode(self.tokenizer, text), dtype=np.int32)
+    def question(self, text: str) -> np.ndarray:
+        return np.array(encode(self.tokenizer, text, self.begins), dtype=np.int32)
+
+    def document(self, text: str, question: np.ndarray) -> tuple[np.ndarray, int]:
+        """(its last max_length tokens, its number of tokens) behind a question."""
+        parts, count, held = deque[np.ndarray](), 0, 0
+        for ids in stream(self.tokenizer, [text], self.begins and not len(question)):
+            parts.append(np.array(ids, dtype=np.int32))
+            count, held = count + len(ids), held + len(ids)
+            while held - len(parts[0]) >= self.max_length:
+                held -= len(parts.popleft())
+        whole = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        return whole[-self.max_length :].copy(), count
 
     def answer(self, text: str) -> np.ndarray:
-        return np.array([*encode(self.tokenizer, text.strip()), self.stop], dtype=np.int32)
+        ids = encode(self.tokenizer, self.start + text.strip(), self.answer_begins)
+        return np.array([*ids, self.stop], dtype=np.int32)
 
     def room(self, question: np.ndarray, answer: Sequence[int] | np.ndarray = ()) -> int:
         """Tokens that a document may have."""
@@ -146,15 +165,15 @@ class Corpus:
             reason = f"id: {row['id']!r:.40} again with another input, first at {at}"
             return complaints.add(place, reason)
         output = row.get("output") or ""
-        ids, answer = self.frame.ids(question), self.frame.answer(output)
+        ids, answer = self.frame.question(question), self.frame.answer(output)
         room = self.frame.room(ids, answer)
         if room < 0:
             return complaints.add(place, *self.frame.too_long(room))
         digest = _digest(document)
         if digest not in self._places:
-            tokens = self.frame.ids(document)
-            self._places[digest] = len(self.documents), len(tokens)
-            self.documents.append(tokens[-self.data.max_length :].copy())
+            tokens, count = self.frame.document(document, ids)
+            self._places[digest] = len(self.documents), count
+            self.documents.append(tokens)
         number, size = self._places[digest]
         self.cut += size > room
         texts = [output] * bool(output), options(task, question)
@@ -216,22 +235,22 @@ class ScrollsSource:
     def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
         streams = {task: rows(self.data, task, self.split, complaints) for task in tasks(self.data)}
         while streams:
-            for task, stream in list(streams.items()):
-                if (item := next(stream, None)) is None:
+            for task, unread in list(streams.items()):
+                if (item := next(unread, None)) is None:
                     del streams[task]
                 else:
                     yield item[0], {**item[1], "task": task}
 
     def encode(self, row: Row) -> Sample:
         question, document = split_input(row["task"], row)
-        asked, answer = self.frame.ids(question), self.frame.answer(row["output"])
+        asked, answer = self.frame.question(question), self.frame.answer(row["output"])
         room = self.frame.room(asked, answer)
         if room < 0:
             raise UnusableRow(*self.frame.too_long(room))
-        text = self.frame.ids(document)
+        text, count = self.frame.document(document, asked)
         ids = np.concatenate([self.frame.prompt(asked, text, room), answer])
         learned = np.arange(len(ids)) >= len(ids) - len(answer)
-        return Sample(ids, learned, {"id": row["id"], "cut": len(text) > room}, group=row["task"])
+        return Sample(ids, learned, {"id": row["id"], "cut": count > room}, group=row["task"])
 
     def key(self) -> dict[str, Any]:
         data, names = self.data, tasks(self.data)

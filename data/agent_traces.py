@@ -123,6 +123,15 @@ class Traces:
         """Numbers of usable traces that the filters leave out, by reason; reads all rows once."""
         return dict(Counter(reason for *_, reason in self._judged(Complaints("skip")) if reason))
 
+    def not_read(self) -> list[str]:
+        """Names of a folder's jsonl files that hold no split, where others do."""
+        root, (_, mixed) = Path(self.root).expanduser(), self.files
+        if mixed or not root.is_dir():
+            return []
+        known = {f"{split}.jsonl{suffix}" for split in (*SPLITS, "test") for suffix in OPEN}
+        names = {path.name for suffix in OPEN for path in root.glob(f"*.jsonl{suffix}")}
+        return sorted(names - known)
+
     def _judged(self, complaints: Complaints) -> Iterator[tuple[str, Row, str]]:
         """(place, row, reason to leave it out, or '') of the split's rows."""
         paths, mixed = self.files
@@ -212,6 +221,9 @@ class AgentSource:
             remarks.append("tools are not shown to the model: the chat template has no place")
         if remarks:
             facts["remarks"] = remarks
+        # of the assistant's turns: evaluation does not ask for them
+        if unlearned := [number for number, message in enumerate(messages) if not message.learned]:
+            facts["unlearned"] = unlearned
         return Sample(rendering.ids, rendering.mask, {**facts, "turns": turns})
 
     def check(self, row: Row) -> list[Message]:
@@ -298,6 +310,8 @@ class AgentBatches(TextBatches):
 
     def source(self, split: str) -> AgentSource:
         source = source_of(self.data, self.tokenizer, split)
+        if left := source.traces.not_read():
+            say(f"{self.data.root}: not read: {', '.join(left)}"[:400])
         for reason, count in source.traces.left_out().items():
             say(f"{split}: {count} traces left out: {reason}")
         return source

@@ -76,14 +76,15 @@ def windows(
             continue
         tokens = _tokens(tokenizer, left, begins, special)
         count = len(tokens.ids) if last else _settled(left, tokens)
-        if len(left) >= LARGEST_WINDOW:
-            count = count or len(tokens.ids)
+        whole = last or (not count and len(left) >= LARGEST_WINDOW)
+        if whole:
+            count = len(tokens.ids)
         if not count:
             continue
         ids, starts, ends = (values[:count] for values in tokens)
         yield Tokens(ids, [place + start for start in starts], [place + end for end in ends])
-        if not last:
-            place, left, begins = place + ends[-1], left[ends[-1] :], False
+        cut = len(left) if whole else ends[-1]
+        place, left, begins = place + cut, left[cut:], False
 
 
 def inside(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

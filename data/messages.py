@@ -233,16 +233,16 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], plain: set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, the character of the joined pieces where each begins)."""
-    ids, offsets, before = list[int](), list[int](), 0
+    ids, offsets, before = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0
     for number, piece in enumerate(pieces):
-        begins = begins_after(tokenizer, ids)
+        begins = begins_after(tokenizer, ids[-1])
         for tokens in windows(tokenizer, [piece], begins, special=number not in plain):
-            ids += tokens.ids
+            ids.append(np.array(tokens.ids, dtype=np.int32))
             # some tokenizers let white space begin where it ends
-            starts = (min(start, len(piece) - 1) for start in tokens.starts)
-            offsets += [before + start for start in starts]
+            starts = np.minimum(np.array(tokens.starts, dtype=np.int64), len(piece) - 1)
+            offsets.append(before + starts)
         before += len(piece)
-    return np.array(ids, dtype=np.int32), np.maximum.accumulate(np.array(offsets, dtype=np.int64))
+    return np.concatenate(ids), np.maximum.accumulate(np.concatenate(offsets))
 
 
 def _stops(frames: Sequence[str], messages: Sequence[Message], special: Sequence[str]) -> set[str]:

@@ -188,8 +188,9 @@ def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedS
 
 def _report(file: Path, report: Path) -> list[str] | str:
     """A cache's lines about its rows; a text says what is damaged, or '': there is no cache."""
-    if not (file.exists() and report.exists()):
-        return ""
+    with os_errors(f"data.cache: {file} cannot be read"):
+        if not (file.exists() and report.exists()):
+            return ""
     try:
         content = json.loads(report.read_text())
         lines, checksum = content["lines"], content["crc32"]

@@ -53,6 +53,7 @@ def test_a_turn_without_weight_is_shown_and_not_learned(wrong, right):
         made = sample(messages)
         assert "wrong<|end|>" in TOKENIZER.decode(made.ids)
         assert learned(made) == "right<|end|>"
+        assert made.notes["unlearned"] == [1]
         assert "remarks" not in made.notes
 
 
@@ -144,6 +145,12 @@ def test_malformed_rows_behind_the_first_validation_examples_are_found(tmp_path,
     source = AgentSource(TOKENIZER, Traces(str(path), "validation", "skip", val_share=1.0))
     assert len(validation_samples(source, 2)) == 2
     assert "validation: 1 unusable row skipped" in capsys.readouterr().out
+
+
+def test_files_beside_the_splits_are_said_not_to_be_read(tmp_path):
+    for name in ("train", "validation", "test", "more"):
+        (tmp_path / f"{name}.jsonl").touch()
+    assert Traces(str(tmp_path), "train").not_read() == ["more.jsonl"]
 
 
 def test_a_file_that_vanishes_between_two_epochs_is_missed(tmp_path):

@@ -18,7 +18,8 @@ with importing():
 
     from comet_pl.chat.open_model import add_options, check_target, open_conversation
     from comet_pl.progress import Bar
-    from data.chat_template import BLANK, encode
+    from data.chat_template import BLANK
+    from data.encoding import encode, stream
 
 PIECE = 100_000  # bytes of a file decoded and tokenised at once
 
@@ -32,7 +33,8 @@ def main(argv: list[str]) -> None:
     start, before = time.monotonic(), conversation.cache.get_seq_length()
     size = None if None in sizes else sum(filter(None, sizes))
     with Bar(None) as bar:
-        conversation.read(id_pieces(options.files, conversation.tokenizer, size, bar), bar.add)
+        pieces = id_pieces(options.files, conversation.tokenizer, size, bar, conversation.begins)
+        conversation.read(pieces, bar.add)
     conversation.save(options.save, **notes)
     cache, chunk = conversation.cache, conversation.model.config.chunk_size
     total, seconds = cache.get_seq_length(), time.monotonic() - start
@@ -57,21 +59,32 @@ def parser() -> Parser:
 
 
 def id_pieces(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, size: int | None, bar: Bar
+    files: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    size: int | None,
+    bar: Bar,
+    begins: bool = False,
 ) -> Iterator[list[int]]:
     """The files' ids, a blank line between files.
 
     Args:
         size: bytes of all files, from which the bar's total is estimated; None: not known.
+        begins: see Conversation.begins.
     """
     done = tokens = 0
+
+    def texts(file: str) -> Iterator[str]:
+        nonlocal done
+        for text, part in text_pieces(file):
+            done += part
+            yield text
+
     for number, file in enumerate(files):
         bar.name(Path(file).name)
         if number:
             yield encode(tokenizer, BLANK)
-        for text, part in text_pieces(file):
-            ids = encode(tokenizer, text)
-            done, tokens = done + part, tokens + len(ids)
+        for ids in stream(tokenizer, texts(file), begins and not number):
+            tokens += len(ids)
             if size is not None:
                 bar.update(bar.only, total=tokens * size // done)
             yield ids

@@ -13,12 +13,11 @@ call.
 
 import hashlib
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,14 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config.schema import AgentData
 from comet_pl.errors import UserError
 from data.batches import Pair, say
-from data.jsonl import OPEN, Complaints, Row, UnusableRow, find, read
+from data.jsonl import OPEN, Complaints, Row, UnusableRow, check_content, check_distinct, find, read
+from data.message_keys import tools_of, unread
 from data.messages import Message, check_messages, render
 from data.text.batches import TextBatches
-from data.text.tokenized import Sample, encoded, file_facts
+from data.text.tokenized import Sample, file_facts
 
 SPLITS = ("train", "validation")
+LARGEST = 1e300  # of a reward
 SHORTEST = 3  # characters of a needed value: shorter ones are everywhere
 TRIAL = re.compile(
     r"(?:^|[-_./:])(trial|attempt|rollout|run|seed)[-_=]?\d+(?=$|[-_./:@])", re.IGNORECASE
@@ -48,7 +49,8 @@ def files(root: str, split: str) -> tuple[list[Path], bool]:
             which are read in the order of their names. Plain or compressed.
 
     Raises:
-        UserError: there is no such file or folder, or nothing in it.
+        UserError: there is no such file or folder, or nothing in it; files that differ in their
+            endings alone.
     """
     path, endings = Path(root).expanduser(), [f".jsonl{suffix}" for suffix in OPEN]
     if path.is_file():
@@ -63,6 +65,7 @@ def files(root: str, split: str) -> tuple[list[Path], bool]:
         return [named[split]], False
     paths = (file for ending in endings for file in path.glob(f"*{ending}"))
     traces = sorted(file for file in paths if file.is_file())
+    check_distinct(traces)
     if not traces:
         raise UserError(f"data.root: {root} holds no .jsonl[.xz|.gz|.zst] file")
     return traces, True
@@ -107,6 +110,11 @@ class Traces:
     seed: int = 0
     min_reward: float | None = None
 
+    @cached_property
+    def files(self) -> tuple[list[Path], bool]:
+        """See `files`; those of the first call, so that one that vanishes is missed."""
+        return files(self.root, self.split)
+
     def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
         """(place, row) of the traces with enough reward."""
         return ((place, row) for place, row, reason in self._judged(complaints) if not reason)
@@ -115,13 +123,21 @@ class Traces:
         """Numbers of usable traces that the filters leave out, by reason; reads all rows once."""
         return dict(Counter(reason for *_, reason in self._judged(Complaints("skip")) if reason))
 
+    def not_read(self) -> list[str]:
+        """Names of a folder's jsonl files that hold no split, where others do."""
+        root, (_, mixed) = Path(self.root).expanduser(), self.files
+        if mixed or not root.is_dir():
+            return []
+        known = {f"{split}.jsonl{suffix}" for split in (*SPLITS, "test") for suffix in OPEN}
+        names = {path.name for suffix in OPEN for path in root.glob(f"*.jsonl{suffix}")}
+        return sorted(names - known)
+
     def _judged(self, complaints: Complaints) -> Iterator[tuple[str, Row, str]]:
         """(place, row, reason to leave it out, or '') of the split's rows."""
-        paths, mixed = files(self.root, self.split)
+        paths, mixed = self.files
         places: dict[str, str] = {}
         for path in paths:
-            if not path.stat().st_size:
-                complaints.add(str(path), "an empty file")
+            check_content(path, complaints)
             for place, row in read(path, complaints):
                 if reason := _fault(row, places):
                     complaints.add(place, reason)
@@ -159,7 +175,8 @@ def _fault(row: Row, places: dict[str, str]) -> str:
         return f"uniq_id: {shown}"
     if str(name) in places:
         return f"uniq_id: {name!r:.80} given again, first in {places[str(name)]}"
-    if reward is not None and (not isinstance(reward, int | float) or not math.isfinite(reward)):
+    number = isinstance(reward, int | float) and abs(reward) <= LARGEST
+    if reward is not None and not number:
         return f"reward: {reward!r:.40} given, a number or null is needed"
     return ""
 
@@ -189,19 +206,36 @@ class AgentSource:
 
     def encode(self, row: Row) -> Sample:
         """Raises UnusableRow: malformed messages, or too many tokens."""
-        messages = check_messages(row)
-        if not any(message.role == "assistant" for message in messages):
-            raise UnusableRow("messages: none of the assistant's, so there is nothing to learn")
-        rendering = render(self.tokenizer, messages, self.supervise)
+        messages = self.check(row)
+        tools = tools_of(row)
+        rendering = render(self.tokenizer, messages, self.supervise, tools)
+        if not rendering.mask.any():
+            reason = "weight, train or loss exclude all of the assistant's that have loss"
+            raise UnusableRow(f"messages: {reason}, so there is nothing to learn")
         if self.max_length is not None and len(rendering.ids) > self.max_length:
             raise UnusableRow(f"{len(rendering.ids)} tokens, data.max_length is {self.max_length}")
         turns = [[*turn, turn_distance(messages, n)] for n, turn in enumerate(rendering.turns)]
         facts = {"id": str(row["uniq_id"]), "task": task_of(row), "reward": row.get("reward")}
+        remarks = unread(row, messages)
+        if tools and not rendering.shows_tools:
+            remarks.append("tools are not shown to the model: the chat template has no place")
+        if remarks:
+            facts["remarks"] = remarks
+        # of the assistant's turns: evaluation does not ask for them
+        if unlearned := [number for number, message in enumerate(messages) if not message.learned]:
+            facts["unlearned"] = unlearned
         return Sample(rendering.ids, rendering.mask, {**facts, "turns": turns})
+
+    def check(self, row: Row) -> list[Message]:
+        """Raises UnusableRow: malformed messages, or none of the assistant's."""
+        messages = check_messages(row)
+        if not any(message.role == "assistant" for message in messages):
+            raise UnusableRow("messages: none of the assistant's, so there is nothing to learn")
+        return messages
 
     def key(self) -> dict[str, Any]:
         traces = self.traces
-        paths, mixed = files(traces.root, traces.split)
+        paths, mixed = traces.files
         split = [traces.split, traces.val_share, traces.seed] if mixed else [traces.split]
         filters = [traces.min_reward, self.max_length]
         facts = {"agent": file_facts(paths), "split": split, "filters": filters}
@@ -276,6 +310,8 @@ class AgentBatches(TextBatches):
 
     def source(self, split: str) -> AgentSource:
         source = source_of(self.data, self.tokenizer, split)
+        if left := source.traces.not_read():
+            say(f"{self.data.root}: not read: {', '.join(left)}"[:400])
         for reason, count in source.traces.left_out().items():
             say(f"{split}: {count} traces left out: {reason}")
         return source
@@ -286,14 +322,24 @@ class AgentBatches(TextBatches):
 
 
 def validation_samples(source: AgentSource, count: int | None) -> list[Sample]:
-    """The first `count` usable traces; says how many are unusable among them.
+    """The first `count` usable traces; says how many are unusable among all.
+
+    Malformed ones are found behind the first `count` too, too long ones are not.
 
     Raises:
         UserError: there are none.
     """
-    complaints, traces = Complaints(source.on_error), source.traces
-    samples = list(islice(filter(None, encoded(source, complaints)), count))
-    if line := complaints.summary():
+    complaints, traces, samples = Complaints(source.on_error), source.traces, list[Sample]()
+    for place, row in source.rows(complaints):
+        try:
+            if count is None or len(samples) < count:
+                samples.append(source.encode(row))
+                complaints.remarks.update(samples[-1].notes.get("remarks", ()))
+            else:
+                source.check(row)
+        except UnusableRow as error:
+            complaints.add(place, *error.args)
+    for line in complaints.lines():
         say(f"{traces.split}: {line}")
     if not samples:
         raise UserError(

@@ -5,10 +5,10 @@ before | the user's words | after | the model's answer | between | the user's wo
 
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl.errors import UserError, first_line
+from data.encoding import encode, windows
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
@@ -20,50 +20,67 @@ BLANK = "\n\n"
 MARKS = [f"\u2063{name}\u2063" for name in ("FIRST", "ANSWER", "NEXT")]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of plain text: no special token is added to it or read out of it."""
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    return tokenizer(text, **options)["input_ids"]
-
-
 def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """(before, after): ids around the user's words.
 
     Raises:
-        UserError: the template cannot be rendered.
+        UserError: the template cannot be rendered, or has no place for the user's words.
     """
     if tokenizer.chat_template is None:
         # the token that begins every text, if the decoder was trained with one
         first = tokenizer("")["input_ids"][:1]
         before = first if first == [tokenizer.bos_token_id] else []
         return before, encode(tokenizer, "\n\nAnswer:\n")
-    chat = [{"role": "user", "content": MARKS[0]}]
-    before, _, after = _render(tokenizer, chat, add_generation_prompt=True).partition(MARKS[0])
-    return _with_special(tokenizer, before), _with_special(tokenizer, after)
+    before, after = _parts(tokenizer, 1, add_generation_prompt=True)
+    return _with_special(tokenizer, before, begins=True), _with_special(tokenizer, after)
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids between an answer and the user's next words; the stop token is the first of them.
 
     Raises:
-        UserError: the template cannot be rendered.
+        UserError: the template cannot be rendered, or has no place for an answer.
     """
     if tokenizer.chat_template is None:
         return encode(tokenizer, BLANK)
-    roles = zip(("user", "assistant", "user"), MARKS, strict=True)
-    chat = [{"role": role, "content": mark} for role, mark in roles]
-    _, _, rest = _render(tokenizer, chat).partition(MARKS[1])
-    return _with_special(tokenizer, rest.partition(MARKS[2])[0])
+    return _with_special(tokenizer, _parts(tokenizer, 3)[2])
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]], **options: Any) -> str:
+def answer_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes behind `after` and before an answer, such as Llama 2's space.
+
+    Raises:
+        UserError: the template cannot be rendered.
+    """
+    if tokenizer.chat_template is None:
+        return ""
+    _, prompt = _parts(tokenizer, 1, add_generation_prompt=True)
+    between = _parts(tokenizer, 2)[1]
+    start = between.removeprefix(prompt) if between.startswith(prompt) else ""
+    return "" if start.strip() else start
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, turns: int, **options: Any) -> list[str]:
+    """What the template writes before, between and behind the texts of so many turns."""
     options |= {"tokenize": False, "enable_thinking": False}
+    roles = ("user", "assistant", "user")[:turns]
+    chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=False)]
     try:
-        return str(tokenizer.apply_chat_template(chat, **options))
-    except jinja2.TemplateError as error:
+        rest, parts = str(tokenizer.apply_chat_template(chat, **options)), list[str]()
+    except Exception as error:  # of the template, which is a program of its own
         reason = first_line(error)
         raise UserError(f"the tokenizer's chat template cannot be used: {reason}") from None
+    for role, mark in zip(roles, MARKS, strict=False):
+        part, found, rest = rest.partition(mark)
+        if not found:
+            raise UserError(
+                "the tokenizer's chat template cannot be used: "
+                f"it leaves out the words of role {role}"
+            )
+        parts.append(part)
+    return [*parts, rest]
 
 
-def _with_special(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _with_special(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) -> list[int]:
+    parts = windows(tokenizer, [text], begins, special=True)
+    return [token for part in parts for token in part.ids]

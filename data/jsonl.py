@@ -4,13 +4,15 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable, Iterator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
-from comet_pl.errors import UserError
+from comet_pl.errors import UserError, os_errors
 
 
 class _Zstd(io.RawIOBase):
@@ -27,7 +29,8 @@ class _Zstd(io.RawIOBase):
         while not self.ready:
             ended = self.frame is None or self.frame.eof
             data = self.frame.unused_data if self.frame and ended else b""
-            data = data or self.file.read(1 << 14)
+            # a little at a time: a few bytes may unpack to a hundred thousand
+            data = data or self.file.read(1 << 11)
             if not data:
                 if ended:
                     return 0
@@ -49,7 +52,10 @@ OPEN: dict[str, Callable[[Path], IO[bytes]]] = {
     ".gz": lambda path: io.BufferedReader(gzip.GzipFile(path)),
     ".zst": lambda path: io.BufferedReader(_Zstd(path)),
 }
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
+LONGEST_LINE = 1 << 28
+"""Bytes; a row is held in memory."""
+TOO_LONG = f"a line of more than {LONGEST_LINE:,} bytes"
 Row = dict[str, Any]
 
 
@@ -66,20 +72,56 @@ def rows(path: Path) -> Iterator[tuple[str, Row | str]]:
     number = 0
     try:
         with OPEN.get(path.suffix, OPEN[""])(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
+            for number, line in enumerate(lines(file), 1):
+                if line is None:
+                    yield f"{path}:{number}", TOO_LONG
+                elif line.strip():
                     yield f"{path}:{number}", _parse(line)
     except UNREADABLE as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{path}: cannot be read after line {number}: {reason}") from None
 
 
+def lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Lines with their ends; None for one of more than LONGEST_LINE bytes, which is passed over."""
+    while line := file.readline(LONGEST_LINE + 1):
+        if len(line) <= LONGEST_LINE:
+            yield line
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(1 << 20)
+        yield None
+
+
+class DoubleKey(ValueError):
+    """An object that has a key twice: which value is meant?"""
+
+
+def loads(text: str | bytes) -> Any:
+    """json.loads.
+
+    Raises:
+        DoubleKey, ValueError, RecursionError
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise DoubleKey(f"the key {name!r:.60} twice in one object")
+    return made
+
+
 def _parse(line: bytes) -> Row | str:
     """The object, or what is wrong."""
     try:
-        row = json.loads(line)
+        row = loads(line)
     except UnicodeDecodeError as error:
         return f"not UTF-8 ({error.reason} at byte {error.start})"
+    except DoubleKey as error:
+        return str(error)
     except ValueError as error:
         return f"not JSON: {error}"
     except RecursionError:
@@ -102,6 +144,8 @@ class Complaints:
 
     def __init__(self, on_error: str):
         self.on_error, self.count, self.first = on_error, 0, ""
+        # what was left out of usable rows: the number of rows
+        self.remarks = Counter[str]()
 
     def add(self, place: str, reason: str, remedy: str = "") -> None:
         """Leaves a row out.
@@ -127,6 +171,15 @@ class Complaints:
         plural = "s" * (self.count > 1)
         return f"{self.count} unusable row{plural} skipped; the first: {self.first}"
 
+    def lines(self) -> list[str]:
+        """The summary, and a line for each remark."""
+        return [*filter(None, [self.summary()]), *self.remark_lines()]
+
+    def remark_lines(self) -> list[str]:
+        return [
+            f"{remark}: {count} row{'s' * (count > 1)}" for remark, count in self.remarks.items()
+        ]
+
 
 def is_unicode(text: str) -> bool:
     """JSON can spell halves of characters, which can be neither tokenised nor written."""
@@ -134,9 +187,41 @@ def is_unicode(text: str) -> bool:
 
 
 def find(folder: Path, split: str) -> Path | None:
-    """<folder>/<split>.jsonl, plain or compressed; None if there is none."""
-    paths = (folder / f"{split}.jsonl{suffix}" for suffix in OPEN)
-    return next((path for path in paths if path.is_file()), None)
+    """<folder>/<split>.jsonl, plain or compressed; None if there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    paths = [folder / f"{split}.jsonl{suffix}" for suffix in OPEN]
+    found = [path for path in paths if path.is_file()]
+    check_distinct(found)
+    return found[0] if found else None
+
+
+def check_distinct(paths: Sequence[Path]) -> None:
+    """Raises UserError if two files differ in their endings alone, as a.csv and a.jsonl.gz do."""
+    known: dict[str, Path] = {}
+    for path in paths:
+        name = path.name.removesuffix(path.suffix) if path.suffix in OPEN else path.name
+        first = known.setdefault(name.rpartition(".")[0], path)
+        if first is not path:
+            raise UserError(
+                f"{path.parent}: holds {first.name} and {path.name}, of which one can be meant; "
+                "take the other away"
+            )
+
+
+def check_content(path: Path, complaints: Complaints) -> None:
+    """Adds a complaint about an empty file.
+
+    Raises:
+        UserError: the file cannot be read.
+        UnusableRow: it is empty, and complaints raise.
+    """
+    with os_errors(f"{path}: cannot be read"):
+        size = path.stat().st_size
+    if not size:
+        complaints.add(str(path), "an empty file")
 
 
 def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:

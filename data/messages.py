@@ -8,7 +8,8 @@ own rendering, with two exceptions. No special token is read out of a text. An a
 never merges with its header, as when a model generates the text after the header. A template that
 cannot be taken apart like this is refused.
 
-A tool call is text, whoever makes it: see data/tool_calls.py. Further keys of messages are ignored.
+A tool call is text, whoever makes it: see data/tool_calls.py. Keys that decide what is learnt, and
+those that are not read: data/message_keys.py.
 """
 
 import json
@@ -16,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError, nearest
-from data.jsonl import Row, UnusableRow
+from comet_pl.errors import UserError, first_line, nearest
+from data.encoding import begins_after, windows
+from data.jsonl import Row, UnusableRow, loads
+from data.message_keys import ALIASES, calls_of, is_learned
 from data.tool_calls import Call, action_text, as_arguments
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -38,6 +40,7 @@ class Message:
     role: str  # of ROLES
     content: str
     calls: tuple[Call, ...] = ()
+    learned: bool = True  # if it is the assistant's
 
     @property
     def text(self) -> str:
@@ -61,7 +64,7 @@ def check_messages(row: Row) -> list[Message]:
     listed = row.get("messages")
     if isinstance(listed, str):
         try:
-            listed = json.loads(listed)
+            listed = loads(listed)
         except (ValueError, RecursionError) as error:
             raise UnusableRow(f"messages: text that is not JSON: {error}") from None
     if not isinstance(listed, list) or not listed:
@@ -75,16 +78,17 @@ def check_messages(row: Row) -> list[Message]:
         if not isinstance(message, dict):
             kind = type(message).__name__
             raise UnusableRow(f"{key}: an object is needed, but this is a {kind}")
-        if message.get("role") == "tool":
+        if message.get("role") in ("tool", "function"):
             _check_result(message, ids, any(earlier.calls for earlier in messages), key)
         messages.append(_message(message, key))
-        calls = message.get("tool_calls") or []
+        calls = calls_of(message)
         ids |= {str(call["id"]) for call in calls if call.get("id") is not None}
     return messages
 
 
 def _message(message: dict[str, Any], key: str) -> Message:
-    role, calls = message.get("role"), message.get("tool_calls") or []
+    role, calls = message.get("role"), calls_of(message)
+    role = ALIASES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
         shown = f"{role!r:.40} given{nearest(role, ROLES)}" if isinstance(role, str) else "missing"
         raise UnusableRow(f"{key}.role: {shown}, allowed: {', '.join(ROLES)}")
@@ -95,7 +99,8 @@ def _message(message: dict[str, Any], key: str) -> Message:
             f"{key}.tool_calls: given with role {role}, allowed: with user and assistant"
         )
     checked = tuple(_call(call, f"{key}.tool_calls[{n}]") for n, call in enumerate(calls))
-    made = Message(role, _content(message.get("content"), f"{key}.content"), checked)
+    content = _content(message.get("content"), f"{key}.content")
+    made = Message(role, content, checked, is_learned(message, key))
     if not made.text.strip() and role != "tool":
         shown = "null" if message.get("content") is None else "empty"
         raise UnusableRow(f"{key}.content: {shown}, and no tool_calls")
@@ -164,25 +169,32 @@ class Rendering:
     ids: np.ndarray  # (n,) int32
     mask: np.ndarray  # (n,) bool: the tokens with loss
     turns: list[Turn]  # of the messages, in order
+    shows_tools: bool = False  # whether the template writes the tools
 
 
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     supervise: str | int = "assistant",
+    tools: Sequence[dict[str, Any]] = (),
 ) -> Rendering:
     """Messages in tokens, in the tokenizer's chat template; without one, each under its role.
 
     Args:
         supervise: the turns with loss, stop token included: "assistant", all of the assistant's;
-            k >= 1, the last k of them.
+            k >= 1, the last k of them; in both cases without those that are not `learned`.
+        tools: that the template may write; see Rendering.shows_tools.
 
     Raises:
         UnusableRow: the template refuses the messages, or changes their text.
         UserError: the template ends the assistant's turns with no special token.
     """
-    frames, texts = _rendered(tokenizer, messages)
     special = [entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special]
+    frames, texts = _rendered(tokenizer, messages)
+    if shows_tools := bool(tools) and not any(name in json.dumps(tools) for name in special):
+        shown = _with_tools(tokenizer, messages, tools)
+        shows_tools = shown is not None and shown[0] != frames
+        frames, texts = shown if shown and shows_tools else (frames, texts)
     stops = _stops(frames, messages, special)
     # A piece begins with each assistant's text. A text with a special token's name is one of the
     # plain pieces, tokenised as plain text.
@@ -206,27 +218,31 @@ def render(
         Turn(message.role, *np.searchsorted(offsets, characters).tolist())
         for message, characters in zip(messages, bounds, strict=True)
     ]
-    spoken = [turn for turn in turns if turn.role == "assistant"]
+    spoken = [
+        (turn, message.learned)
+        for turn, message in zip(turns, messages, strict=True)
+        if turn.role == "assistant"
+    ]
     mask = np.zeros(len(ids), dtype=bool)
-    for turn in spoken if supervise == "assistant" else spoken[-int(supervise) :]:
-        mask[turn.content : turn.end] = True
-    return Rendering(ids, mask, turns)
+    for turn, learned in spoken if supervise == "assistant" else spoken[-int(supervise) :]:
+        mask[turn.content : turn.end] = learned
+    return Rendering(ids, mask, turns, shows_tools)
 
 
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, pieces: Sequence[str], plain: set[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, the character of the joined pieces where each begins)."""
-    options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
-    ids, offsets, before = list[int](), list[int](), 0
+    ids, offsets, before = [np.zeros(0, np.int32)], [np.zeros(0, np.int64)], 0
     for number, piece in enumerate(pieces):
-        tokens = tokenizer(piece, split_special_tokens=number in plain, **options)
-        ids += tokens["input_ids"]
-        # some tokenizers let white space begin where it ends
-        starts = (min(start, len(piece) - 1) for start, _ in tokens["offset_mapping"])
-        offsets += [before + start for start in starts]
+        begins = begins_after(tokenizer, ids[-1])
+        for tokens in windows(tokenizer, [piece], begins, special=number not in plain):
+            ids.append(np.array(tokens.ids, dtype=np.int32))
+            # some tokenizers let white space begin where it ends
+            starts = np.minimum(np.array(tokens.starts, dtype=np.int64), len(piece) - 1)
+            offsets.append(before + starts)
         before += len(piece)
-    return np.array(ids, dtype=np.int32), np.maximum.accumulate(np.array(offsets, dtype=np.int64))
+    return np.concatenate(ids), np.maximum.accumulate(np.concatenate(offsets))
 
 
 def _stops(frames: Sequence[str], messages: Sequence[Message], special: Sequence[str]) -> set[str]:
@@ -249,33 +265,52 @@ def _closing(frame: str, stops: set[str]) -> int:
     return min((frame.find(name) + len(name) for name in stops if name in frame), default=0)
 
 
+Split = tuple[list[str], list[str]]
+"""(frames, texts): the rendering is frames[0] + texts[0] + frames[1] + ... + frames[n]."""
+
+
 def _rendered(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]
-) -> tuple[list[str], list[str]]:
-    """(frames, texts): the rendering is frames[0] + texts[0] + frames[1] + ... + frames[n]."""
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] = (),
+) -> Split:
     chat = [{"role": message.role, "content": message.text} for message in messages]
     without_tools = [
         _as_user(message) if message["role"] == "tool" else message for message in chat
     ]
     reason = ""
     for version in [chat, without_tools] if without_tools != chat else [chat]:
-        split = _split(tokenizer, version)
+        split = _split(tokenizer, version, tools)
         if not isinstance(split, str):
             return split
         reason = reason or split
     raise UnusableRow(f"messages: the tokenizer's chat template {reason}")
 
 
+def _with_tools(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]],
+) -> Split | None:
+    """None: the template refuses the tools."""
+    try:
+        return _rendered(tokenizer, messages, tools)
+    except UnusableRow:
+        return None
+
+
 def _split(
-    tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]
-) -> tuple[list[str], list[str]] | str:
-    """(frames, texts) of a chat; a text says why the template does not allow it."""
+    tokenizer: PreTrainedTokenizerBase,
+    chat: list[dict[str, str]],
+    tools: Sequence[dict[str, Any]],
+) -> Split | str:
+    """A chat's split; a text says why the template does not allow it."""
     marks = [f"\u2063{number}\u2063" for number in range(len(chat))]
     marked = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
     try:
-        rest, whole = _template(tokenizer, marked), _template(tokenizer, chat)
-    except jinja2.TemplateError as error:
-        return f"refuses them: {error}"
+        rest, whole = _template(tokenizer, marked, tools), _template(tokenizer, chat, tools)
+    except Exception as error:  # of the template, which is a program of its own
+        return f"refuses them: {first_line(error)}"
     frames = []
     for number, mark in enumerate(marks):
         frame, separator, rest = rest.partition(mark)
@@ -287,8 +322,14 @@ def _split(
     return (frames, texts) if isinstance(texts, list) else f"changes the text of messages[{texts}]"
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, chat: list[dict[str, str]]) -> str:
+def _template(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: list[dict[str, str]],
+    tools: Sequence[dict[str, Any]],
+) -> str:
     options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}
+    if tools:
+        options["tools"] = list(tools)
     if tokenizer.chat_template is None:
         options["chat_template"] = PLAIN_TEMPLATE
     return str(tokenizer.apply_chat_template(chat, **options))

@@ -30,7 +30,7 @@ from data.batches import (
     nothing,
     validation_loader,
 )
-from data.chat_template import encode
+from data.encoding import encode, stream
 from data.haystack import sentences
 from data.tokenizer import stop_token
 
@@ -77,7 +77,11 @@ class PasskeyExamples:
         self.key_begin, self.key_end, self.question = (
             np.array(encode(tokenizer, text)) for text in (KEY_BEGIN, KEY_END, QUESTION)
         )
-        pieces = [encode(tokenizer, text) for text in _haystack(data)]
+        texts = _haystack(data)
+        if data.haystack is None:
+            pieces = [encode(tokenizer, text) for text in texts]
+        else:
+            pieces = list(stream(tokenizer, texts))
         self.filler = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32)
         self.ends = np.cumsum([len(piece) for piece in pieces])  # of each sentence, in filler
         self.key_length = len(self.key_begin) + DIGITS + len(self.key_end)
@@ -266,6 +270,8 @@ def _haystack(data: PasskeyData) -> list[str] | Iterator[str]:
 def _pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of whole lines, small enough for a tokenizer's memory."""
     try:
+        if path.expanduser().is_char_device():
+            raise UserError(f"data.haystack: {path} is a device, a text file is needed")
         with os_errors(f"data.haystack: {path} cannot be read"):
             text = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

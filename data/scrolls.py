@@ -11,10 +11,10 @@ evaluation accepts all of them.
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,24 +23,27 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError
 from data.batches import IGNORED, Pair, say
-from data.chat_template import encode, frame
-from data.jsonl import Complaints, Row, UnusableRow, find
-from data.scrolls_rows import options, rows, split_input, tasks
+from data.chat_template import answer_start, frame
+from data.encoding import begins_after, encode, stream
+from data.jsonl import Complaints, Row, UnusableRow
+from data.scrolls_rows import files, options, rows, split_input, tasks
 from data.text.batches import TextBatches
+from data.text.loader import MOST_ROWS
 from data.text.tokenized import Sample, file_facts
 from data.tokenizer import stop_token
 
 TOKENIZER_CHARACTERS = 20_000_000
 """A tokenizer from scratch takes longer with more text, but learns no more from it."""
+WITHOUT_DOCUMENT = "no blank line behind the question, so no document"
 
 
 def texts(data: ScrollsData) -> Iterator[str]:
     """What a tokenizer from scratch is trained on: all training rows, each document once."""
     complaints = Complaints("skip")  # reading the rows for training reports them
-    for task in (names := tasks(data)):
+    for task, path in (found := files(data, "train")).items():
         seen: set[bytes] = set()
-        left = TOKENIZER_CHARACTERS // len(names)
-        for _, row in rows(data, task, "train", complaints):
+        left = TOKENIZER_CHARACTERS // len(found)
+        for _, row in rows(task, "train", path, complaints):
             question, document = split_input(task, row)
             new = _digest(document) not in seen
             seen.add(_digest(document))
@@ -65,12 +68,29 @@ class Frame:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int):
         self.tokenizer, self.max_length, self.stop = tokenizer, max_length, stop_token(tokenizer)
         self.before, self.after = (np.array(ids, dtype=np.int32) for ids in frame(tokenizer))
+        self.begins = begins_after(tokenizer, self.before)
+        self.answer_begins, self.start = (
+            begins_after(tokenizer, self.after),
+            answer_start(tokenizer),
+        )
 
-    def ids(self, text: str) -> np.ndarray:
-        return np.array(encode(self.tokenizer, text), dtype=np.int32)
+    def question(self, text: str) -> np.ndarray:
+        return np.array(encode(self.tokenizer, text, self.begins), dtype=np.int32)
+
+    def document(self, text: str, question: np.ndarray) -> tuple[np.ndarray, int]:
+        """(its last max_length tokens, its number of tokens) behind a question."""
+        parts, count, held = deque[np.ndarray](), 0, 0
+        for ids in stream(self.tokenizer, [text], self.begins and not len(question)):
+            parts.append(np.array(ids, dtype=np.int32))
+            count, held = count + len(ids), held + len(ids)
+            while held - len(parts[0]) >= self.max_length:
+                held -= len(parts.popleft())
+        whole = np.concatenate([np.zeros(0, dtype=np.int32), *parts])
+        return whole[-self.max_length :].copy(), count
 
     def answer(self, text: str) -> np.ndarray:
-        return np.array([*encode(self.tokenizer, text.strip()), self.stop], dtype=np.int32)
+        ids = encode(self.tokenizer, self.start + text.strip(), self.answer_begins)
+        return np.array([*ids, self.stop], dtype=np.int32)
 
     def room(self, question: np.ndarray, answer: Sequence[int] | np.ndarray = ()) -> int:
         """Tokens that a document may have."""
@@ -125,9 +145,11 @@ class Corpus:
         self._places: dict[bytes, tuple[int, int]] = {}
         # (task, id) -> digest of the input, place: rows of one id have one input
         self._inputs: dict[tuple[str, str], tuple[bytes, str]] = {}
+        found = files(data, self.split)
         for task in tasks(data):
             count = len(self.examples)
-            for place, row in rows(data, task, self.split, complaints):
+            unread = rows(task, self.split, found[task], complaints) if task in found else ()
+            for place, row in unread:
                 self._add(task, place, row, complaints)
             if len(self.examples) == count:
                 say(f"{task}: no {self.split} rows")
@@ -136,7 +158,7 @@ class Corpus:
                 f"{self.split}: {self.cut} of {len(self.examples)} documents cut on the left, "
                 f"over data.max_length = {data.max_length} tokens"
             )
-        if line := complaints.summary():
+        for line in complaints.lines():
             say(f"{self.split}: {line}")
 
     def _add(self, task: str, place: str, row: Row, complaints: Complaints) -> None:
@@ -146,15 +168,16 @@ class Corpus:
             reason = f"id: {row['id']!r:.40} again with another input, first at {at}"
             return complaints.add(place, reason)
         output = row.get("output") or ""
-        ids, answer = self.frame.ids(question), self.frame.answer(output)
+        ids, answer = self.frame.question(question), self.frame.answer(output)
         room = self.frame.room(ids, answer)
         if room < 0:
             return complaints.add(place, *self.frame.too_long(room))
+        complaints.remarks.update([WITHOUT_DOCUMENT] * (not document.strip()))
         digest = _digest(document)
         if digest not in self._places:
-            tokens = self.frame.ids(document)
-            self._places[digest] = len(self.documents), len(tokens)
-            self.documents.append(tokens[-self.data.max_length :].copy())
+            tokens, count = self.frame.document(document, ids)
+            self._places[digest] = len(self.documents), count
+            self.documents.append(tokens)
         number, size = self._places[digest]
         self.cut += size > room
         texts = [output] * bool(output), options(task, question)
@@ -211,34 +234,38 @@ class ScrollsSource:
 
     def __post_init__(self) -> None:
         self.on_error = self.data.on_error
+        # of now: a file that vanishes later is missed
+        self.files = files(self.data, self.split)
         self.frame = Frame(self.tokenizer, self.data.max_length)
 
     def rows(self, complaints: Complaints) -> Iterator[tuple[str, Row]]:
-        streams = {task: rows(self.data, task, self.split, complaints) for task in tasks(self.data)}
+        streams = {
+            task: rows(task, self.split, path, complaints) for task, path in self.files.items()
+        }
         while streams:
-            for task, stream in list(streams.items()):
-                if (item := next(stream, None)) is None:
+            for task, unread in list(streams.items()):
+                if (item := next(unread, None)) is None:
                     del streams[task]
                 else:
                     yield item[0], {**item[1], "task": task}
 
     def encode(self, row: Row) -> Sample:
         question, document = split_input(row["task"], row)
-        asked, answer = self.frame.ids(question), self.frame.answer(row["output"])
+        asked, answer = self.frame.question(question), self.frame.answer(row["output"])
         room = self.frame.room(asked, answer)
         if room < 0:
             raise UnusableRow(*self.frame.too_long(room))
-        text = self.frame.ids(document)
+        text, count = self.frame.document(document, asked)
         ids = np.concatenate([self.frame.prompt(asked, text, room), answer])
         learned = np.arange(len(ids)) >= len(ids) - len(answer)
-        return Sample(ids, learned, {"id": row["id"], "cut": len(text) > room}, group=row["task"])
+        notes = {"id": row["id"], "cut": count > room}
+        notes |= {} if document.strip() else {"remarks": [WITHOUT_DOCUMENT]}
+        return Sample(ids, learned, notes, group=row["task"])
 
     def key(self) -> dict[str, Any]:
-        data, names = self.data, tasks(self.data)
-        root = data.root and Path(data.root).expanduser()
-        files = root and [path for task in names if (path := find(root / task, self.split))]
-        facts = {"kind": "scrolls", "tasks": names, "split": self.split}
-        limit = {"max_length": data.max_length, "files": file_facts(files) if files else "hub"}
+        paths = [path for path in self.files.values() if path]
+        facts = {"kind": "scrolls", "tasks": list(self.files), "split": self.split}
+        limit = {"max_length": self.data.max_length, "files": file_facts(paths) or "hub"}
         return facts | limit
 
 
@@ -249,7 +276,10 @@ class ScrollsBatches(TextBatches):
     texts = staticmethod(texts)
 
     def source(self, split: str) -> ScrollsSource:
-        return ScrollsSource(self.data, self.tokenizer, split)
+        source = ScrollsSource(self.data, self.tokenizer, split)
+        for task in set(tasks(self.data)) - {*source.files}:
+            say(f"{task}: no {split} rows")
+        return source
 
     def weights(self) -> dict[str, float] | None:
         weights = self.data.weights
@@ -260,6 +290,10 @@ class ScrollsBatches(TextBatches):
             raise UserError(
                 "data.weights: all 0 given, nothing would be trained on; "
                 "allowed: numbers >= 0, one of them above 0"
+            )
+        if not max(weights) <= MOST_ROWS:
+            raise UserError(
+                f"data.weights: {max(weights):g} given, allowed: numbers from 0 to {MOST_ROWS:,}"
             )
         if len(weights) != len(names):
             raise UserError(
@@ -276,5 +310,10 @@ class ScrollsBatches(TextBatches):
 
     def validation_rows(self) -> list[Pair]:
         count, corpus = self.data.val_examples, self.validation
+        if not len(corpus):
+            raise UserError(
+                f"data.root: {self.data.root} has no validation rows{self.asked()}, "
+                "and training needs some"
+            )
         names = tasks(self.data)
         return [corpus.row(asked) for task in names for asked in corpus.questions(task, count)]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError, nearest
-from data.jsonl import Complaints, Row, find, is_unicode, read
+from data.jsonl import Complaints, Row, check_content, find, is_unicode, read
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
@@ -63,21 +63,49 @@ def tasks(data: ScrollsData) -> list[str]:
     return data.tasks or known
 
 
+def files(data: ScrollsData, split: str) -> dict[str, Path | None]:
+    """{task: its file of a split; None: the hub's}, without the tasks that have no such file.
+
+    Raises:
+        UserError: see `tasks`; a task that data.tasks names has no training rows.
+    """
+    names = tasks(data)
+    if data.root is None:
+        return dict.fromkeys(names)
+    root = Path(data.root).expanduser()
+    found: dict[str, Path | None] = {}
+    for task in names:
+        if path := find(root / task, split):
+            found[task] = path
+        elif data.tasks and split == "train":
+            there = ", ".join(sorted(path.name for path in (root / task).iterdir()))
+            raise UserError(
+                f"data.tasks: {task} given, but {root / task} has no "
+                f"{split}.jsonl[.xz|.gz|.zst]; it holds {there:.200}"
+            )
+    return found
+
+
 def rows(
-    data: ScrollsData, task: str, split: str, complaints: Complaints
+    task: str, split: str, path: Path | None, complaints: Complaints
 ) -> Iterator[tuple[str, Row]]:
-    """(place, row) of a task's split, with id, input and output checked; nothing without the split.
+    """(place, row) of a task's split, with id, input and output checked.
 
     In the test split, which the benchmark gives without outputs, they may be missing.
+
+    Args:
+        path: of `files`.
+
+    Raises:
+        UserError: the file, or the hub, cannot be read.
+        UnusableRow: a malformed row, and complaints raise.
     """
     needed = ("id", "input") if split == "test" else ("id", "input", "output")
-    if data.root is None:
+    if path is None:
         unchecked = hub_rows(task, split)
     else:
-        path = find(Path(data.root).expanduser() / task, split)
-        unchecked = read(path, complaints) if path else iter(())
-        if path and not path.stat().st_size:
-            complaints.add(str(path), "an empty file")
+        check_content(path, complaints)
+        unchecked = read(path, complaints)
     pids: dict[str, str] = {}
     for place, row in unchecked:
         pid = row.get("pid")
@@ -127,21 +155,33 @@ def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, R
         ) from None
 
 
+BLANK_LINE = re.compile(r"\r?\n[ \t]*\r?\n")
+OPTION = re.compile(r"\s*\(([A-D])\)")
+OPTIONS = re.compile(r"^\s*\(([A-D])\)", re.MULTILINE)
+
+
 def split_input(task: str, row: Row) -> tuple[str, str]:
     """(question with the blank line after it, document) of a row's input.
 
-    An input without a blank line is a question. ZeroSCROLLS' rows say where the document is,
-    between instructions and question: both come before it.
+    An input without a blank line is a question. A blank line may hold spaces, and lines may end as
+    Windows ends them. ZeroSCROLLS' rows say where the document is, between instructions and
+    question: both come before it.
     """
     text, start, end = row["input"], row.get("document_start_index"), row.get("document_end_index")
     if isinstance(start, int) and isinstance(end, int) and 0 <= start <= end <= len(text):
         return f"{text[:start].strip()}\n{text[end:].strip()}".strip() + "\n\n", text[start:end]
     if task in WITHOUT_QUESTION:
         return "", text
-    # quality's options follow the question, with blank lines between them
-    options = max(0, text.find("(D)")) if task == "quality" else 0
-    end = text.find("\n\n", options)
-    return (text[: end + 2], text[end + 2 :]) if end >= 0 else (text + "\n\n", "")
+    blank = BLANK_LINE.search(text)
+    if task == "quality":
+        # its options follow the question, with blank lines between them
+        letter = ""
+        while blank and (option := OPTION.match(text, blank.end())) and option[1] > letter:
+            start, blank = blank.end(), BLANK_LINE.search(text, option.end())
+            letter = OPTIONS.findall(text, start, blank.start() if blank else len(text))[-1]
+    if not blank:
+        return text + "\n\n", ""
+    return text[: blank.start()] + "\n\n", text[blank.end() :]
 
 
 def options(task: str, question: str) -> list[str]:

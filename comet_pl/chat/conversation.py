@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.errors import UserError, os_errors
 from comet_pl.files import remove_leftovers
-from data.chat_template import BLANK, encode, frame, separator
+from data.chat_template import BLANK, frame, separator
+from data.encoding import begins_after, encode
 
 # Tokens a forward call prefills, at least one chunk: it holds the activations of one chunk and the
 # logits of one column.
@@ -54,6 +55,13 @@ class Conversation:
         ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
         self.stops: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
 
+    @property
+    def begins(self) -> bool:
+        """Whether the next text begins the whole, or follows a special token."""
+        if not self.opening and self.cache.get_seq_length():
+            return False
+        return begins_after(self.tokenizer, self.opening or [])
+
     @torch.no_grad()
     def read(
         self, pieces: Iterable[list[int]], count: Callable[[int], None] = lambda tokens: None
@@ -61,7 +69,7 @@ class Conversation:
         """Prefills the cache with a document, a few chunks a call.
 
         Args:
-            pieces: the document's ids, in pieces of any length.
+            pieces: the document's ids, in pieces of any length; `begins` says how the first begins.
             count: called with the number of tokens of each forward call.
 
         Raises:
@@ -93,7 +101,8 @@ class Conversation:
         Raises:
             UserError: the cache is of another model, or there is no memory for it.
         """
-        ids = [*(self.opening or []), *encode(self.tokenizer, question), *self.after]
+        asked = encode(self.tokenizer, question, self.begins)
+        ids = [*(self.opening or []), *asked, *self.after]
         columns = self.cache.get_seq_length() + len(ids)
         if temperature:
             options |= {"do_sample": True, "temperature": temperature}

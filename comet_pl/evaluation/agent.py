@@ -50,14 +50,23 @@ def evaluate_agent(engine: Engine, config: Config, results: Results) -> dict[str
 def act(engine: Engine, trace: Sample, max_new_tokens: int) -> Iterator[Answer]:
     """For each assistant turn of a trace: what the model would say, and its loss on what was said.
 
+    Turns that a message's weight takes out of the loss are read, not asked for.
+
     A turn costs its own tokens: the memory is carried on, and a copy of it generates the answer.
     score: where a tool was called, whether the same call with the same arguments was made; else the
     F1 of the words.
     """
     ids = engine.tensor(trace.ids)
     cache, fed = CometCache(), 0
-    turns = [turn for turn in trace.notes["turns"] if turn[0] == "assistant"]
-    for number, (_, _, content, end, distance) in enumerate(turns, 1):
+    unlearned = trace.notes.get("unlearned", ())
+    turns = [
+        (turn, message not in unlearned)
+        for message, turn in enumerate(trace.notes["turns"])
+        if turn[0] == "assistant"
+    ]
+    for number, ((_, _, content, end, distance), asked) in enumerate(turns, 1):
+        if not asked:
+            continue
         # the last token before the turn is not fed yet: generation starts from it
         if content - 1 > fed:
             engine.prefill(ids[:, fed : content - 1], cache)

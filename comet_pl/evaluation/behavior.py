@@ -10,7 +10,7 @@ from comet_pl.metrics.passkey import short
 from comet_pl.progress import Bar
 from data.behavior.baselines import bm25_events, last_events
 from data.behavior.questions import Question
-from data.chat_template import encode
+from data.encoding import encode
 from data.user_behavior import behavior_of
 
 

@@ -20,7 +20,8 @@ from comet_pl.metrics.scrolls import (
 )
 from comet_pl.progress import Bar
 from data.batches import IGNORED, pad_rows
-from data.chat_template import encode
+from data.chat_template import answer_start
+from data.encoding import begins_after, encode
 from data.scrolls import Corpus, Example
 from data.scrolls_rows import MAX_NEW_TOKENS, SCROLLS, tasks
 from data.tokenizer import pad_token, stop_token
@@ -123,7 +124,9 @@ def choose(
     model, tokenizer, ids = engine.model, engine.tokenizer, engine.tensor(prompt)
     cache = engine.prefill(ids[:, :-1])
     text = engine.generate(ids, longest, cache=cache.clone())
-    endings = [[*encode(tokenizer, option), stop_token(tokenizer)] for option in question.options]
+    start, begins = answer_start(tokenizer), begins_after(tokenizer, prompt)
+    answers = [encode(tokenizer, start + option, begins) for option in question.options]
+    endings = [[*answer, stop_token(tokenizer)] for answer in answers]
     rows = [(np.array([prompt[-1], *ids]), np.array([IGNORED, *ids])) for ids in endings]
     batch = pad_rows(rows, pad_token(tokenizer))
     batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

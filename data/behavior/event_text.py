@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from data.behavior.answers import Query
 from data.behavior.events import DAY, PRICE_UNITS, History, Log, days_of, split_users
 from data.behavior.questions import KINDS, wording
+from data.encoding import PLAIN, inside
 
 TEXT_EVENTS = 200_000
 """A tokenizer from scratch takes longer with more events, but learns no more from them."""
@@ -90,8 +91,7 @@ def encode_history(
     pieces: list[str] = []
     for (day, line), first in zip(found, new, strict=True):
         pieces += [day, line] if first else [line]
-    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    ids = tokenizer(pieces, **options)["input_ids"]
+    ids = inside(tokenizer)(pieces, add_special_tokens=False, **PLAIN)["input_ids"]
     bounds = np.cumsum([0, *map(len, ids)])
     place = numbers + np.cumsum(new)  # of each line among the pieces
     head = place[np.maximum.accumulate(np.where(new, numbers, 0))]  # of the day's first line

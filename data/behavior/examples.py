@@ -38,7 +38,8 @@ from data.behavior.augmentation import shifted, spread, thinned
 from data.behavior.event_text import Encoded, encode_history, lines
 from data.behavior.events import Log, split_users
 from data.behavior.questions import KINDS, Question, ask, wording
-from data.chat_template import encode, frame, separator
+from data.chat_template import answer_start, frame, separator
+from data.encoding import begins_after, encode, inside
 from data.tokenizer import stop_token
 
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -93,6 +94,11 @@ class Behavior:
         between = separator(tokenizer)
         # the answer's stop token may be the separator's first
         self.between = between[between[:1] == [self.stop] :]
+        self.begins = begins_after(tokenizer, self.between or [self.stop])
+        self.answer_begins, self.start = (
+            begins_after(tokenizer, self.after),
+            answer_start(tokenizer),
+        )
         turn = len(self.after) + self._longest()  # tokens of a question with its answer
         self.reserved = len(self.before) + turn
         self.turns = (together - 1) * (turn + len(self.between))
@@ -166,7 +172,7 @@ class Behavior:
             if question is None or question.query in asked:
                 continue
             asked.add(question.query)
-            words = encode(self.tokenizer, self.wording(question.query))
+            words = encode(self.tokenizer, self.wording(question.query), self.begins)
             words, answer = [*self.between, *words, *self.after.tolist()], self._answer(question)
             if len(ids) + len(words) + len(answer) > length:
                 break
@@ -258,7 +264,8 @@ class Behavior:
         return ask(kind, self.log, user, start, end, ages, action, random)
 
     def _answer(self, question: Question) -> list[int]:
-        return [*encode(self.tokenizer, question.answer), self.stop]
+        answer = self.start + question.answer
+        return [*encode(self.tokenizer, answer, self.answer_begins), self.stop]
 
     def _window(self, kind: str, room: int, random: np.random.Generator) -> tuple[int, int, int]:
         """(user, start, end)."""
@@ -276,7 +283,7 @@ class Behavior:
         """Tokens that question and answer may take, nearly: tokens merge with their neighbours."""
         log, options = self.log, {"add_special_tokens": False, "split_special_tokens": True}
         labels = [log.label(item) for item in range(len(log.items))]
-        ids = self.tokenizer(labels, verbose=False, **options)["input_ids"]
+        ids = inside(self.tokenizer)(labels, verbose=False, **options)["input_ids"]
         item, day = int(np.argmax([len(label) for label in ids])), np.datetime64("2000-12-31")
         asked = [self.wording(Query(kind, item, item, day, day, "first")) for kind in self.kinds]
         answers = [*sorted(log.items, key=len)[-1:], str(day), "1000000.00"]

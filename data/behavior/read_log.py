@@ -3,9 +3,9 @@
 A row names a user, a time, an action and an item, and if there are such columns a quantity and a
 price. An item table (item, description) is optional.
 
-    time      ISO 8601, without fractions of a second. The first usable event decides whether the
-              log's times have a time zone; events that differ are unusable rows. Times with a time
-              zone are turned into UTC.
+    time      ISO 8601, without fractions of a second, or Unix time (data/behavior/times.py). The
+              first usable event decides whether the log's times have a time zone; events that
+              differ are unusable rows. Times with a time zone are turned into UTC.
     order     Each user's events in order of time. If the log is not, on_error=raise refuses it, and
               on_error=skip sorts: events of one time stay in the log's order.
     repeats   Equal rows may be several events (one order, two lines), so they are kept and counted;
@@ -14,9 +14,9 @@ price. An item table (item, description) is optional.
 """
 
 import math
+import re
 from array import array
 from dataclasses import dataclass, fields
-from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ from comet_pl.errors import UserError, nearest
 from data.batches import say
 from data.behavior.events import PRICE_UNITS, History, Log
 from data.behavior.tables import ENDINGS, kind_of, rows
-from data.jsonl import Complaints, Row, UnusableRow, is_unicode
+from data.behavior.times import Times
+from data.jsonl import Complaints, Row, UnusableRow, check_distinct, is_unicode
 
 LARGEST = 10**9  # of a quantity or a price, so that it fits into 64 bits
-EPOCH = datetime(1970, 1, 1)
 COLUMNS = ("user", "time", "action", "item", "quantity", "price")
 
 
@@ -62,8 +62,8 @@ def read_log(
     """The log in a file or folder; says what is unusual about it.
 
     Args:
-        root: a file; or a folder, of which events.* is read, or if there is none, all its event
-            files in the order of their names.
+        root: a file; or a folder, of which all events.* are read, or if there are none, all its
+            event files, in the order of their names (2 before 10).
         items: the item table; None: items.* of the folder, if there is one.
         on_error: raise | skip, for unusable rows.
         duplicates: keep | drop.
@@ -71,12 +71,17 @@ def read_log(
         descriptions: False: items are shown by their numbers alone, without an item table.
 
     Raises:
-        UserError: a file cannot be read, or is cut short; no usable event.
+        UserError: a file cannot be read, or is cut short; files that differ in their endings alone;
+            several item tables; no usable event.
         UnusableRow: a row is unusable, and on_error is raise.
     """
     columns = columns or Columns()
     complaints = Complaints(on_error)
     paths, table = _files(root, items)
+    if len(paths) > 1:
+        say(f"{root}: reads {', '.join(path.name for path in paths)}"[:400])
+    if left := _left_out(root, items):
+        say(f"{root}: not read: {', '.join(left)}"[:400])
     known = _descriptions(table, columns, complaints) if table and descriptions else None
     reader = _Reader(columns, complaints, action, known)
     for path in paths:
@@ -111,13 +116,34 @@ def _files(root: str | Path, items: str | Path | None) -> tuple[list[Path], Path
         return [root], items
     if not root.is_dir():
         raise UserError(f"data.root: {root} is no file or folder")
-    tables = sorted(path for path in root.iterdir() if path.is_file() and kind_of(path))
-    items = items or next((path for path in tables if path.name.startswith("items.")), None)
-    events = [path for path in tables if path.name.startswith("events.")][:1]
-    events = events or [path for path in tables if path != items]
+    tables = [path for path in root.iterdir() if path.is_file() and kind_of(path)]
+    tables.sort(key=_natural)
+    named = [path for path in tables if path.name.startswith("items.")]
+    if not items and len(named) > 1:
+        names = ", ".join(path.name for path in named)
+        raise UserError(f"data.items: missing, {root} holds several item tables: {names}")
+    items = items or next(iter(named), None)
+    others = [path for path in tables if path != items and path not in named]
+    events = [path for path in others if path.name.startswith("events.")] or others
     if not events:
         raise UserError(f"data.root: {root} holds no event file ({ENDINGS})")
+    check_distinct(events)
     return events, items
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """events.2 before events.10."""
+    parts = re.findall(r"\d+|\D+", path.name)
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+
+def _left_out(root: str | Path, items: str | Path | None) -> list[str]:
+    """Names of a folder's tables that are not read."""
+    folder, read = Path(root).expanduser(), {path.resolve() for path in event_files(root, items)}
+    if not folder.is_dir():
+        return []
+    tables = (path for path in folder.iterdir() if path.is_file() and kind_of(path))
+    return sorted(path.name for path in tables if path.resolve() not in read)
 
 
 def _descriptions(path: Path, columns: Columns, complaints: Complaints) -> dict[str, str]:
@@ -151,8 +177,7 @@ class _Reader:
         self.table = {name: array("q") for name in (*COLUMNS, "row")}
         self.paths: list[tuple[int, Path]] = []  # (events before it, file)
         self.latest: dict[int, int] = {}
-        self.aware: bool | None = None
-        self.offsets: set[Any] = set()
+        self.times = Times()
         self.unordered, self.first_unordered = 0, ""
 
     def read(self, path: Path) -> None:
@@ -196,29 +221,9 @@ class _Reader:
         name = self.columns.time
         value = _value(row, name)
         try:
-            time = datetime.fromisoformat(value.strip()) if isinstance(value, str) else value
-            if type(time) is date:
-                time = datetime(time.year, time.month, time.day)
-            if not isinstance(time, datetime):
-                raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"{name}: {value!r:.40} given, a time in ISO 8601 is needed, "
-                "such as 2011-05-31T14:05:00"
-            ) from None
-        aware = time.tzinfo is not None
-        if self.aware is None:
-            self.aware = aware
-        if aware != self.aware:
-            own, first = ("with", "without") if aware else ("without", "with")
-            raise ValueError(
-                f"{name}: {value!s:.40} given {own} a time zone, "
-                f"but the log's first event is {first} one"
-            )
-        if aware:
-            self.offsets.add(time.utcoffset())
-            time = time.astimezone(UTC).replace(tzinfo=None)
-        return int((time - EPOCH).total_seconds() // 1)
+            return self.times.seconds(value)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
 
     def _in_order(self, place: str, event: dict[str, int]) -> None:
         user, time = event["user"], event["time"]
@@ -251,9 +256,15 @@ class _Reader:
         if self.unordered:
             first = self.first_unordered
             say(f"{self.unordered} events were out of order and are sorted; the first: {first}")
-        if self.aware:
-            plural = "s" * (len(self.offsets) > 1)
-            say(f"times with {len(self.offsets)} offset{plural} from UTC are shown in UTC")
+        times = self.times
+        if times.unit:
+            say(f"times are Unix {times.unit} and are shown in UTC")
+        elif times.aware:
+            plural = "s" * (len(times.offsets) > 1)
+            say(f"times with {len(times.offsets)} offset{plural} from UTC are shown in UTC")
+        if times.odd:
+            are = "time is" if times.odd == 1 else "times are"
+            say(f"{times.odd} {are} before 1900 or after 2199: do they stand for no time?")
         known, columns = self.descriptions, self.columns
         return Log(
             histories,
@@ -310,7 +321,7 @@ def _number(row: Row, name: str, whole: bool = False) -> float:
     value = _value(row, name)
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST or (whole and not number.is_integer()):
         kind = "whole number" if whole else "number"

@@ -1,12 +1,14 @@
 """Rows of a table in a jsonl, csv or parquet file, one at a time."""
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from comet_pl.errors import UserError, first_line
-from data.jsonl import OPEN, UNREADABLE, Complaints, Row, read
+from data.jsonl import OPEN, TOO_LONG, UNREADABLE, Complaints, Row, read
+from data.jsonl import lines as file_lines
 
 PACKED = (".jsonl", ".csv")  # may be compressed; parquet files are inside
 ENDINGS = ", ".join([f"*{kind}[.xz|.gz|.zst]" for kind in PACKED] + ["*.parquet"])
@@ -22,7 +24,8 @@ def rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
     """('path:number', row); the number of the row's first line, or of the row in a parquet file.
 
     Raises:
-        UserError: the file cannot be read or unpacked; a quote in a csv file is never closed.
+        UserError: the file cannot be read or unpacked; a quote in a csv file is never closed; two
+            columns have one name.
         UnusableRow: a line is no row, and complaints raise.
     """
     kind = kind_of(path)
@@ -37,7 +40,10 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
     def lines() -> Iterator[str]:
         nonlocal number
         with OPEN[path.suffix if path.suffix in OPEN else ""](path) as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(file_lines(file), 1):
+                if line is None:
+                    complaints.add(f"{path}:{number}", TOO_LONG)
+                    continue
                 try:
                     yield line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
@@ -46,7 +52,7 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
 
     with _readable(path, lambda: number):
         reader = csv.DictReader(lines(), strict=True)
-        _ = reader.fieldnames  # reads the header
+        _check_header(path, reader.fieldnames or [])
         while True:
             place, before = f"{path}:{number + 1}", number
             try:
@@ -70,22 +76,35 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    import pyarrow
     import pyarrow.parquet
 
     number = 0
-    with _readable(path, lambda: number), pyarrow.parquet.ParquetFile(path) as file:
+    broken: tuple[Any, ...] = (pyarrow.ArrowException, ArithmeticError, LookupError, TypeError)
+    with _readable(path, lambda: number, broken), pyarrow.parquet.ParquetFile(path) as file:
+        _check_header(path, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=4096):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row
 
 
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    """Raises UserError for a column's name that is there twice, whatever on_error says."""
+    for number, name in enumerate(names):
+        if name and name in names[:number]:
+            raise UserError(f"{path}: the header has two columns {name!r:.60}; rename one of them")
+
+
 @contextmanager
-def _readable(path: Path, number: Callable[[], int]) -> Iterator[None]:
+def _readable(
+    path: Path, number: Callable[[], int], broken: tuple[Any, ...] = ()
+) -> Iterator[None]:
+    """Errors of the kinds `broken`, and of those that any file may have, become a UserError."""
     try:
         yield
     except UserError:
         raise
-    except (*UNREADABLE, csv.Error, ValueError) as error:  # Arrow's are ValueErrors
+    except (*UNREADABLE, *broken, csv.Error, ValueError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: cannot be read after line {number()}: {reason}") from None

@@ -84,6 +84,8 @@ class TextBatches(Batches):
             while (first := streamed.window(0, number)) == []:  # none of its rows can be used
                 number += 1
             self._refuse_nothing(bool(first), streamed.complaints.summary())
+            for line in streamed.complaints.remark_lines():
+                say(f"train: {line} (of the first {len(first or [])}; the others at the end)")
             return streamed
         samples = cached(source, Path(data.cache).expanduser(), "train", data.num_workers)
         self._refuse_nothing(len(samples) > 0)
@@ -106,8 +108,9 @@ class TextBatches(Batches):
 
     def finish(self) -> None:
         """Says which rows were skipped, if they were streamed; a cache says it before."""
-        if isinstance(self.windows, Streamed) and (line := self.windows.complaints.summary()):
-            say(f"train: {line} (of the rows that were read)")
+        if isinstance(self.windows, Streamed):
+            for line in self.windows.complaints.lines():
+                say(f"train: {line} (of the rows that were read)")
 
     def train_loader(self, shard: Shard = ALL) -> Feed:
         sizes, workers = (self.count(shard), self.rows, self.seed), self.data.num_workers

@@ -23,6 +23,7 @@ from data.text.tokenized import CachedSamples, Sample, Source, encoded
 
 Samples = Sequence[Sample] | CachedSamples
 Row = tuple[Pair, ChunkPlan]
+MOST_ROWS = 100_000_000  # of an epoch: their numbers are held in memory
 EMPTY_EPOCHS = 1000  # in a row are no chance, as single ones are if weights are small
 FIRST_WINDOW = 32  # rows; each window has twice the rows of the last one, up to shuffle_window
 
@@ -61,6 +62,11 @@ class Layout:
         numbers = np.arange(len(lengths))
         if self.weights is not None and len(numbers):
             times = np.array([self.weights.get(group, 1.0) for group in groups])
+            if (total := times.sum()) > MOST_ROWS:
+                raise UserError(
+                    f"data.weights: {max(self.weights.values()):g} given, an epoch would have "
+                    f"{total:.3g} rows; allowed: up to {MOST_ROWS:,}"
+                )
             # a weight of 1.5 gives one row or two, at random
             numbers = np.repeat(numbers, (times + random.random(len(times))).astype(int))
         if self.packing == "none":
@@ -182,6 +188,8 @@ class Feed:
             samples = self.windows.window(self.epoch, self.window)
             if samples is None:
                 empty = empty + 1 if self.given == given else 0
+                if empty > EMPTY_EPOCHS and self.layout.weights is None:
+                    raise UserError(f"data.root: {empty} epochs in a row had not a single row")
                 if empty > EMPTY_EPOCHS:
                     raise UserError(
                         f"data.weights: {empty} epochs in a row had not a single row; "

@@ -6,6 +6,8 @@ of any size. Worker processes encode; the rows keep their order.
 
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,13 +19,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import os_errors
+from comet_pl.errors import UserError, os_errors
 from comet_pl.files import replacing
 from comet_pl.progress import Bar
 from data.batches import IGNORED, Pair, say, start_worker
 from data.jsonl import Complaints, Row, UnusableRow
 
-VERSION = 3  # of the written format; caches of another version are not found
+VERSION = 4  # of the written format; caches of another version are not found
 FLUSH = 64  # samples held before they are written
 
 
@@ -33,7 +35,8 @@ class Sample:
 
     ids: np.ndarray  # (n,) int32
     learned: np.ndarray  # (n,) bool: the tokens with loss
-    notes: dict[str, Any]  # JSON-able facts for evaluation; cut: True if the text lost a part
+    # JSON-able facts for evaluation; cut: True if the text lost a part; remarks: see Complaints
+    notes: dict[str, Any]
     group: str = ""  # of a mixture, such as the task
 
     def __len__(self) -> int:
@@ -126,6 +129,7 @@ def encoded(
     )
     for sample in loader:
         if isinstance(sample, Sample):
+            complaints.remarks.update(sample.notes.get("remarks", ()))
             yield sample
         else:
             complaints.add(*sample)
@@ -157,6 +161,8 @@ class CachedSamples:
 def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedSamples:
     """The samples of a source, tokenised now or earlier with equal tokenizer, files and options.
 
+    A cache that is damaged is made anew.
+
     Args:
         folder: of all caches.
         name: for the progress bar and the messages, such as "train".
@@ -167,11 +173,47 @@ def cached(source: Source, folder: Path, name: str, workers: int = 0) -> CachedS
     """
     place = folder / _digest(source)
     file, report = place / f"{name}.arrow", place / f"{name}.json"
-    if not (file.exists() and report.exists()):
+    made = _report(file, report)
+    if isinstance(made, str):
+        if made:
+            say(f"data.cache: {file} is damaged and made anew: {made}")
         _write(source, file, report, name, workers)
-    for line in json.loads(report.read_text()):
+        made = _report(file, report)
+    if isinstance(made, str):
+        raise UserError(f"data.cache: {file} cannot be read back: {made or 'it is gone'}")
+    for line in made:
         say(f"{name}: {line}")
     return CachedSamples(file)
+
+
+def _report(file: Path, report: Path) -> list[str] | str:
+    """A cache's lines about its rows; a text says what is damaged, or '': there is no cache."""
+    with os_errors(f"data.cache: {file} cannot be read"):
+        if not (file.exists() and report.exists()):
+            return ""
+    try:
+        content = json.loads(report.read_text())
+        lines, checksum = content["lines"], content["crc32"]
+        if not all(isinstance(line, str) for line in lines):
+            raise TypeError
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return f"{report.name} is not what was written"
+    with os_errors(f"data.cache: {file} cannot be read"):
+        return lines if _checksum(file, lines) == checksum else "its content has changed"
+
+
+def _checksum(file: Path, lines: list[str]) -> int:
+    value = zlib.crc32(json.dumps(lines).encode())
+    with file.open("rb") as content:
+        while block := content.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file is on the disk."""
+    with path.open("rb") as content:
+        os.fsync(content.fileno())
 
 
 def _write(source: Source, file: Path, report: Path, name: str, workers: int) -> None:
@@ -185,20 +227,23 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
         "notes": Value("string"),
         "group": Value("string"),
     }
-    with (
-        os_errors(f"data.cache: {file.parent} cannot be written"),
-        replacing(file) as beside,
-    ):
-        options = {"features": Features(kinds), "writer_batch_size": FLUSH}
-        with ArrowWriter(path=str(beside), **options) as writer, Bar(None) as bar:
-            bar.name(f"tokenises {name}")
-            for sample in filter(None, encoded(source, complaints, workers)):
-                writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
-                bar.add(len(sample))
-                count, cut = count + 1, cut + bool(sample.notes.get("cut"))
-            writer.finalize()
-        lines = [f"{cut} of {count} texts cut, over data.max_length"] if cut else []
-        report.write_text(json.dumps([*lines, *filter(None, [complaints.summary()])]))
+    with os_errors(f"data.cache: {file.parent} cannot be written"):
+        with replacing(file) as beside:
+            options = {"features": Features(kinds), "writer_batch_size": FLUSH}
+            with ArrowWriter(path=str(beside), **options) as writer, Bar(None) as bar:
+                bar.name(f"tokenises {name}")
+                for sample in filter(None, encoded(source, complaints, workers)):
+                    writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
+                    bar.add(len(sample))
+                    count, cut = count + 1, cut + bool(sample.notes.get("cut"))
+                writer.finalize()
+            _sync(beside)
+            lines = [f"{cut} of {count} texts cut, over data.max_length"] if cut else []
+            lines += complaints.lines()
+            content = {"lines": lines, "crc32": _checksum(beside, lines)}
+        with replacing(report) as beside:
+            beside.write_text(json.dumps(content))
+            _sync(beside)
 
 
 def _digest(source: Source) -> str:

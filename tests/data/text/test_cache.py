@@ -1,0 +1,70 @@
+"""A cache of tokens that was damaged is made anew, and never used."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data.jsonl import read
+from data.text.tokenized import Sample, cached, file_facts
+from data.tokenizer import train_tokenizer
+
+
+class Numbers:
+    """A source of rows {"ids": [...]}, each with a remark."""
+
+    on_error = "raise"
+
+    def __init__(self, path):
+        self.path, self.tokenizer = path, train_tokenizer(["a b c"], 300)
+
+    def rows(self, complaints):
+        return read(self.path, complaints)
+
+    def encode(self, row):
+        ids = np.array(row["ids"], dtype=np.int32)
+        return Sample(ids, np.ones(len(ids), dtype=bool), {"remarks": ["tools are not shown"]})
+
+    def key(self):
+        return {"files": file_facts([self.path])}
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def other(path):
+    path.write_text('["train: all is well"]' if path.suffix == ".json" else "text")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty, other])
+@pytest.mark.parametrize("ending", ["arrow", "json"])
+def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage, ending):
+    rows = [[number, number + 1, 7] for number in range(50)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
+    source = Numbers(path)
+
+    def read_back():
+        samples = cached(source, tmp_path / "cache", "train")
+        return [samples[number].ids.tolist() for number in range(len(samples))]
+
+    assert read_back() == rows
+    assert "train: tools are not shown: 50 rows" in capsys.readouterr().out
+    (file,) = (tmp_path / "cache").glob(f"*/train.{ending}")
+    damage(file)
+    assert read_back() == rows
+    said = capsys.readouterr().out
+    assert "data.cache: " in said and "is damaged and made anew" in said
+    assert read_back() == rows
+    assert "damaged" not in capsys.readouterr().out

@@ -52,6 +52,26 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+# Longest error line: more of it is some input.
+LINE = 2000
+
+
+def one_line(text: str, most: int = LINE) -> str:
+    """A text on one line, without what a terminal would obey, and without the middle of a long
+    one."""
+    line = printable(" ".join(text.split()))
+    if len(line) <= most:
+        return line
+    head, tail = 2 * most // 3, most // 4
+    return f"{line[:head]} [... {len(line) - head - tail:,} characters ...] {line[-tail:]}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""A text whose control and format characters are written as \x1b."""
+    signs = (c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(signs)
+
+
 @contextmanager
 def os_errors(line: str) -> Iterator[None]:
     """Turns an OSError of the block into the UserError `line`: reason."""
@@ -68,5 +88,5 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except (UserError, MemoryError) as error:
-        print(f"error: {' '.join(str(error).split()) or 'out of memory'}", file=sys.stderr)
+        print(f"error: {one_line(str(error)) or 'out of memory'}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -16,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from comet_pl.errors import UserError, nearest
+from comet_pl.errors import UserError, first_line, nearest
 from data.jsonl import Row, UnusableRow
 from data.tool_calls import Call, action_text, as_arguments
 
@@ -274,8 +273,9 @@ def _split(
     marked = [message | {"content": mark} for message, mark in zip(chat, marks, strict=True)]
     try:
         rest, whole = _template(tokenizer, marked), _template(tokenizer, chat)
-    except jinja2.TemplateError as error:
-        return f"refuses them: {error}"
+    # a template is a program: it fails with any exception
+    except Exception as error:
+        return f"refuses them: {first_line(error)}"
     frames = []
     for number, mark in enumerate(marks):
         frame, separator, rest = rest.partition(mark)

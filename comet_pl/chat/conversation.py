@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
+from comet_pl.chat.signals import Deferred
 from comet_pl.errors import UserError, os_errors
 from data.chat_template import BLANK, encode, frame, separator
 
@@ -50,6 +51,7 @@ class Conversation:
         ends = [self.tokenizer.eos_token_id]
         ends += configured if isinstance(configured, list) else [configured]
         ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
+        self.whole = True  # False while the model reads or answers: then it can't be saved
         self.stops: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
 
     @torch.no_grad()
@@ -67,7 +69,7 @@ class Conversation:
         """
         size = self.model.config.chunk_size
         most = max(1, PREFILL // size) * size
-        ids = list(self.opening or [])
+        ids, self.whole = list(self.opening or []), False
         for piece in pieces:
             ids += piece
             while len(ids) > most:
@@ -77,7 +79,7 @@ class Conversation:
         if ids:
             self._prefill(ids)
             count(len(ids))
-        self.opening = encode(self.tokenizer, BLANK)
+        self.opening, self.whole = encode(self.tokenizer, BLANK), True
 
     def ask(
         self, question: str, max_new_tokens: int, temperature: float = 0.0, **options: Any
@@ -92,18 +94,18 @@ class Conversation:
             UserError: the cache is of another model, or there is no memory for it.
         """
         ids = [*(self.opening or []), *encode(self.tokenizer, question), *self.after]
-        columns = self.cache.get_seq_length() + len(ids)
+        columns = self.cache.columns + len(ids)
         if temperature:
             options |= {"do_sample": True, "temperature": temperature}
         else:
             options |= {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k"))}
         pad = self.tokenizer.pad_token_id
-        # A mask of all columns: without it generate() would number the new ones from 0.
-        mask = torch.ones(1, columns, dtype=torch.long, device=self.model.device)
-        with self._naming_the_memory():
+        prompt = self._tensor(ids)
+        self.whole = False
+        with self._naming_the_memory(), self._counting_from_here():
             output: Any = self.model.generate(  # type: ignore[misc]
-                self._tensor(ids),
-                attention_mask=mask,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 past_key_values=self.cache,
                 num_beams=1,
                 num_return_sequences=1,
@@ -116,16 +118,17 @@ class Conversation:
         if answer[-1] in self.stops:
             answer.pop()
         # generate() does not feed its last token
-        self.opening = answer[self.cache.get_seq_length() - columns :] + self.between
+        self.opening = answer[self.cache.columns - columns :] + self.between
+        self.whole = True
         return answer
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
-        """Writes the cache with `opening` and the notes, whole or not at all.
+        """Writes the cache with `opening` and the notes, whole or not at all; signals wait.
 
         Raises:
             UserError: it cannot be written.
         """
-        with os_errors(f"--save: {path} cannot be written"):
+        with Deferred(), os_errors(f"--save: {path} cannot be written"):
             self.cache.save(path, notes={"opening": self.opening, **notes})
 
     def _prefill(self, ids: list[int]) -> None:
@@ -136,6 +139,15 @@ class Conversation:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
+
+    @contextmanager
+    def _counting_from_here(self) -> Iterator[None]:
+        """generate() needs no mask of all columns so far, which would grow with them."""
+        self.cache.behind = self.cache.columns
+        try:
+            yield
+        finally:
+            self.cache.behind = 0
 
     @contextmanager
     def _naming_the_memory(self) -> Iterator[None]:

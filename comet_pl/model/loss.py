@@ -63,7 +63,7 @@ def loss_and_logits(
             loss = summed_cross_entropy(*found, head) / count
         elif torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
-            loss = Idle.apply(loss, *trained) if trained else loss  # type: ignore[no-untyped-call]
+            loss = Idle.apply(loss, *trained) if trained else loss
     if plan.keep is not None:
         first = columns - plan.keep
         kept = np.flatnonzero(places % columns >= first)

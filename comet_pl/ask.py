@@ -11,16 +11,20 @@ import math
 import signal
 import sys
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
 from typing import Any
 
-from comet_pl.errors import Parser, UserError, importing, run_cli
+from comet_pl.errors import Parser, UserError, importing, printable, run_cli
 
 with importing():
-    from torch import Tensor
     from transformers import TextStreamer
 
     from comet_pl.chat.conversation import Conversation
     from comet_pl.chat.open_model import add_options, check_target, open_conversation
+    from comet_pl.chat.signals import Interruptible, ending
+
+# Beside 0. Further out, float32 has no such scores.
+TEMPERATURES = (1e-6, 1e6)
 
 
 def main(argv: list[str]) -> None:
@@ -31,15 +35,32 @@ def main(argv: list[str]) -> None:
         check_question(options.question)
     if options.save is not None:
         check_target(options.save)
-    conversation, notes = open_conversation(options, options.memory)
     settings = {"max_new_tokens": options.max_new_tokens, "temperature": options.temperature}
-    if options.question is not None:
-        answer(conversation, options.question, settings)
-    if options.interactive:
-        converse(conversation, settings)
-    if options.save is not None and conversation.cache.get_seq_length():
-        conversation.save(options.save, **notes)
-        print(f"wrote {options.save}", file=sys.stderr, flush=True)
+    with ending():
+        conversation, notes = open_conversation(options, options.memory)
+        try:
+            number = None
+            if options.question is not None:
+                number = answer(conversation, options.question, settings)
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if options.interactive:
+                converse(conversation, settings)
+        # whatever ended it: a wrong line, a signal, an output that is gone
+        finally:
+            if options.save is not None:
+                save(conversation, options.save, notes)
+
+
+def save(conversation: Conversation, path: str, notes: dict[str, Any]) -> None:
+    """Writes the memory and says so, unless there is none, or it was left inside a token."""
+    if conversation.whole and not conversation.cache.columns:
+        return
+    if conversation.whole:
+        conversation.save(path, **notes)
+    done = f"wrote {path}" if conversation.whole else f"{path} is not written: an answer broke off"
+    with contextlib.suppress(OSError):
+        print(done, file=sys.stderr, flush=True)
 
 
 def parser() -> Parser:
@@ -61,56 +82,78 @@ def parser() -> Parser:
 
 
 def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Answers line by line until the input ends; Ctrl-C ends one answer."""
+    """Answers line by line until the input ends; Ctrl-C ends one answer.
+
+    Raises:
+        UserError: a line that is not text; those before it have their answers.
+    """
+    if sys.stdin is None:
+        raise UserError("standard input: is closed")
     terminal = sys.stdin.isatty()
     if terminal:
         # gives input() a history and line editing
         import readline  # noqa: F401
 
         print("Ctrl-C ends an answer, Ctrl-D the conversation.", file=sys.stderr, flush=True)
-    while True:
-        try:
-            line = input("> " if terminal else "").strip()
-        except UnicodeDecodeError:
-            raise UserError("standard input: is not text in UTF-8") from None
-        except (EOFError, KeyboardInterrupt):
-            break
-        if line:
+    for line in _typed() if terminal else _piped():
+        if line.strip():
             check_question(line)
-            with Interruptible() as interruptible:
-                answer(conversation, line, settings | {"stopping_criteria": [interruptible]})
+            answer(conversation, line.strip(), settings)
     if terminal:
         print()
 
 
-def answer(conversation: Conversation, question: str, settings: dict[str, Any]) -> None:
-    """Prints the answer while it is generated."""
-    streamer = TextStreamer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    conversation.ask(question, streamer=streamer, **settings)
+def _typed() -> Iterator[str]:
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            try:
+                line = input("> ")
+            except UnicodeDecodeError:
+                raise UserError("standard input: is not text in UTF-8") from None
+            yield line
 
 
-class Interruptible(contextlib.AbstractContextManager["Interruptible"]):
-    """A stopping criterion: Ctrl-C ends the answer after the current token, a second one all.
+def _piped() -> Iterator[str]:
+    """Lines as they come. Nothing is decoded ahead, or one wrong byte would take the lines before
+    it along."""
+    with contextlib.suppress(KeyboardInterrupt):
+        for number, line in enumerate(sys.stdin.buffer, start=1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError:
+                raise UserError(f"standard input: line {number} is not text in UTF-8") from None
+            yield text
 
-    An exception inside a forward pass would leave layers that have read different texts.
+
+def answer(conversation: Conversation, question: str, settings: dict[str, Any]) -> int | None:
+    """Prints the answer while it is generated; the signal that has ended it.
+
+    Raises:
+        OSError: the output is gone; what was answered until then belongs to the conversation.
     """
+    with Interruptible() as interruptible:
+        streamer = Printer(conversation.tokenizer, interruptible)
+        criteria = [interruptible]
+        conversation.ask(question, streamer=streamer, stopping_criteria=criteria, **settings)
+        if interruptible.failure is not None:
+            raise interruptible.failure
+    return interruptible.number
 
-    asked = False
 
-    def __enter__(self) -> Interruptible:
-        self.before = signal.signal(signal.SIGINT, self._note)
-        return self
+class Printer(TextStreamer):
+    """Prints an answer without its special tokens, on a terminal without control characters."""
 
-    def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
+    def __init__(self, tokenizer: Any, interruptible: Interruptible):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.interruptible = interruptible
 
-    def _note(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        return input_ids.new_full((len(input_ids),), self.asked).bool()
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if sys.stdout is not None and sys.stdout.isatty():
+            text = printable(text, keep="\n\t")
+        try:
+            super().on_finalized_text(text, stream_end)
+        except OSError as error:
+            self.interruptible.failure = error
 
 
 def check_question(text: str) -> None:
@@ -134,8 +177,10 @@ def _temperature(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise ArgumentTypeError(f"{text!r} given, a number >= 0 is needed")
+    least, most = TEMPERATURES
+    if value and not least <= value <= most:
+        allowed = f"0, or a number from {least:g} to {most:g}"
+        raise ArgumentTypeError(f"{text!r} given, {allowed} is needed")
     return value
 
 

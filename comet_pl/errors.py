@@ -70,6 +70,22 @@ def first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def one_line(text: str, most: int = LONGEST) -> str:
+    """A text on one line, without what a terminal would obey, and without the middle of a long
+    one."""
+    line = printable(" ".join(text.split()))
+    if len(line) <= most:
+        return line
+    head, tail = 2 * most // 3, most // 4
+    return f"{line[:head]} [... {len(line) - head - tail:,} characters ...] {line[-tail:]}"
+
+
+def printable(text: str, keep: str = "") -> str:
+    r"""A text whose control and format characters are written as \x1b."""
+    signs = (c if c.isprintable() or c in keep else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else "".join(signs)
+
+
 @contextmanager
 def os_errors(line: str) -> Iterator[None]:
     """Turns what is wrong with a file in the block into the UserError `line`: reason."""
@@ -98,14 +114,6 @@ def fault_of(error: Exception) -> str | None:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}"
     return f"a file cannot be written: {first_line(error)}" if is_disk_fault(error) else None
-
-
-def as_line(text: str) -> str:
-    """Text that a terminal may show: one line, nothing but printable characters, not too long."""
-    line = " ".join(text.split())
-    if len(line) > LONGEST:
-        line = f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 5 :]}"
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 class Stream:
@@ -199,7 +207,7 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
             if os.environ.get("COMET_DEBUG") == "1":
                 error.__suppress_context__ = False
                 traceback.print_exception(error)
-            print(f"error: {as_line(line)}", file=sys.stderr, flush=True)
+            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
 
 

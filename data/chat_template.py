@@ -3,6 +3,7 @@
 before | the user's words | after | the model's answer | between | the user's words | after ...
 """
 
+import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,7 @@ CHAT_TEMPLATE = (
 )
 """The template of a tokenizer trained from scratch."""
 BLANK = "\n\n"
-MARKS = [f"\u2063{name}\u2063" for name in ("FIRST", "ANSWER", "NEXT")]
+MARKS = [f"\u2063{name}\u2063" for name in ("fIRST", "aNSWER", "nEXT")]
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -66,19 +67,16 @@ def _parts(tokenizer: PreTrainedTokenizerBase, turns: int, **options: Any) -> li
     roles = ("user", "assistant", "user")[:turns]
     chat = [{"role": role, "content": mark} for role, mark in zip(roles, MARKS, strict=False)]
     try:
-        rest, parts = str(tokenizer.apply_chat_template(chat, **options)), list[str]()
+        rendered = str(tokenizer.apply_chat_template(chat, **options))
     except Exception as error:  # of the template, which is a program of its own
         reason = first_line(error)
         raise UserError(f"the tokenizer's chat template cannot be used: {reason}") from None
-    for role, mark in zip(roles, MARKS, strict=False):
-        part, found, rest = rest.partition(mark)
-        if not found:
-            raise UserError(
-                "the tokenizer's chat template cannot be used: "
-                f"it leaves out the words of role {role}"
-            )
-        parts.append(part)
-    return [*parts, rest]
+    if re.findall("|".join(MARKS), rendered) != MARKS[:turns]:
+        raise UserError(
+            "the tokenizer's chat template cannot be used: it leaves out, changes or repeats the "
+            "text of a message; one that takes each message's content as text is needed"
+        )
+    return re.split("|".join(MARKS), rendered)
 
 
 def _with_special(tokenizer: PreTrainedTokenizerBase, text: str, begins: bool = False) -> list[int]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from comet_pl.errors import LONGEST, UserError, as_line, fault_of, run_cli
+from comet_pl.errors import LONGEST, UserError, fault_of, one_line, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,9 +39,9 @@ def test_whose_error_it_is(error, line):
 
 
 def test_a_line_is_printable_and_short():
-    assert as_line("a\n b\x1b[31mred\x07") == "a b\\x1b[31mred\\x07"
-    assert as_line("ä 漢") == "ä 漢"
-    long = as_line("x" * 20_000 + "end")
+    assert one_line("a\n b\x1b[31mred\x07") == "a b\\x1b[31mred\\x07"
+    assert one_line("ä 漢") == "ä 漢"
+    long = one_line("x" * 20_000 + "end")
     assert len(long) <= LONGEST and long.startswith("xxx") and long.endswith("end")
 
 

@@ -67,7 +67,7 @@ def fine_tuned(path, vocabulary):
 def in_chunks(model, size):
     """The loss of a piece in chunks of `size` tokens, from empty memory."""
     sizes = partial(fixed_chunks, chunk_size=size)
-    keep = {"use_cache": False}
+    keep = {"use_cache": False, "loss_only": True}
     return lambda ids: model(ids, labels=ids, chunk_sizes=sizes(ids.shape[1]), **keep).loss.item()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from comet_pl import CometCache, CometForCausalLM
+from comet_pl.chat.signals import Deferred
 from comet_pl.errors import UserError, os_errors
 from comet_pl.files import remove_leftovers
 from data.chat_template import BLANK, frame, separator
@@ -53,6 +54,7 @@ class Conversation:
         ends = [self.tokenizer.eos_token_id]
         ends += configured if isinstance(configured, list) else [configured]
         ends += [i for i in self.between[:1] if i in self.tokenizer.all_special_ids]
+        self.whole = True  # False while the model reads or answers: then it can't be saved
         self.stops: list[int] = list(dict.fromkeys(i for i in ends if i is not None))
 
     @property
@@ -77,7 +79,7 @@ class Conversation:
         """
         size = self.model.config.chunk_size
         most = max(1, PREFILL // size) * size
-        ids = list(self.opening or [])
+        ids, self.whole = list(self.opening or []), False
         for piece in pieces:
             ids += piece
             while len(ids) > most:
@@ -87,7 +89,7 @@ class Conversation:
         if ids:
             self._prefill(ids)
             count(len(ids))
-        self.opening = encode(self.tokenizer, BLANK)
+        self.opening, self.whole = encode(self.tokenizer, BLANK), True
 
     def ask(
         self, question: str, max_new_tokens: int, temperature: float = 0.0, **options: Any
@@ -103,18 +105,18 @@ class Conversation:
         """
         asked = encode(self.tokenizer, question, self.begins)
         ids = [*(self.opening or []), *asked, *self.after]
-        columns = self.cache.get_seq_length() + len(ids)
+        columns = self.cache.columns + len(ids)
         if temperature:
             options |= {"do_sample": True, "temperature": temperature}
         else:
             options |= {"do_sample": False, **dict.fromkeys(("temperature", "top_p", "top_k"))}
         pad = self.tokenizer.pad_token_id
-        # A mask of all columns: without it generate() would number the new ones from 0.
-        mask = torch.ones(1, columns, dtype=torch.long, device=self.model.device)
-        with self._naming_the_memory():
+        prompt = self._tensor(ids)
+        self.whole = False
+        with self._naming_the_memory(), self._counting_from_here():
             output: Any = self.model.generate(  # type: ignore[misc]
-                self._tensor(ids),
-                attention_mask=mask,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
                 past_key_values=self.cache,
                 num_beams=1,
                 num_return_sequences=1,
@@ -127,16 +129,17 @@ class Conversation:
         if answer[-1] in self.stops:
             answer.pop()
         # generate() does not feed its last token
-        self.opening = answer[self.cache.get_seq_length() - columns :] + self.between
+        self.opening = answer[self.cache.columns - columns :] + self.between
+        self.whole = True
         return answer
 
     def save(self, path: str | os.PathLike[str], **notes: Any) -> None:
-        """Writes the cache with `opening` and the notes, whole or not at all.
+        """Writes the cache with `opening` and the notes, whole or not at all; signals wait.
 
         Raises:
             UserError: it cannot be written.
         """
-        with os_errors(f"--save: {path} cannot be written"):
+        with Deferred(), os_errors(f"--save: {path} cannot be written"):
             remove_leftovers(Path(path))
             self.cache.save(path, notes={"opening": self.opening, **notes})
 
@@ -148,6 +151,15 @@ class Conversation:
 
     def _tensor(self, ids: list[int]) -> Tensor:
         return torch.tensor([ids], device=self.model.device)
+
+    @contextmanager
+    def _counting_from_here(self) -> Iterator[None]:
+        """generate() needs no mask of all columns so far, which would grow with them."""
+        self.cache.behind = self.cache.columns
+        try:
+            yield
+        finally:
+            self.cache.behind = 0
 
     @contextmanager
     def _naming_the_memory(self) -> Iterator[None]:

@@ -58,6 +58,8 @@ class CometCache(Cache):
         self.memories: list[LayerMemory] = []
         self.rows: list[RowClock] = []
         self.columns = 0  # columns fed so far, padding included
+        # Of them, what generate() does not count: its prompt and its mask are what follows.
+        self.behind = 0
         self.preallocated = False
         self.fingerprint: str | None = None  # of the configuration it was made with
         # Digest of the weights it was made with; only on a loaded cache, checked at its first use.
@@ -204,8 +206,8 @@ class CometCache(Cache):
         return torch.tensor([row.num_tokens for row in self.rows])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns fed so far, padding included."""
-        return self.columns
+        """Columns fed so far that generate() counts, padding included."""
+        return self.columns - self.behind
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1  # no limit

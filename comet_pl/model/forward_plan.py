@@ -81,6 +81,7 @@ def plan_forward(
     labels: Tensor | None,
     shift_labels: Tensor | None,
     logits_to_keep: int | None,
+    logits_beside_loss: bool,
     cache: CometCache | None,
     use_cache: bool,
 ) -> ForwardPlan:
@@ -88,6 +89,7 @@ def plan_forward(
 
     Args:
         plans, strides: see `row_plans`.
+        logits_beside_loss: keep all logits if there are labels and no logits_to_keep.
 
     Raises:
         ValueError: naming the invalid argument.
@@ -130,7 +132,7 @@ def plan_forward(
     found = plan_labels(labels, shift_labels, real, config.vocab_size)
     if found is not None:
         wanted |= found.targets != -100
-    if found is None or logits_to_keep is not None:
+    if found is None or logits_beside_loss or logits_to_keep is not None:
         keep = min(logits_to_keep or width, width)
         wanted[:, width - keep :] = True
     return ForwardPlan(config, clocks, after, columns, segments, found, keep, wanted, use_cache)

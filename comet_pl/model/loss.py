@@ -3,8 +3,9 @@
 Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,12 +30,14 @@ def loss_and_logits(
     head: nn.Module,
     num_items: int | Tensor | None,
     observer: Observer | None,
+    parameters: Iterable[nn.Parameter],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The loss (None without labels) and the logits (B, n, V) of the kept columns (or None).
 
     Args:
         outputs: (k, d) of the last layer with their flat places (k,) in (B, N), of each chunk.
         num_items: divides the summed loss; None: the targets of this call.
+        parameters: those in the graph of the loss of a call without targets.
     """
     rows, columns = plan.wanted.shape
     weight = head.weight
@@ -58,6 +61,9 @@ def loss_and_logits(
             loss = losses.sum() / count if plan.labels.count else loss
         elif plan.labels.count:
             loss = summed_cross_entropy(*found, head) / count
+        elif torch.is_grad_enabled():
+            trained = [parameter for parameter in parameters if parameter.requires_grad]
+            loss = Idle.apply(loss, *trained) if trained else loss
     if plan.keep is not None:
         first = columns - plan.keep
         kept = np.flatnonzero(places % columns >= first)
@@ -68,6 +74,24 @@ def loss_and_logits(
             dense = room.index_copy(0, sent(place, hidden), dense)
         logits = head(dense.unflatten(0, (rows, plan.keep)))
     return loss, logits
+
+
+class Idle(torch.autograd.Function):
+    """A constant loss with a graph: its backward reaches every parameter and changes no gradient.
+
+    All of them, because data parallelism waits for each. The first gets a gradient of zero, because
+    a loss scale wants to see one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *parameters: nn.Parameter) -> Tensor:
+        ctx.parameters = parameters
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        first, *others = ctx.parameters
+        return None, torch.zeros_like(first), *(None for _ in others)
 
 
 def pick(hidden: Tensor, places: np.ndarray) -> Tensor:

@@ -107,3 +107,10 @@ class TemporaryMemory(nn.Module):
         self.adapter = (
             None if config.shared_adapter else ResidualAdapter(width, config.adapter_rank)
         )
+
+
+def is_memory(name: str) -> bool:
+    """Whether a parameter of this name belongs to the memory modules."""
+    parts = name.split(".")
+    shared = len(parts) > 3 and parts[3] == "adapter"
+    return shared or "global_memory" in parts or "temporary_memory" in parts

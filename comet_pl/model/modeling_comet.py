@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from comet_pl.model import pretrained
 from comet_pl.model.cache import CometCache, LayerMemory
@@ -32,12 +33,12 @@ from comet_pl.model.configuration_comet import CometConfig, check_keys
 from comet_pl.model.cuda_graphs import graphs_of
 from comet_pl.model.digests import forget_digests
 from comet_pl.model.forward_plan import check_prompt, plan_forward, row_plans
+from comet_pl.model.hugging_face import TextOnly, register
 from comet_pl.model.identity import Fingerprint, digest
 from comet_pl.model.loss import loss_and_logits
-from comet_pl.model.memory import GateProjection, GlobalMemory
+from comet_pl.model.memory import GateProjection, GlobalMemory, is_memory
 from comet_pl.model.observer import Observer
 from comet_pl.model.recomputation import RecomputedLayer
-from comet_pl.model.text_only import TextOnly
 from comet_pl.model.transfer import moved
 from comet_pl.model.traversal import TRAVERSALS, LocalTransport
 
@@ -144,6 +145,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- forward
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor,
@@ -156,7 +158,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         strides: Sequence[int] | Tensor | None = None,
         resets: Sequence[bool] | Sequence[Sequence[bool]] | None = None,
-        return_dict: bool | None = None,
+        loss_only: bool = False,
         plans: Sequence[ChunkPlan] | None = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
@@ -174,11 +176,12 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: what was read before. Without gradients it is updated in place; with
                 gradients a new one is returned.
             use_cache: return the cache (default: if one is given, or in eval mode).
-            logits_to_keep: n: logits of the last n columns; 0: of all; None: of all, or of none if
-                there are labels.
+            logits_to_keep: n: logits of the last n columns; 0: of all; None: of all, or beside a
+                loss of none in train mode or with config.keys_to_ignore_at_inference = ["logits"].
             num_items_in_batch: divides the summed loss (default: this call's targets).
             strides: (B,) compression stride of each row, kept in the cache.
             resets: a bool for each listed chunk; True empties the row's memory before it.
+            loss_only: with labels, no logits by default, and no graph if there is no target.
             plans: one a row, instead of chunk_sizes, strides and resets.
             others: what libraries around a decoder pass along as None or False.
 
@@ -197,6 +200,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name}: given, but a CoMeT's forward has no such argument")
         if use_cache is None:
             use_cache = past_key_values is not None or not self.training
+        quiet = loss_only or self.training or "logits" in self.config.keys_to_ignore_at_inference
         plan = plan_forward(
             self.config,
             input_ids,
@@ -206,6 +210,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             labels=labels,
             shift_labels=shift_labels,
             logits_to_keep=logits_to_keep,
+            logits_beside_loss=not quiet,
             cache=past_key_values,
             use_cache=use_cache,
         )
@@ -256,8 +261,10 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                     last = last if tokens.wanted is None else last[tokens.wanted]
                     outputs.append((last, tokens.target))
         cache.rows, cache.columns = plan.clocks_after, cache.columns + input_ids.shape[1]
+        heads = self.model.norm, self.lm_head
+        learning = () if loss_only else self.parameters()
         loss, logits = loss_and_logits(
-            plan, outputs, self.model.norm, self.lm_head, num_items_in_batch, self.observer
+            plan, outputs, *heads, num_items_in_batch, self.observer, learning
         )
         kept = cache if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
@@ -296,6 +303,9 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         self.observer.gate(layer, chunk.read, values)
 
     # ---- identity, parameters
+
+    def _get_name(self) -> str:
+        return CometForCausalLM.__name__  # of subclasses too: Trainer knows no other
 
     @property
     def fingerprint(self) -> str:
@@ -362,7 +372,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         inputs.pop("tokenizer", None)  # of stop_strings
-        if not is_first_iteration:
+        if not is_first_iteration and kwargs.get("use_cache"):
             # A generated token is never padding; to look would make the host wait for the device.
             inputs.pop("attention_mask", None)
         return inputs
@@ -384,11 +394,4 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         return False  # generate() leaves it to forward, which makes a CometCache
 
 
-def is_memory(name: str) -> bool:
-    """Whether a parameter of this name belongs to the memory modules."""
-    parts = name.split(".")
-    shared = len(parts) > 3 and parts[3] == "adapter"
-    return shared or "global_memory" in parts or "temporary_memory" in parts
-
-
-AutoModelForCausalLM.register(CometConfig, CometForCausalLM)
+register(CometConfig, CometForCausalLM)

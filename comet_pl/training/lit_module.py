@@ -205,6 +205,7 @@ class CometModule(lightning.LightningModule):
         """The loss summed over a batch's targets, and the logits of its last
         batch["logits_to_keep"] columns if it has that key."""
         inputs = {name: batch[name] for name in FORWARD if name in batch}
+        inputs["loss_only"] = "logits_to_keep" not in batch
         output = self.model(**inputs, use_cache=False, num_items_in_batch=1)
         self.val_sum.update(output.loss)
         self.val_targets.update(count_targets(batch))

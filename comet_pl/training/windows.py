@@ -34,7 +34,8 @@ class Window:
 
     def inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model."""
-        return {name: value for name, value in vars(self).items() if name != "targets"}
+        inputs = {name: value for name, value in vars(self).items() if name != "targets"}
+        return inputs | {"loss_only": True}
 
     def part(self, start: int, end: int) -> Window:
         """Chunks start to end (not included) of each row, as a window."""

@@ -39,3 +39,38 @@ def test_the_frame_is_the_template(tokenizer):
     parts = [before, texts[0], after, texts[1], separator(tokenizer), texts[2], after]
     ours = [i for part in parts for i in part]
     assert ours == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+PARTS = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% for part in m['content'] %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("use", [frame, separator])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (PARTS, "leaves out"),
+        ("{{ '<|user|>always the same' }}", "leaves out"),
+        ("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", "changes"),
+        ("{% for m in messages %}{{ m['content'][:3] }}{% endfor %}", "changes"),
+        ("{% for m in messages %}{{ m['content'] + m['content'] }}{% endfor %}", "repeats"),
+        ("{% for m in messages %}{{ m['content'] + 3 }}{% endfor %}", "can only concatenate"),
+        ("{% for m in messages %}{{ 1 // 0 }}{% endfor %}", "division"),
+        ("{% for m in messages %}{{ m['content'] }", "unexpected"),
+    ],
+)
+def test_a_template_that_loses_the_words_is_refused(tokenizer, use, template, reason):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(UserError, match=reason):
+        use(other)
+
+
+def test_a_template_that_forgets_earlier_turns_is_refused(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{{ messages[-1]['content'] }}"
+    assert frame(other) == ([], [])
+    with pytest.raises(UserError, match="leaves out"):
+        separator(other)

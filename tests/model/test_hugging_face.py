@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from comet_pl import CometConfig, CometForCausalLM
 from data.tokenizer import train_tokenizer
-from tests.support.models import backbone
+from tests.support.models import MEMORY, VOCABULARY, backbone, text, tiny
 
 TEXT = "the cat sat on a mat and ran to the old red barn "
 
@@ -119,6 +119,87 @@ def test_the_trainer_trains_it_with_token_correct_accumulation(folder, tmp_path,
         assert not torch.equal(before, model.model.layers[0].global_memory.gate.proj.weight)
         weights.append(model.state_dict())
     torch.testing.assert_close(*weights, atol=1e-5, rtol=1e-4)
+
+
+def arguments(folder, **options):
+    usual = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    return TrainingArguments(folder, **usual | options)
+
+
+class Named(CometForCausalLM):
+    """A user's subclass, whose name no library has heard of."""
+
+
+@pytest.mark.parametrize("kind", [CometForCausalLM, Named, "peft"])
+def test_label_smoothing_learns_the_next_token(kind, tmp_path):
+    """Each token is the one before plus 1: a model that learns to repeat its input is at 0 %."""
+    torch.manual_seed(0)
+    config = CometConfig(backbone("llama", initializer_range=0.02), **MEMORY)
+    model = (CometForCausalLM if kind == "peft" else kind)(config)
+    if kind == "peft":
+        options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", "r": 16}
+        model = get_peft_model(model, LoraConfig(**options, modules_to_save=["lm_head"]))
+    rows = [
+        {"input_ids": (ids := (torch.arange(9) + i) % VOCABULARY), "labels": ids}
+        for i in range(VOCABULARY)
+    ]
+    options = {"max_steps": 60, "learning_rate": 3e-2, "per_device_train_batch_size": 20}
+    smoothed = arguments(tmp_path, label_smoothing_factor=0.1, **options)
+    Trainer(model, smoothed, train_dataset=rows).train()
+    ids = torch.stack([row["input_ids"] for row in rows])
+    with torch.no_grad():
+        likeliest = model.eval()(input_ids=ids).logits.argmax(-1)
+    assert (likeliest[:, :-1] == ids[:, 1:]).float().mean() > 0.9
+
+
+def test_the_trainer_gets_logits_beside_the_loss(tmp_path):
+    rows = [{"input_ids": ids, "labels": ids} for ids in text(5, 12)]
+    model, seen = tiny(dtype=torch.float32), []
+    options = arguments(tmp_path, per_device_eval_batch_size=2)
+    predicted = Trainer(model, options).predict(rows)
+    with torch.no_grad():
+        logits = model(text(5, 12)).logits
+    torch.testing.assert_close(torch.from_numpy(predicted.predictions), logits)
+
+    def accuracy(prediction):
+        seen.append(prediction.predictions.shape)
+        return {"accuracy": (prediction.predictions == prediction.label_ids).mean()}
+
+    likeliest = {"preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}
+    trainer = Trainer(model, options, compute_metrics=accuracy, **likeliest)
+    found = trainer.evaluate(rows)
+    assert seen == [(5, 12)]
+    expected = (logits.argmax(-1) == text(5, 12)).float().mean().item()
+    assert found["eval_accuracy"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_without_a_label_do_not_end_a_run(accumulate, smoothing, tmp_path):
+    ids = text(4, 12)
+    labels = ids.masked_fill((torch.arange(4) % 4 > 0)[:, None], -100)
+    rows = [{"input_ids": i, "labels": t} for i, t in zip(ids, labels, strict=True)]
+    model = tiny(dtype=torch.float32)
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulate}
+    options |= {"max_steps": 4, "label_smoothing_factor": smoothing, "learning_rate": 1e-3}
+    trainer = Trainer(model, arguments(tmp_path, **options), train_dataset=rows)
+    assert trainer.train().global_step == 4
+    if not smoothing:  # Hugging Face's own loss divides 0 by 0
+        assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_padded_prompts_generate_what_each_does_alone(use_cache):
+    model, prompts = tiny(), [text(1, 12, 1), text(1, 7, 2)]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "use_cache": use_cache}
+    padded = [torch.nn.functional.pad(ids, (12 - ids.shape[1], 0)) for ids in prompts]
+    masks = [
+        torch.nn.functional.pad(torch.ones_like(ids), (12 - ids.shape[1], 0)) for ids in prompts
+    ]
+    together = model.generate(torch.cat(padded), attention_mask=torch.cat(masks), **options)
+    for row, ids in zip(together, prompts, strict=True):
+        alone = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert torch.equal(row[12:], alone[0, ids.shape[1] :])
 
 
 def test_arguments_that_a_comet_has_not_are_refused_unless_they_are_none(folder):

@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3Config
 
-from comet_pl import CometConfig, CometForCausalLM
+from comet_pl import CometCache, CometConfig, CometForCausalLM
 from comet_pl.model.cell import SUPPORTED
 from comet_pl.model.configuration_comet import buffer_dtype
+from comet_pl.training.windows import cut_windows
 from tests.support.models import FAMILIES, VOCABULARY, backbone, text, tiny
 
 # ---- folders
@@ -182,11 +183,58 @@ def test_targets_only_between_real_tokens_and_across_chunks():
     torch.testing.assert_close(out.loss, torch.stack(terms).mean(), atol=1e-10, rtol=1e-10)
 
 
-def test_no_targets_give_a_loss_of_zero_without_a_graph():
-    out = tiny().train()(text(1, 6), labels=torch.full((1, 6), -100))
-    assert out.loss.item() == 0
-    assert not out.loss.requires_grad
-    assert out.logits is None
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": 0}])
+@pytest.mark.parametrize("columns", [6, 1, 0])
+def test_no_targets_give_a_loss_of_zero_with_a_graph(columns, options):
+    """As of other decoders: Trainer backpropagates every batch."""
+    model, ids = tiny().train(), text(2, columns)
+    model.lm_head.weight.requires_grad_(False)
+    none = torch.full_like(ids, -100)
+    labels = ids if columns < 2 else none
+    for targets in {"labels": labels}, {"shift_labels": none}:
+        model.zero_grad()
+        out = model(ids, **targets, **options)
+        assert out.loss.item() == 0 and out.logits is None
+        out.loss.backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert found and not any(gradient.any() for gradient in found)
+        assert model.lm_head.weight.grad is None
+
+
+def test_no_targets_leave_the_gradients_of_other_calls_alone():
+    """Of accumulation, and of weights that are not finite."""
+    model, ids = tiny().train(), text(2, 8)
+    model(ids, labels=ids).loss.backward()
+    trained = [(name, p) for name, p in model.named_parameters() if p.grad is not None]
+    before = {name: p.grad.clone() for name, p in trained}
+    model.model.embed_tokens.weight.data[3] = torch.inf
+    model(ids[:, :1], labels=ids[:, :1]).loss.backward()
+    assert len(trained) > 20 and all(torch.equal(p.grad, before[name]) for name, p in trained)
+
+
+def test_a_loop_of_windows_pays_for_a_loss_and_nothing_else():
+    for model in (tiny().train(), tiny()):
+        ids = text(1, 6)
+        none = model(ids, labels=torch.full_like(ids, -100), loss_only=True)
+        assert none.loss.item() == 0 and not none.loss.requires_grad and none.logits is None
+        assert model(ids, labels=ids, loss_only=True).logits is None
+        assert model(ids, labels=ids, loss_only=True, logits_to_keep=2).logits.shape[1] == 2
+    heads = []
+    window = cut_windows({"input_ids": ids, "attention_mask": ids >= 0, "labels": ids}, 5, None)
+    model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+    model(**window[0].inputs(), use_cache=False)
+    assert len(heads) == 1
+
+
+def test_logits_come_beside_the_loss_in_eval_mode():
+    model, ids = tiny(), text(2, 12)
+    assert model.train()(ids, labels=ids).logits is None
+    out = model.eval()(ids, labels=ids)
+    torch.testing.assert_close(out.logits, model(ids).logits, atol=0, rtol=0)
+    loss, logits, cache = model(ids, labels=ids, return_dict=False)
+    assert loss == out.loss and torch.equal(logits, out.logits) and isinstance(cache, CometCache)
+    model.config.keys_to_ignore_at_inference = ["past_key_values", "logits"]
+    assert model(ids, labels=ids).logits is None and model(ids).logits is not None
 
 
 def test_logits_to_keep():

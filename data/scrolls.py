@@ -48,7 +48,7 @@ def texts(data: ScrollsData) -> Iterator[str]:
             new = _digest(document) not in seen
             seen.add(_digest(document))
             text = f"{question}{document if new else ''}\n{row['output']}"
-            yield text
+            yield text[:TOKENIZER_CHARACTERS]
             left -= len(text)
             if left < 0:
                 break

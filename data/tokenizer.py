@@ -1,6 +1,7 @@
 """The tokenizer of a decoder from scratch, and what data ask of any tokenizer."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -13,6 +14,9 @@ AGENT_TOKENS = ["<|system|>", "<|tool|>"]
 """Headers of further roles of CHAT_TEMPLATE, for data that have them."""
 WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
 """14:05, 0.42, 85123A and 2011-05-31 are words; a space is never part of one."""
+PIECE = 1_000_000
+"""Characters that a tokenizer from scratch takes at once."""
+BEFORE_SPACE = re.compile(r"(?<=\S)(?= )")
 
 
 def train_tokenizer(
@@ -49,10 +53,22 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    pieces = (piece for text in texts for piece in _words(text))
+    tokenizer.train_from_iterator(pieces, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE
     )
+
+
+def _words(text: str) -> Iterator[str]:
+    """A long text in pieces, cut between a word and a space, if there is one: the words stay."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = BEFORE_SPACE.search(text, start + PIECE, start + 2 * PIECE)
+        end = cut.start() if cut else start + 2 * PIECE
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:

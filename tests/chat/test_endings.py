@@ -165,7 +165,7 @@ def test_an_answer_that_breaks_off_inside_a_token_is_not_saved(
 @pytest.mark.parametrize("end", [20_000, 0])
 def test_a_file_that_becomes_shorter_while_it_is_read(end, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(read, "PIECE", 10_000)
-    file, text = tmp_path / "text", TEXT * 400
+    file, text = tmp_path / "text", TEXT * 4000
     file.write_text(text)
     # The first tokens are read, and then the file is cut.
     monkeypatch.setattr(Conversation, "_prefill", lambda self, ids: os.truncate(file, end))

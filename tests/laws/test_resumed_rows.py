@@ -8,6 +8,7 @@ from itertools import chain
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
 from comet_pl import build
@@ -260,3 +261,27 @@ def test_a_run_of_before_says_that_nothing_is_known(tmp_path, capsys):
     (moved / "qmsum/train.jsonl").write_text("")
     with pytest.raises(UserError, match=r"other train qmsum data"):
         train.main([*keys, "trainer.max_steps=4", f"data.root={moved}"])
+
+
+def decoder(folder, layers=2):
+    """A Llama with its tokenizer, as backbone.path takes it."""
+    config = load(["data.kind=passkey", "backbone.vocab_size=300"])
+    tokenizer = build.build_tokenizer(config)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    settings = LlamaConfig(vocab_size=len(tokenizer), **sizes, **heads)
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_decoder_may_move_but_not_change_its_shape(tmp_path, capsys):
+    keys = [*keys_of("passkey", tmp_path), "trainer.max_steps=2"]
+    train.main([*keys, f"backbone.path={decoder(tmp_path / 'one')}"])
+    shutil.move(tmp_path / "one", tmp_path / "two")
+    keys = [*keys[:-1], "resume=true", "trainer.max_steps=3"]
+    train.main([*keys, f"backbone.path={tmp_path / 'two'}"])
+    assert "trained 3 steps" in capsys.readouterr().out
+    deeper = decoder(tmp_path / "deeper", layers=3)
+    with pytest.raises(UserError, match=r"^backbone.path: .*/deeper holds another decoder than .*"):
+        train.main([*keys, f"backbone.path={deeper}"])

@@ -27,7 +27,7 @@ FIXED = ("seed", "model", "backbone", "data", "train")
 FREE = (
     "data.num_workers",
     "data.cache",
-    "data.on_error",  # the rows so far were read under both
+    "data.on_error",  # where raise reads on, skip reads the same
     "data.val_examples",
     "data.val_depths",
     "data.val_lengths",
@@ -139,6 +139,8 @@ def plan_run(config: Config, rank: int = 0) -> Run:
         return Run(path, config, fresh=False)
     content = read_checkpoint(checkpoint, mmap=True)
     step, comet = content["global_step"], content["comet"]
+    # config.yaml may be gone, and last.ckpt may be another run's.
+    _check_same(comet["config"], path, config)
     return Run(path, config, checkpoint, step, fresh=False, saved=comet)
 
 

@@ -282,6 +282,15 @@ def test_a_decoder_may_move_but_not_change_its_shape(tmp_path, capsys):
     keys = [*keys[:-1], "resume=true", "trainer.max_steps=3"]
     train.main([*keys, f"backbone.path={tmp_path / 'two'}"])
     assert "trained 3 steps" in capsys.readouterr().out
-    deeper = decoder(tmp_path / "deeper", layers=3)
-    with pytest.raises(UserError, match=r"^backbone.path: .*/deeper holds another decoder than .*"):
-        train.main([*keys, f"backbone.path={deeper}"])
+    decoder(tmp_path / "two", layers=3)
+    layers = r"num_hidden_layers is 3, it was 2"
+    with pytest.raises(UserError, match=rf"^backbone.path: .*/two holds another .*: {layers}"):
+        train.main([*keys, f"backbone.path={tmp_path / 'two'}"])
+
+
+def test_the_checkpoints_own_configuration_is_kept_too(tmp_path):
+    keys = keys_of("passkey", tmp_path)
+    train.main([*keys, "trainer.max_steps=2"])
+    (tmp_path / "runs/passkey/run/config.yaml").unlink()
+    with pytest.raises(UserError, match=r"^seed: 1 given, but .* was started with 0"):
+        train.main([*keys, "resume=true", "trainer.max_steps=3", "seed=1"])

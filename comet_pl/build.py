@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from comet_pl import CometForCausalLM
     from comet_pl.parallel.strategy import LayerPipelineStrategy
     from comet_pl.training.lit_module import CometModule
+    from data.kinds import DataSection
 
 FROM_SCRATCH = (
     "hidden_size",
@@ -175,25 +176,21 @@ def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.
             "stride": model.compression_stride,
             "max_epochs": config.trainer.max_epochs,
         }
-    return DataModule(_batches(config.data)(config.data, tokenizer, **more))
+    batches = _batches(config.data)(config.data, tokenizer, **more)
+    return DataModule(batches, config.trainer.max_epochs)
 
 
-def _batches(data: PasskeyData | ScrollsData | AgentData | UserBehaviorData) -> Any:
-    if isinstance(data, PasskeyData):
-        from data.passkey import PasskeyBatches
+def _batches(data: DataSection) -> Any:
+    from data.kinds import batches_of
 
-        return PasskeyBatches
-    if isinstance(data, AgentData):
-        from data.agent_traces import AgentBatches
+    return batches_of(data)
 
-        return AgentBatches
-    if isinstance(data, UserBehaviorData):
-        from data.user_behavior import UserBehaviorBatches
 
-        return UserBehaviorBatches
-    from data.scrolls import ScrollsBatches
+def data_content(config: Config) -> dict[str, list[list[Any]]]:
+    """What identifies the data: their content, wherever the files are; see data/kinds.py."""
+    from data.kinds import content_of
 
-    return ScrollsBatches
+    return content_of(config.data)
 
 
 def build_module(config: Config, model: CometForCausalLM) -> CometModule:
@@ -233,7 +230,6 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
         else t.val_check_interval
     )
     callbacks = [LogConfig(config, run), RandomState(config.seed), Throughput(), CpuShare()]
-    max_epochs = 1 if isinstance(config.data, TextData) else t.max_epochs  # in one pass of it
     if config.monitor.gates:
         from callbacks.gate_monitor import GateMonitor
 
@@ -263,7 +259,7 @@ def build_trainer(config: Config, run: Run, content: dict[str, Any]) -> lightnin
             strategy=strategy,
             precision=t.precision,  # type: ignore[arg-type]
             max_steps=t.max_steps,
-            max_epochs=max_epochs,
+            max_epochs=-1,  # data/datamodule.py knows how many steps they are
             limit_train_batches=t.limit_train_batches,
             limit_val_batches=t.limit_val_batches,
             val_check_interval=val_interval,

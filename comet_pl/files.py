@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -74,6 +75,16 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The digest of a whole file, in hexadecimal.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    with os_errors(f"{path}: cannot be read"), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def replace_file(path: Path, content: bytes, key: str) -> None:

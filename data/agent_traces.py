@@ -305,6 +305,13 @@ class AgentBatches(TextBatches):
     data: AgentData
 
     @staticmethod
+    def files(data: AgentData) -> dict[str, list[Path]]:
+        if data.root is None:
+            return {}
+        paths, mixed = files(data.root, "train")
+        return {"train": paths, "validation": [] if mixed else files(data.root, "validation")[0]}
+
+    @staticmethod
     def texts(data: AgentData) -> Iterator[str]:
         return traces_of(data, "train", on_error="skip").texts()
 

@@ -3,7 +3,8 @@
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,10 @@ IGNORED = -100
 """The label of a token without loss."""
 Pair = tuple[np.ndarray, np.ndarray]
 """(ids, labels) of a row, each (n,) int64; labels unshifted."""
+
+
+Place = Mapping[str, int]
+"""What a loader saves of its place in the data, the same on all ranks."""
 
 
 class Shard(NamedTuple):
@@ -35,6 +40,18 @@ class Batches(ABC):
     tokenizer: PreTrainedTokenizerBase
     max_steps: int
 
+    @staticmethod
+    def files(data: Any) -> dict[str, list[Path]]:
+        """The files that a data section names, in the order in which they are read, by role.
+
+        A role begins with `train` if the training's numbers depend on its files, and otherwise with
+        `validation`.
+
+        Raises:
+            UserError: there are none.
+        """
+        return {}
+
     @abstractmethod
     def train_loader(self, shard: Shard = ALL) -> Any:
         """Batches of the whole training, with state_dict and load_state_dict."""
@@ -43,8 +60,13 @@ class Batches(ABC):
     def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         """The same batches whenever it is iterated."""
 
-    def count(self, shard: Shard = ALL) -> int:
-        """Batches of the whole training on each rank, at most max_steps."""
+    def count(self, shard: Shard = ALL, place: Place | None = None) -> int:
+        """Batches of the whole training on each rank, at most max_steps.
+
+        Args:
+            place: of the loader, in a training that resumes; its batches so far may have been
+                those of another number of ranks.
+        """
         return self.max_steps
 
     def finish(self) -> None:  # noqa: B027  most kinds have nothing to say
@@ -158,8 +180,64 @@ class ResumableLoader:
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: Place) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
+
+
+class SteppedRows:
+    """Rows that are made by number, as many as the training needs; a subclass makes them.
+
+    Attributes:
+        start: (row, step) from which on a step has rows_a_step rows. Before it, other numbers of
+            ranks may have read.
+    """
+
+    def __init__(self, rows_a_step: int, max_steps: int):
+        self.rows_a_step, self.max_steps = rows_a_step, max_steps
+        self.start = 0, 0
+
+    def __len__(self) -> int:
+        row, step = self.start
+        return row + (self.max_steps - step) * self.rows_a_step
+
+    def step_of(self, index: int) -> int:
+        """The optimizer step that reads a row from `start` on."""
+        row, step = self.start
+        return step + (index - row) // self.rows_a_step
+
+    def __getitem__(self, index: int) -> Any:
+        raise NotImplementedError
+
+
+class SteppedLoader(ResumableLoader):
+    """The batches of a whole training on SteppedRows, one an optimizer step.
+
+    Its place counts steps as well as rows: a resumed training on another number of ranks reads the
+    next row in the next step.
+    """
+
+    dataset: SteppedRows
+
+    def __init__(self, dataset: SteppedRows, *arguments: Any, **options: Any):
+        super().__init__(dataset, *arguments, **options)
+        self.given = 0
+
+    def __len__(self) -> int:
+        return self.dataset.max_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {**super().state_dict(), "given": self.given, "rows": self.step}
+
+    def load_state_dict(self, state: Place) -> None:
+        super().load_state_dict(state)
+        # checkpoints of before this key were resumed on as many ranks
+        self.given = state.get("given", self.position // self.step)
+        self.dataset.start = self.position, self.given
 
 
 def validation_loader(

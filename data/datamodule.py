@@ -6,7 +6,7 @@ import lightning
 from lightning.pytorch.strategies import ParallelStrategy
 from transformers import PreTrainedTokenizerBase
 
-from data.batches import ALL, Batches, Shard
+from data.batches import ALL, Batches, Place, Shard, say
 
 
 class DataModule(lightning.LightningDataModule):
@@ -16,10 +16,11 @@ class DataModule(lightning.LightningDataModule):
     """
 
     shard = validation_shard = ALL
+    place: Place | None = None  # of the training loader, in a training that resumes
 
-    def __init__(self, source: Batches):
+    def __init__(self, source: Batches, max_epochs: int | None = None):
         super().__init__()
-        self.source = source
+        self.source, self.max_epochs = source, max_epochs
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -33,15 +34,36 @@ class DataModule(lightning.LightningDataModule):
             self.shard = Shard(layout["rank"], layout["num_replicas"])
         self.validation_shard = Shard(self.trainer.global_rank, self.trainer.world_size)
 
+    def resume(self, place: Place) -> None:
+        """Takes the place that the training loader of a checkpoint had."""
+        self.place = place
+        before = place.get("rows")
+        now = self.source.train_loader(self.shard).state_dict().get("rows")
+        if None not in (before, now) and before != now:
+            say(
+                f"a step reads {now} rows from here on, {before} before: data.batch_size rows on "
+                f"each of {self.shard.world} data-parallel device(s)"
+            )
+
     def train_dataloader(self) -> Any:
-        return self.source.train_loader(self.shard)
+        loader = self.source.train_loader(self.shard)
+        if self.place is not None:
+            loader.load_state_dict(self.place)
+        return loader
 
     def val_dataloader(self) -> Any:
         return self.source.validation_loader(self.validation_shard)
 
     def batches(self) -> int:
-        """Batches of the whole training on each rank."""
-        return self.source.count(self.shard)
+        """Batches of the whole training on each rank, those before the place included."""
+        assert self.trainer is not None
+        count = self.source.count(self.shard, self.place)
+        limit: int | float = self.trainer.limit_train_batches or 0
+        if self.max_epochs is None:
+            return count
+        if isinstance(limit, float):
+            return int(count * limit)
+        return min(count, self.max_epochs * limit)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit":

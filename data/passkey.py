@@ -24,8 +24,9 @@ from data.batches import (
     ALL,
     IGNORED,
     Batches,
-    ResumableLoader,
     Shard,
+    SteppedLoader,
+    SteppedRows,
     length_at,
     nothing,
     validation_loader,
@@ -161,17 +162,15 @@ class PasskeyExamples:
         return self.filler.take(np.arange(start, start + size), mode="wrap"), round(depth * size)
 
 
-class TrainingRows:
-    """Rows by index; row i is of step i // rows_a_step and has that step's length."""
+class TrainingRows(SteppedRows):
+    """Rows by index; each has the length of the step that reads it."""
 
     def __init__(self, examples: PasskeyExamples, rows_a_step: int, max_steps: int):
-        self.examples, self.rows_a_step, self.size = examples, rows_a_step, rows_a_step * max_steps
-
-    def __len__(self) -> int:
-        return self.size
+        super().__init__(rows_a_step, max_steps)
+        self.examples = examples
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return self.examples.row(index, length_at(self.examples.data, index // self.rows_a_step))
+        return self.examples.row(index, length_at(self.examples.data, self.step_of(index)))
 
 
 class ValidationBatches:
@@ -225,6 +224,10 @@ class PasskeyBatches(Batches):
 
     texts = staticmethod(texts)
 
+    @staticmethod
+    def files(data: PasskeyData) -> dict[str, list[Path]]:
+        return {} if data.haystack is None else {"train": [Path(data.haystack).expanduser()]}
+
     def __init__(
         self,
         data: PasskeyData,
@@ -243,10 +246,10 @@ class PasskeyBatches(Batches):
         key = "data.val_lengths" if data.val_lengths else "data.train_length"
         self.validation.check(validation_lengths(data), key)
 
-    def train_loader(self, shard: Shard = ALL) -> ResumableLoader:
+    def train_loader(self, shard: Shard = ALL) -> SteppedLoader:
         rows = TrainingRows(self.training, self.rows * shard.world, self.max_steps)
         workers = self.data.num_workers
-        return ResumableLoader(rows, self.rows, collate, num_workers=workers, shard=shard)
+        return SteppedLoader(rows, self.rows, collate, num_workers=workers, shard=shard)
 
     def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         batches = ValidationBatches(self.validation)

@@ -275,6 +275,17 @@ class ScrollsBatches(TextBatches):
     data: ScrollsData
     texts = staticmethod(texts)
 
+    @staticmethod
+    def files(data: ScrollsData) -> dict[str, list[Path]]:
+        if data.root is None:  # the hub's, which do not change
+            return {}
+        root = Path(data.root).expanduser()
+        return {
+            f"{split} {task}": [path] if (path := find(root / task, split)) else []
+            for task in tasks(data)
+            for split in ("train", "validation")
+        }
+
     def source(self, split: str) -> ScrollsSource:
         source = ScrollsSource(self.data, self.tokenizer, split)
         for task in set(tasks(self.data)) - {*source.files}:

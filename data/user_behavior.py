@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -15,8 +16,9 @@ from data.batches import (
     IGNORED,
     Batches,
     Pair,
-    ResumableLoader,
     Shard,
+    SteppedLoader,
+    SteppedRows,
     length_at,
     pad_rows,
     validation_loader,
@@ -37,6 +39,10 @@ class UserBehaviorBatches(Batches):
         UserError: the log cannot be read or does not allow the questions; lengths that are too
             short.
     """
+
+    @staticmethod
+    def files(data: UserBehaviorData) -> dict[str, list[Path]]:
+        return {} if data.root is None else {"train": event_files(data.root, data.items)}
 
     @staticmethod
     def texts(data: UserBehaviorData) -> Iterator[str]:
@@ -61,11 +67,12 @@ class UserBehaviorBatches(Batches):
     def questions(self, split: str, count: int) -> Behavior:
         return behavior_of(self.data, self.tokenizer, self.seed, split, count)
 
-    def train_loader(self, shard: Shard = ALL) -> ResumableLoader:
+    def train_loader(self, shard: Shard = ALL) -> SteppedLoader:
         step, workers = self.rows * shard.world, self.data.num_workers
-        rows = TrainingRows(self.questions("train", step * self.max_steps), self.data, step)
+        examples = self.questions("train", step * self.max_steps)
+        rows = TrainingRows(examples, self.data, step, self.max_steps)
         collate = partial(pad_rows, pad_token=self.pad)
-        return ResumableLoader(rows, self.rows, collate, num_workers=workers, shard=shard)
+        return SteppedLoader(rows, self.rows, collate, num_workers=workers, shard=shard)
 
     def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         examples = self.questions("validation", self.data.val_examples)
@@ -82,17 +89,17 @@ class UserBehaviorBatches(Batches):
         return {**batch, "logits_to_keep": longest + 1, "kinds": kinds, "ages": ages}
 
 
-class TrainingRows:
-    """Rows by index; row i is of step i // rows_a_step and has that step's length."""
+class TrainingRows(SteppedRows):
+    """Rows by index; each has the length of the step that reads it."""
 
-    def __init__(self, examples: Behavior, data: UserBehaviorData, rows_a_step: int):
-        self.examples, self.data, self.rows_a_step = examples, data, rows_a_step
-
-    def __len__(self) -> int:
-        return len(self.examples)
+    def __init__(
+        self, examples: Behavior, data: UserBehaviorData, rows_a_step: int, max_steps: int
+    ):
+        super().__init__(rows_a_step, max_steps)
+        self.examples, self.data = examples, data
 
     def __getitem__(self, index: int) -> Pair:
-        data, length = self.data, length_at(self.data, index // self.rows_a_step)
+        data, length = self.data, length_at(self.data, self.step_of(index))
         choices = data.keep_events, data.shift_days, data.new_days
         try:
             return self.examples.varied(index, length, *choices).row_of(index, length)

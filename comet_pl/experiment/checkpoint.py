@@ -47,7 +47,8 @@ def checkpoint_content(
 
     config: the run's; model: CometConfig's own (also that of a pre-trained decoder, whose folder
     may be gone); generation: how that decoder ends and samples its texts; tokenizer:
-    tokenizer.json; special_tokens: their texts by role, and the chat template.
+    tokenizer.json; special_tokens: their texts by role, and the chat template. A training adds
+    data: what its files hold (data/kinds.py).
     """
     special = {
         name: getattr(tokenizer, name)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -25,15 +25,23 @@ from comet_pl.files import replacing
 NAME_VARIABLE = "COMET_RUN_NAME"
 CHECKPOINTS = ("last.ckpt", "best.ckpt")  # the first of them resumes
 FIXED = ("seed", "model", "backbone", "data", "train")
-# Of the fixed sections; at most rounding changes.
+# Of the fixed sections; at most rounding changes, or what validation shows.
 FREE = (
     "data.num_workers",
+    "data.cache",
+    "data.on_error",  # where raise reads on, skip reads the same
+    "data.val_examples",
+    "data.val_depths",
+    "data.val_lengths",
     "train.recompute",
     "train.offload",
     "train.compile",
     "train.max_skipped",
     "train.peak_tflops",
 )
+
+# Where things are. What is there has to be the same, which comet_pl/experiment/same_run.py sees to.
+PATHS = ("data.root", "data.items", "data.haystack", "backbone.path")
 
 
 @dataclass(frozen=True)
@@ -176,11 +184,19 @@ def _check_same(saved: dict[str, Any], path: Path, config: Config) -> None:
         if isinstance(before, dict) and same_kind:
             before = {**defaults[section], **before}
         for key, was, now in _differences(section, before, new[section]):
-            if key not in FREE:
-                raise UserError(
-                    f"{key}: {_shown(now)} given, but {path} was started with {_shown(was)}; a "
-                    "resumed run keeps it"
-                )
+            moved = key in PATHS and None not in (was, now)
+            if key not in FREE and not moved:
+                _refuse(key, was, now, path)
+    before = {**defaults["trainer"], **(old.get("trainer") or {})}
+    if before["precision"] != new["trainer"]["precision"]:
+        _refuse("trainer.precision", before["precision"], new["trainer"]["precision"], path)
+
+
+def _refuse(key: str, was: Any, now: Any, path: Path) -> NoReturn:
+    raise UserError(
+        f"{key}: {_shown(now)} given, but {path} was started with {_shown(was)}; a resumed run "
+        "keeps it"
+    )
 
 
 def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

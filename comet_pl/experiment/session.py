@@ -16,6 +16,7 @@ from comet_pl.evaluation import evaluate
 from comet_pl.experiment.checkpoint import checkpoint_content, restore_tokenizer
 from comet_pl.experiment.lock import release
 from comet_pl.experiment.run_folder import Run, plan_run
+from comet_pl.experiment.same_run import check_backbone, check_data
 from comet_pl.training.trainable import count_parameters, describe, merge_adapters
 
 
@@ -43,16 +44,23 @@ def train_and_evaluate(run: Run, argv: list[str]) -> None:
     torch.set_float32_matmul_precision(config.trainer.matmul_precision)
     seed_everything(config.seed, verbose=False)
     tokenizer = restore_tokenizer(run.saved) if run.saved else build.build_tokenizer(config)
+    # Before a changed corpus is tokenised; a fresh run's mistakes are those of reading it.
+    files = build.data_content(config) if run.saved else None
+    notes = check_data(run, files) if files is not None else []
     data = build.build_data(config, tokenizer)
     model = build.build_model(config, tokenizer)
-    trainer = build.build_trainer(config, run, checkpoint_content(config, tokenizer, model))
+    check_backbone(run, model)
+    content = checkpoint_content(config, tokenizer, model)
+    content["data"] = build.data_content(config) if files is None else files
+    trainer = build.build_trainer(config, run, content)
     if trainer.is_global_zero:
         run.create()
         start = "starts"
         if run.checkpoint:
             gone = " of best.ckpt (there is no last.ckpt)" * (run.checkpoint.name != "last.ckpt")
             start = f"continues from step {run.step}{gone}"
-        print(f"{run.path} {start}: {describe(count_parameters(model))}", flush=True)
+        line = f"{run.path} {start}: {describe(count_parameters(model))}"
+        print(line, *notes, sep="\n", flush=True)
         if config.train.compile:
             print(
                 "train.compile: the first step of each length takes minutes, and a stop waits for "
@@ -72,8 +80,8 @@ def train_and_evaluate(run: Run, argv: list[str]) -> None:
     if not trainer.is_global_zero:
         return
     print(
-        f"trained {trainer.global_step} steps; weights in {run.checkpoints}, curves: tensorboard "
-        f"--logdir {run.path}"
+        f"trained {trainer.global_step} steps{why_no_more(config, trainer.global_step, run.step)}; "
+        f"weights in {run.checkpoints}, curves: tensorboard --logdir {run.path}"
     )
     if config.eval.after_fit:
         # With sharding this process holds a part of the weights only.
@@ -82,6 +90,22 @@ def train_and_evaluate(run: Run, argv: list[str]) -> None:
         merge_adapters(model)
         model.to(build.device_of(config))  # type: ignore[arg-type]
         evaluate(model, tokenizer, config, run.path)
+
+
+def why_no_more(config: Config, step: int, start: int) -> str:
+    """What ended a training before trainer.max_steps, or before its first step; else ''.
+
+    Args:
+        step: that it ended after. start: that it resumed after.
+    """
+    keys = config.trainer
+    none = ", none of them now" if step == start else ""
+    if step >= keys.max_steps:
+        return f"{none}: trainer.max_steps is {keys.max_steps}" if none else ""
+    return (
+        f"{none}: trainer.max_epochs={keys.max_epochs} ends it before trainer.max_steps="
+        f"{keys.max_steps} (a larger one with resume=true goes on)"
+    )
 
 
 def end(error: BaseException, trainer: lightning.Trainer, run: Run, argv: list[str]) -> None:

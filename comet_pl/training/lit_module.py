@@ -1,6 +1,7 @@
 """CometModule: one optimizer step a loader batch, read in windows of chunks."""
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,8 +31,12 @@ FORWARD = ("input_ids", "attention_mask", "labels", "plans", "logits_to_keep")  
 class FiniteData(Protocol):
     """Data that may end before max_steps."""
 
+    def resume(self, place: Mapping[str, int]) -> None:
+        """Takes the place that the training loader of a checkpoint had."""
+        ...
+
     def batches(self) -> int:
-        """Batches of the whole training on each rank."""
+        """Batches of the whole training on each rank, those before the place included."""
         ...
 
 
@@ -79,7 +84,18 @@ class CometModule(lightning.LightningModule):
             strategy if isinstance(strategy, TextReader) else WindowReader(strategy, read)
         )
         if isinstance(data, FiniteData):
-            self.max_steps = min(self.max_steps, data.batches())
+            self.limits = self.max_steps, self.trainer.max_steps
+            self._end_with(data)
+
+    def _end_with(self, data: FiniteData) -> None:
+        """Ends training and cosine where the data end, if that is before max_steps.
+
+        A pass of a loader is the whole training, and Lightning counts it as one epoch. By steps, a
+        run that has ended can grow; by epochs it could not.
+        """
+        batches = data.batches()
+        own, trainers = (min(batches, limit) if limit >= 0 else batches for limit in self.limits)
+        self.max_steps, self.trainer.fit_loop.epoch_loop.max_steps = own, trainers
 
     # ---- training
 
@@ -244,6 +260,20 @@ class CometModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped, self.skipped_in_a_row = checkpoint["skipped"]
+        if self._trainer is None:
+            return  # load_from_checkpoint
+        self._resume_data(checkpoint)
         for state in checkpoint.get("optimizer_states", []):
             for group in state["param_groups"]:
                 group["fused"] = self._fused  # this device's, not that of the run so far
+
+    def _resume_data(self, checkpoint: Mapping[str, Any]) -> None:
+        """Tells the data where their loader was."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        loop = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        for place in loop.get("combined_loader", []):
+            # A batch is a step; loaders of before this key counted rows alone.
+            place.setdefault("given", checkpoint["global_step"])
+            if isinstance(data, FiniteData):
+                data.resume(place)
+                self._end_with(data)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from comet_pl.config.schema import TextData
 from comet_pl.errors import UserError
-from data.batches import ALL, Batches, Rows, Shard, pad_rows, say, validation_loader
+from data.batches import ALL, Batches, Place, Rows, Shard, pad_rows, say, validation_loader
 from data.text.chunk_plans import sentence_ends
 from data.text.loader import Cached, Feed, Layout, Streamed, Windows
 from data.text.packing import padding_share
@@ -113,16 +113,14 @@ class TextBatches(Batches):
                 say(f"train: {line} (of the rows that were read)")
 
     def train_loader(self, shard: Shard = ALL) -> Feed:
-        sizes, workers = (self.count(shard), self.rows, self.seed), self.data.num_workers
-        return Feed(self.windows, self.layout, self.pad, *sizes, num_workers=workers, shard=shard)
+        sizes = self.max_steps, self.rows, self.seed, self.data.num_workers
+        return Feed(self.windows, self.layout, self.pad, *sizes, shard, self.max_epochs)
 
-    def count(self, shard: Shard = ALL) -> int:
-        if self.max_epochs is None:
-            return self.max_steps
-        assert isinstance(self.windows, Cached)
-        step = self.rows * shard.world
-        epochs = (self._epoch(self.windows.samples, epoch) for epoch in range(self.max_epochs))
-        return min(self.max_steps, sum(-(-len(rows) // step) for rows in epochs))
+    def count(self, shard: Shard = ALL, place: Place | None = None) -> int:
+        feed = self.train_loader(shard)
+        if place is not None:
+            feed.load_state_dict(place)
+        return len(feed)
 
     def validation_loader(self, shard: Shard = ALL) -> DataLoader[Any]:
         collate = partial(pad_rows, pad_token=self.pad)

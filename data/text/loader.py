@@ -7,7 +7,7 @@ batch. One pass of the loader is the whole training, over any number of epochs o
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from comet_pl.errors import UserError
 from comet_pl.model.chunk_layout import ChunkPlan
-from data.batches import ALL, Pair, Shard, loader, pad_rows
+from data.batches import ALL, Pair, Place, Shard, loader, pad_rows
 from data.jsonl import Complaints
 from data.text.chunk_plans import chunk_plan, draw_stride
 from data.text.packing import join, pack
@@ -24,6 +24,7 @@ from data.text.tokenized import CachedSamples, Sample, Source, encoded
 Samples = Sequence[Sample] | CachedSamples
 Row = tuple[Pair, ChunkPlan]
 MOST_ROWS = 100_000_000  # of an epoch: their numbers are held in memory
+PLACE = ("epoch", "window", "place", "given")
 EMPTY_EPOCHS = 1000  # in a row are no chance, as single ones are if weights are small
 FIRST_WINDOW = 32  # rows; each window has twice the rows of the last one, up to shuffle_window
 
@@ -106,9 +107,17 @@ class Cached:
     """The whole corpus as one window."""
 
     samples: CachedSamples
+    counts: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def window(self, epoch: int, number: int) -> CachedSamples | None:
         return self.samples if number == 0 else None
+
+    def rows(self, layout: Layout, seed: int, epoch: int) -> int:
+        """Rows of an epoch, counted once: all calls are about one layout."""
+        if (seed, epoch) not in self.counts:
+            random = np.random.default_rng((seed, epoch, 0))
+            self.counts[seed, epoch] = len(layout.rows(self.samples, random))
+        return self.counts[seed, epoch]
 
 
 class Streamed:
@@ -156,11 +165,13 @@ class Feed:
     Stopped anywhere and resumed, it yields the batches that an uninterrupted feed yields. The order
     of the rows does not depend on the number of ranks: each batch is dealt to them in turn.
     Lightning saves its state: epoch, window, the number of the window's rows that all ranks
-    together have received (place), and batches given.
+    together have received (place), batches given, and the rows of a batch on all ranks. Resumed on
+    another number of ranks, it gives the rest of the epochs in batches of their size.
 
     Args:
-        batches: of the whole training, on each rank.
+        batches: of the whole training, on each rank, at most.
         batch_size: rows of a batch on each rank.
+        epochs: after which it ends, of a Cached; None: none.
     """
 
     def __init__(
@@ -173,18 +184,34 @@ class Feed:
         seed: int,
         num_workers: int = 0,
         shard: Shard = ALL,
+        epochs: int | None = None,
     ):
         self.windows, self.layout, self.pad_token = windows, layout, pad_token
         self.batches, self.batch_size, self.seed = batches, batch_size, seed
-        self.num_workers, self.shard = num_workers, shard
+        self.num_workers, self.shard, self.epochs = num_workers, shard, epochs
         self.epoch = self.window = self.place = self.given = 0
 
+    @property
+    def step(self) -> int:
+        """Rows of a batch on all ranks together."""
+        return self.batch_size * self.shard.world
+
     def __len__(self) -> int:
-        return self.batches
+        """Batches of the whole training: those given so far, and those that are left."""
+        if self.epochs is None:
+            return self.batches
+        assert isinstance(self.windows, Cached)
+        left = 0
+        for epoch in range(self.epoch, self.epochs):
+            rows = self.windows.rows(self.layout, self.seed, epoch)
+            if epoch == self.epoch:
+                rows = 0 if self.window else max(0, rows - self.place)
+            left += -(-rows // self.step)
+        return min(self.batches, self.given + left)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        given, empty = self.given, 0
-        while self.given < self.batches:
+        given, empty, batches = self.given, 0, len(self)
+        while self.given < batches:
             samples = self.windows.window(self.epoch, self.window)
             if samples is None:
                 empty = empty + 1 if self.given == given else 0
@@ -197,18 +224,17 @@ class Feed:
                     )
                 given, self.epoch, self.window, self.place = self.given, self.epoch + 1, 0, 0
                 continue
-            yield from self._window(samples)
+            yield from self._window(samples, batches)
             self.window, self.place = self.window + 1, 0
 
-    def _window(self, samples: Samples) -> Iterator[dict[str, Any]]:
+    def _window(self, samples: Samples, batches: int) -> Iterator[dict[str, Any]]:
         rows = _Rows(samples, self.layout, (self.seed, self.epoch, self.window))
-        rank, world = self.shard
-        step = self.batch_size * world
+        (rank, world), step = self.shard, self.step
         numbers = [
             [place % len(rows) for place in range(start + rank, start + step, world)]
             for start in range(self.place, len(rows), step)
         ]
-        left = numbers[: self.batches - self.given]
+        left = numbers[: batches - self.given]
         for batch in loader(rows, left, self._collate, self.num_workers):
             self.place, self.given = self.place + step, self.given + 1
             yield batch
@@ -217,11 +243,11 @@ class Feed:
         return collate(rows, self.pad_token)
 
     def state_dict(self) -> dict[str, int]:
-        return {name: getattr(self, name) for name in ("epoch", "window", "place", "given")}
+        return {**{name: getattr(self, name) for name in PLACE}, "rows": self.step}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+    def load_state_dict(self, state: Place) -> None:
+        for name in PLACE:
+            setattr(self, name, state[name])
 
 
 class _Rows:

@@ -48,12 +48,21 @@ def test_conf_files_that_changed_since_have_no_effect(folder):
         ("backbone.model_type=qwen2", "llama"),
         ("data.new_days=[1,9]", "null"),
         ("backbone=small", "llama"),
+        ("trainer.precision=bf16-true", "32-true"),
+        ("backbone.path=decoder", "null"),
+        ("data.root=null", "log"),
     ],
 )
 def test_other_numbers_are_refused_by_their_key(folder, key, was):
     name = "backbone.model_type" if key == "backbone=small" else key.split("=")[0]
     with pytest.raises(UserError, match=rf"^{name}: .* was started with {was}; a resumed run"):
         resumed(folder, key)
+
+
+def test_places_and_what_validation_shows_are_free(folder):
+    """What the files hold is compared with the checkpoint (tests/laws/test_resumed_rows.py)."""
+    data = resumed(folder, "data.root=elsewhere", "data.val_examples=3", "data.on_error=skip")
+    assert (data.config.data.root, data.config.data.val_examples) == ("elsewhere", 3)
 
 
 @pytest.mark.parametrize("content", [b"- 1", b"a: [", b"\xff\xfe"])

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from comet_pl.errors import UserError
 from data.batches import IGNORED, Pair, say
 from data.chat_template import answer_start, frame
 from data.encoding import begins_after, encode, stream
-from data.jsonl import Complaints, Row, UnusableRow
+from data.jsonl import Complaints, Row, UnusableRow, find
 from data.scrolls_rows import files, options, rows, split_input, tasks
 from data.text.batches import TextBatches
 from data.text.loader import MOST_ROWS

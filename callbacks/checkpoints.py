@@ -25,15 +25,9 @@ from comet_pl.errors import TrainingStopped, UserErrorOnAllRanks, fault_of, is_d
 from comet_pl.experiment.checkpoint import check_resumable, read_checkpoint
 from comet_pl.files import replacing
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
 # Of terminals and schedulers. Who has told the process to ignore one, as nohup does, is obeyed.
-SIGNALS = (
-    signal.SIGINT,
-    signal.SIGTERM,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGXCPU,
-)
+SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
 
 class RunCheckpoints(Checkpoint):
@@ -84,7 +78,7 @@ class RunCheckpoints(Checkpoint):
             self.handlers = {
                 number: signal.signal(number, self._on_signal)
                 for number in SIGNALS
-                if signal.getsignal(number) != signal.SIG_IGN
+                if number in STOPS or signal.getsignal(number) != signal.SIG_IGN
             }
         # outside the main thread, signals are left to the program that runs it
         except ValueError:

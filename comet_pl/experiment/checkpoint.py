@@ -34,8 +34,6 @@ KEYS = {
     "random_states": ("callbacks/random_state.py", "Python's, NumPy's and torch's, of each rank"),
     "skipped": ("comet_pl/training/lit_module.py", "steps without a finite norm: all, in a row"),
 }
-# Of what shaped the training, the keys that an evaluation takes.
-EFFECTIVE = ("backbone.attn_implementation", "train.compile")
 SPECIAL = ("eos_token", "pad_token", "bos_token", "unk_token")
 
 
@@ -197,7 +195,7 @@ def _restored(
     content = checkpoint["comet"]
     config = load(argv, "eval", base=content["config"])
     for key in (argument.partition("=")[0] for argument in argv):
-        if key.startswith(("backbone.", "train.")) and key not in EFFECTIVE:
+        if key.startswith("backbone.") and key != "backbone.attn_implementation":
             raise UserError(f"{key}: given, but the checkpoint in {path} decides it")
     settings = CometConfig.from_dict(json.loads(content["model"]))
     rows = new_rows(settings)  # before keys leave some of them out

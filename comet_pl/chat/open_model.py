@@ -22,6 +22,7 @@ from comet_pl.errors import UserError, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
 from comet_pl.experiment.loading import load_model, load_tokenizer, loading
 from comet_pl.files import check_built
+from comet_pl.model.chunk_layout import NO_STRIDE
 from comet_pl.model.pretrained import kind
 
 PLAIN_DECODER = {
@@ -80,6 +81,10 @@ def open_conversation(
     gpu = device.type == "cuda"
     model, tokenizer, comet = load(options.model, asked["comet"], asked["dtype"], gpu)
     model.to(device)  # type: ignore[arg-type]
+    if memory is not None:
+        stride, most = model.config.compression_stride, model.config.cache_bytes(1, model.dtype)
+        if cache.rows[0].stride != (stride or NO_STRIDE) or cache.nbytes > most:
+            raise UserError(f"{memory}: damaged: it is not as large as this model's memory")
     # without rollover an open chunk would grow without end
     model.config.rollover = True
     dtype = str(model.dtype).removeprefix("torch.")
@@ -213,9 +218,18 @@ def _load_memory(path: str, device: torch.device) -> tuple[CometCache, list[int]
         raise UserError(str(error)) from None
     try:
         made = {key: cache.notes[key] for key in ("comet", "dtype", "model")}
-        if made["dtype"] not in DTYPES:
+        opening, plain = cache.notes["opening"], (str, int, float, type(None))
+        ids = [] if opening is None else opening
+        if not (isinstance(ids, list) and all(type(i) is int and 0 <= i < 2**31 for i in ids)):
             raise ValueError
-        return cache, cache.notes["opening"], made
+        if not (isinstance(made["comet"], dict) and isinstance(made["model"], str)):
+            raise ValueError
+        if made["dtype"] not in DTYPES or any(type(v) not in plain for v in made["comet"].values()):
+            raise ValueError
+        # It reads one text, without padding.
+        if len(cache.rows) != 1 or cache.columns != cache.rows[0].num_tokens or not cache.weights:
+            raise ValueError
+        return cache, opening, made
     except (KeyError, TypeError, ValueError):
         reason = "a cache, but not one that python -m comet_pl.read wrote"
         raise UserError(f"{path}: {reason}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 import zipfile
 from collections.abc import Mapping
 from functools import reduce
@@ -105,7 +106,8 @@ def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[
             with zipfile.ZipFile(path) as records:
                 if damaged := records.testzip():
                     raise UserError(f"{path}: damaged: {damaged} is not what was written{other}")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings(action="ignore"):  # about files that are no checkpoints
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("comet"), dict):
         raise UserError(f"{path}: a checkpoint, but not one that train.py wrote")
     for key in ("state_dict", "global_step"):
@@ -212,6 +214,8 @@ def _restored(
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith("model.")
     }
+    if any(not weight.is_floating_point() for weight in weights.values()):
+        raise UserError(f"ckpt: {path}: a damaged checkpoint: weights that are no numbers")
     model = CometForCausalLM(settings)
     add_adapters(model, from_dict(content["config"]).train, rows)
     # Frozen weights may have less precision than those that learned.

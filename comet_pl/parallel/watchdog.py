@@ -154,12 +154,16 @@ class Watch:
 
     def _meet(self, connection: Connection) -> None:
         """Listens to who knows the word from now on, and to nobody else."""
+        said = b""
         with suppress(EOFError, OSError):
-            if secrets.compare_digest(connection.recv_bytes(LONGEST), self.word.encode()):
-                del self.strangers[connection]
-                self.connections[connection] = None
-                return
-        self._drop(connection)
+            said = connection.recv_bytes(LONGEST)
+        if not secrets.compare_digest(said, self.word.encode()):
+            self._drop(connection)
+            return
+        del self.strangers[connection]
+        self.connections[connection] = None
+        with suppress(OSError):
+            connection.send_bytes(self.name.encode())
 
     def _drop(self, connection: Connection) -> None:
         del self.strangers[connection]

@@ -8,6 +8,7 @@ override it. Results go into the run's folder, or into out.
 from __future__ import annotations
 
 from comet_pl.config.help import help_asked
+from comet_pl.config.launch import check_variables
 from comet_pl.config.load import eval_paths
 from comet_pl.errors import importing, run_cli
 from comet_pl.experiment.checkpoint import find_checkpoint
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
     path, out = eval_paths(argv)
     checkpoint, folder = find_checkpoint(path)
 
+    check_variables()
     with importing():
         from comet_pl.build import device_of, load_checkpoint
         from comet_pl.evaluation import evaluate

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from comet_pl.config.help import help_asked
+from comet_pl.config.launch import check_variables
 from comet_pl.config.load import load
 from comet_pl.errors import importing, run_cli
 from comet_pl.experiment.run_folder import saved_configuration
@@ -18,6 +19,7 @@ def main(argv: list[str]) -> None:
     if saved := saved_configuration(config):
         config = load(argv, base=saved)
 
+    check_variables()
     with importing():
         from comet_pl.experiment.session import run_session
 

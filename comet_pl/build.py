@@ -75,6 +75,17 @@ def check_device(config: Config) -> None:
             ) from None
 
 
+def check_launch(config: Config) -> None:
+    """Raises UserError for the variables of a launcher that has started other processes."""
+    import torch
+
+    from comet_pl.config.launch import check_place
+
+    on_gpu = config.trainer.accelerator in ("cuda", "gpu", "auto")
+    available = torch.cuda.device_count() if on_gpu else 1
+    check_place(config.trainer.devices, config.trainer.num_nodes, max(available, 1))
+
+
 def build_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The pre-trained decoder's tokenizer; from scratch: one trained on the data's texts.
 

@@ -31,6 +31,7 @@ def run_session(config: Config, argv: list[str]) -> None:
         SystemExit: the training was stopped (128 + signal), or another rank reports the mistake.
     """
     build.check_device(config)
+    build.check_launch(config)
     run = plan_run(config, rank_zero_only.rank)  # type: ignore[attr-defined]
     try:
         train_and_evaluate(run, argv)

@@ -4,6 +4,7 @@ Ranks form a mesh of data x pipeline: rank d * P + p has index p in pipeline d. 
 pipeline read the same rows, each its own chunks of them; pipelines read different rows.
 """
 
+import atexit
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _destroy_dist_connection
+from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from comet_pl.config.schema import SHARDING
@@ -23,6 +27,7 @@ from comet_pl.errors import OnAllRanks, UserError
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.parallel.p2p import Ring
 from comet_pl.parallel.pipeline import Pipeline
+from comet_pl.parallel.rendezvous import Meeting, find_store, launched_by, patience
 from comet_pl.parallel.schedule import SCHEDULES
 from comet_pl.parallel.sharding import Shards, sharded_optimizer_state, whole
 from comet_pl.parallel.watchdog import Watch
@@ -141,24 +146,62 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         # NCCL's, on unbatched messages in communicators that exist: here they are meant.
         os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
         super().setup_environment()
+        assert self.watch is not None
         if dist.get_backend() == "nccl":
             # Made at its first message, a communicator would block each rank of a ring for its
             # neighbour.
             world: Any = dist.group.WORLD
             assert world.bound_device_id is not None, "NCCL was not initialized with its device"
-        first = self.node_rank * self.num_processes
-        speakers = range(first, first + self.num_processes)
-        assert self.cluster_environment is not None
-        self.watch = Watch(self.silence, self.cluster_environment.main_address, speakers)
-        self.watch.start()
-        for thread in threading.enumerate():
-            # Lightning's: it would kill this process before the watchdog has said why.
-            if thread.name == "child-process-observer":
-                thread._child_processes = []  # type: ignore[attr-defined]
         size = self.pipeline_size
         rings = [list(range(start, start + size)) for start in range(0, self.world, size)]
         ring = Ring.build(rings, SLOWEST) if size > 1 else None
         self.pipeline = Pipeline(ring, self.global_rank % size, size, self.schedule)
+
+    def setup_distributed(self) -> None:
+        """Meets the other ranks, and makes the process group while the watch runs: from then on
+        nobody waits for a rank that is lost."""
+        reset_seed()
+        self.set_world_ranks()
+        environment = self.cluster_environment
+        assert environment is not None
+        place = self.global_rank, self.world
+        host, exists = environment.main_address, dist.is_initialized()
+        first = self.node_rank * self.num_processes
+        launched = launched_by(self._launcher, first)
+        try:
+            port = environment.main_port
+            store = _get_default_store() if exists else find_store(host, port, *place, self.silence)
+        except UserError:
+            for process in launched.values():
+                process.terminate()
+            raise
+        launches = not environment.creates_processes_externally
+        meeting = Meeting(store, *place, host, launched, patience() if launches else 0.0)
+        speakers = range(first, first + self.num_processes)
+        for thread in threading.enumerate():
+            # Lightning's: it would kill this process before the watchdog has said why.
+            if thread.name == "child-process-observer":
+                thread._child_processes = []  # type: ignore[attr-defined]
+        self.watch = Watch(self.silence, meeting, speakers)
+        self.watch.start()
+        if not exists:
+            self._make_group(store)
+
+    def _make_group(self, store: dist.Store) -> None:
+        backend = self._process_group_backend = self._get_process_group_backend()
+        device = None if self.root_device.type == "cpu" else self.root_device
+        store.set_timeout(SLOWEST)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=self.global_rank,
+            world_size=self.world,
+            timeout=SLOWEST,
+            device_id=device,
+        )
+        if backend == "nccl":
+            # As Lightning does.
+            atexit.register(_destroy_dist_connection)
 
     def configure_ddp(self) -> None:
         """Gives every rank the weights of rank 0, and shards them. There is no DDP wrapper."""

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import time
 from functools import cache
 
 import pytest
@@ -221,6 +222,55 @@ def test_a_rank_that_fails_before_it_has_met_the_other_ends_it(tmp_path):
             f"error: data.haystack: {book} cannot be read: No such file or directory"
         ]
         assert "Traceback" not in run.err.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "line"),
+    [
+        (0, r"error: rank 1 has not started for 5\.\d s; this run ends\."),
+        (
+            1,
+            r"error: rank 1: MASTER_ADDR and MASTER_PORT: .* cannot be reached for 5 s: Connection",
+        ),
+    ],
+)
+def test_a_rank_that_never_comes(tmp_path, monkeypatch, rank, line):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    for name, value in {**variables, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with Training(tmp_path, "waits", *ENDLESS, "strategy.timeout=5") as run:
+        if rank == 0:
+            until(lambda: "starts:" in run.out.read_text(), 120, run.err)
+        assert run.ended(20 if rank == 0 else 120) in (1, 2)
+    (shown,) = run.errors()
+    assert re.match(line, shown), shown
+
+
+@pytest.mark.slow
+def test_a_launched_rank_that_is_killed_before_they_meet(tmp_path):
+    with Training(tmp_path, "early", *ENDLESS) as run:
+        until(lambda: len(processes(run.main.pid)) == 2, 120, run.err)
+        (victim,) = set(processes(run.main.pid)) - {run.main.pid}
+        time.sleep(1)  # it imports
+        os.kill(victim, signal.SIGKILL)
+        assert run.ended(TIMEOUT) == 1
+        (line,) = run.errors()
+        assert line.startswith(f"error: rank 1 (pid {victim}) has ended by signal 9 before"), line
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_leaves_no_process(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with Training(tmp_path, "taken", *ENDLESS) as run:
+            assert run.ended(120) == 2
+            taken = f"error: MASTER_PORT: {port}: another program has this port here; give another"
+            assert run.errors() == [taken]
+            assert not run.path.exists()
 
 
 @pytest.mark.slow

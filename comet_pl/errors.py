@@ -142,6 +142,10 @@ class Stream:
         except OSError:
             self._leave()
 
+    def close(self) -> None:
+        """It stays open for those who wrote to it before, whatever a logger's end does."""
+        self.flush()
+
     def _leave(self) -> None:
         """What is still to come, and what waits in buffers, goes nowhere."""
         nowhere = os.open(os.devnull, os.O_WRONLY)

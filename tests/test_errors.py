@@ -72,6 +72,17 @@ def test_arguments_are_text(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: 'run.name=\\udcff': is not text in UTF-8\n"
 
 
+def test_a_stream_outlives_whoever_closes_it(monkeypatch, capsys):
+    def main(argv):
+        sys.stderr.close()
+        sys.stdout.close()
+
+    monkeypatch.setattr(sys, "argv", ["x"])
+    run_cli(main)
+    print("still")
+    assert not sys.stderr.closed and capsys.readouterr().out == "still\n"
+
+
 def test_the_programs_own_errors_keep_their_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(ZeroDivisionError):

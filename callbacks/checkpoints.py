@@ -28,6 +28,8 @@ from comet_pl.files import replacing
 STOPS = (signal.SIGINT, signal.SIGTERM)
 # Of terminals and schedulers. Who has told the process to ignore one, as nohup does, is obeyed.
 SIGNALS = (*STOPS, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+# Seconds: a scheduler, or a parent that passes it on, may send the same one twice at once.
+ONE_SIGNAL = 0.5
 
 
 class RunCheckpoints(Checkpoint):
@@ -51,6 +53,7 @@ class RunCheckpoints(Checkpoint):
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.signal: int | None = None
+        self.signalled_at = 0.0
         self.tells = True
         self.handlers: dict[int, Any] = {}
 
@@ -181,8 +184,10 @@ class RunCheckpoints(Checkpoint):
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
+            if time.monotonic() - self.signalled_at > ONE_SIGNAL:
+                raise KeyboardInterrupt
+            return
+        self.signal, self.signalled_at = number, time.monotonic()
         if self.tells:
             line = "stopping after this step, with a checkpoint (once more: at once, without)"
             print(f"\n{line}", flush=True)

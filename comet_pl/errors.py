@@ -108,6 +108,9 @@ def fault_of(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
+    if text.startswith("DataLoader worker"):
+        goes_on = "resume=true goes on from the last checkpoint"
+        return f"data.num_workers: {text.rstrip('. ')} (its memory may have run out); {goes_on}"
     if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
         return f"out of memory{': ' * bool(text)}{text}; docs/how-to.md says how to need less"
     if isinstance(error, OSError) and error.strerror:

@@ -21,6 +21,7 @@ the folders: <name>.md and <name>.png (mean over seeds ± standard deviation), <
 run).
 """
 
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -29,28 +30,36 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import yaml
-from rich.console import Console
+from comet_pl.errors import UserError, importing, nearest, run_cli
 
-from comet_pl.config.key import key
-from comet_pl.config.load import filled, load, to_dict
-from comet_pl.config.rules import fits
-from comet_pl.config.sources import hints_of, read_arguments, read_yaml
-from comet_pl.errors import UserError, nearest, run_cli
-from comet_pl.experiment import sweep_table
-from comet_pl.files import as_json, replace_file
-from comet_pl.progress import PLAIN
+with importing():
+    import yaml
+    from rich.console import Console
+
+    from comet_pl.config.key import key
+    from comet_pl.config.load import filled, load, to_dict
+    from comet_pl.config.rules import fits
+    from comet_pl.config.sources import hints_of, read_arguments, read_yaml
+    from comet_pl.experiment import sweep_table
+    from comet_pl.files import as_json, replace_file
+    from comet_pl.progress import PLAIN
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 DONE = "sweep.json"  # in a run's folder, once it is finished
 OWN = {"run.name": "a sweep names its runs itself", "resume": "a sweep resumes by itself"}
 SINGLE = ("conf", "run.root")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PARENT_ENDS = 1  # Linux's prctl option
 
 
 @dataclass(frozen=True)
@@ -214,13 +223,55 @@ def start(run: SweptRun) -> subprocess.Popen[bytes]:
             name: value for name, value in os.environ.items() if name != "COMET_RUN_NAME"
         }
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            preexec_fn=_end_with_parent(),
         )
 
 
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a new process does first so that it saves and ends if this one is killed; None: the
+    system cannot."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+    if not hasattr(libc, "prctl"):
+        return None
+
+    def ask() -> None:
+        libc.prctl(PARENT_ENDS, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The list to which SIGNALS are added within the block, but those that are ignored."""
+    sent: list[int] = []
+    before: dict[int, Any] = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            # Outside the main thread, signals are left to the program that runs it.
+            with suppress(ValueError):
+                before[number] = signal.signal(number, lambda one, _: sent.append(one))
+    try:
+        yield sent
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
 def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]:
-    """Runs what is not finished, `jobs` at a time; returns what failed. On Ctrl-C, which the runs
-    get too, waits until they have saved."""
+    """Runs what is not finished, `jobs` at a time; returns what failed.
+
+    Passes on what is to stop it (SIGNALS), and waits until the runs have saved.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C. SystemExit: after another signal, with 128 + its number.
+    """
     waiting, running, failed = (
         [run for run in runs if run.values is None],
         dict[subprocess.Popen[bytes], SweptRun](),
@@ -228,8 +279,16 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
     )
     total = len(runs)
     console.print(f"{total} runs, {total - len(waiting)} of them finished already", **PLAIN)
-    try:
-        while waiting or running:
+    stopped_by: int = 0
+    with _signals() as sent:
+        while running or (waiting and not stopped_by):
+            if sent:
+                if not stopped_by:
+                    line = "stopping: the runs save a checkpoint; the same command continues"
+                    console.print(line, **PLAIN)
+                stopped_by, jobs = sent.pop(0), 0
+                for process in running:
+                    process.send_signal(stopped_by)
             while waiting and len(running) < jobs:
                 run = waiting.pop(0)
                 try:
@@ -246,7 +305,7 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                     console.print(
                         f"{done}/{total} {run.folder.name}: {sweep_table.in_a_line(found)}", **PLAIN
                     )
-                else:
+                elif not stopped_by:
                     failed.append(run)
                     console.print(
                         f"failed: {run.folder.name}, exit code {process.returncode}: "
@@ -255,11 +314,10 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
                     )
                     console.print(f"  all it said: {run.log}", **PLAIN)
             time.sleep(0.05)
-    except KeyboardInterrupt:
-        console.print("stopping: the runs save a checkpoint; the same command continues", **PLAIN)
-        for process in running:
-            process.wait()
-        raise
+    if stopped_by == signal.SIGINT:
+        raise KeyboardInterrupt
+    if stopped_by:
+        raise SystemExit(128 + stopped_by)
     return failed
 
 

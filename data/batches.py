@@ -1,7 +1,5 @@
 """What every data.kind shares: padded batches, loaders that resume exactly, and shards."""
 
-import os
-import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
+
+from data.workers import received, start_worker
 
 IGNORED = -100
 """The label of a token without loss."""
@@ -163,7 +163,8 @@ class ResumableLoader:
         """The rest of the current epoch; the next epoch if nothing is left."""
         if self.position >= len(self.dataset):
             self.epoch, self.position = self.epoch + 1, 0
-        for batch in loader(self.dataset, self._numbers(), self.collate, self.num_workers):
+        batches = loader(self.dataset, self._numbers(), self.collate, self.num_workers)
+        for batch in received(batches):
             self.position += self.step
             yield batch
 
@@ -272,10 +273,3 @@ def loader(
         # without a generator each epoch draws a number from the global one
         generator=torch.Generator().manual_seed(0),
     )
-
-
-def start_worker(worker: int) -> None:
-    # otherwise tokenizers warns of the fork and switches its threads off
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # Ctrl-C reaches all processes: the main one still needs this step's rows to save
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

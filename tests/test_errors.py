@@ -125,8 +125,16 @@ def test_the_work_goes_on_without_its_streams(shell, tmp_path):
     assert "rror" not in ended.stderr and "Exception" not in ended.stderr
 
 
-@pytest.mark.parametrize("command", ["train.py", "-m comet_pl.ask x --interactive"])
-def test_ctrl_c_while_libraries_are_imported(command):
+@pytest.mark.parametrize(
+    ("command", "library"),
+    [
+        ("train.py", "torch."),
+        ("-m comet_pl.ask x --interactive", "torch."),
+        ("-m comet_pl.sweep seed=[0,1]", "torch."),
+        ("-m comet_pl.sweep seed=[0,1]", "matplotlib."),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported(command, library):
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", *command.split()],
         cwd=ROOT,
@@ -137,7 +145,7 @@ def test_ctrl_c_while_libraries_are_imported(command):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     for line in process.stderr:
-        if line.rpartition("|")[2].strip().startswith("torch."):
+        if line.rpartition("|")[2].strip().startswith(library):
             break
     process.send_signal(signal.SIGINT)
     _, shown = process.communicate(timeout=60)

@@ -364,8 +364,8 @@ class StrategyConfig:
     )
     timeout: float = key(
         60.0,
-        "seconds within which a dead rank ends all others; longer than a rank may be too busy to "
-        "answer",
+        "seconds within which a rank that dies, or never comes, ends all others; longer than a "
+        "rank may be too busy to answer",
         above=0,
     )
     backend: str | None = key(

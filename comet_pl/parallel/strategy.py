@@ -54,7 +54,7 @@ class LayerPipelineStrategy(DDPStrategy, TextReader):
         sharding: none, zero2 or zero3 (see comet_pl/parallel/sharding.py).
         schedule: one of comet_pl.parallel.schedule.SCHEDULES; None: interleaved, but layer_level
             with zero3, where each span of chunks gathers all layers.
-        timeout: seconds within which a dead rank ends all others.
+        timeout: seconds within which a rank that dies, or never comes, ends all others.
         process_group_backend: gloo or nccl; None: by device.
         lightning: DDPStrategy's own arguments.
 

@@ -20,6 +20,7 @@ from data.jsonl import Complaints
 from data.text.chunk_plans import chunk_plan, draw_stride
 from data.text.packing import join, pack
 from data.text.tokenized import CachedSamples, Sample, Source, encoded
+from data.workers import received
 
 Samples = Sequence[Sample] | CachedSamples
 Row = tuple[Pair, ChunkPlan]
@@ -235,7 +236,7 @@ class Feed:
             for start in range(self.place, len(rows), step)
         ]
         left = numbers[: batches - self.given]
-        for batch in loader(rows, left, self._collate, self.num_workers):
+        for batch in received(loader(rows, left, self._collate, self.num_workers)):
             self.place, self.given = self.place + step, self.given + 1
             yield batch
 

@@ -22,8 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl.errors import UserError, os_errors
 from comet_pl.files import replacing
 from comet_pl.progress import Bar
-from data.batches import IGNORED, Pair, say, start_worker
+from data.batches import IGNORED, Pair, say
 from data.jsonl import Complaints, Row, UnusableRow
+from data.workers import received, start_worker
 
 VERSION = 4  # of the written format; caches of another version are not found
 FLUSH = 64  # samples held before they are written
@@ -127,7 +128,7 @@ def encoded(
         worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(0),
     )
-    for sample in loader:
+    for sample in received(loader):
         if isinstance(sample, Sample):
             complaints.remarks.update(sample.notes.get("remarks", ()))
             yield sample

@@ -17,7 +17,7 @@ import yaml
 from comet_pl.config.load import to_dict, upgraded
 from comet_pl.config.schema import DATA_KINDS, Config
 from comet_pl.errors import UserError
-from comet_pl.experiment.checkpoint import read_checkpoint
+from comet_pl.experiment.checkpoint import check_resumable, read_checkpoint
 from comet_pl.experiment.lock import lock_folder, release
 from comet_pl.files import replacing
 
@@ -159,6 +159,7 @@ def _resumed(path: Path, config: Config) -> Run:
     # A training from the start would replace a best.ckpt whose last.ckpt is gone.
     checkpoint = found[0]
     content = read_checkpoint(checkpoint, mmap=True, whole=False)
+    check_resumable(content, checkpoint)
     comet = content["comet"]
     # Also where config.yaml is gone, or the checkpoint came from elsewhere.
     _check_same(comet["config"], path, config)

@@ -55,7 +55,7 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
     batches: Any = iter(loader)
     attendance = Attendance(batches._workers)
     attendance.start()
-    end = object()
+    end, failed = object(), False
     try:
         while True:
             attendance.awaited = True
@@ -66,24 +66,29 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
             attendance.given += 1
             yield batch
     except Exception as error:
+        failed = True
         if attendance.reason:
             reason = f"data.num_workers: {attendance.reason}; {RESUME}"
             raise UserError(reason) from None
         if isinstance(error, UserError):
             raise _own(error) from None
+        # Half a message of its own may be what the main process has met.
+        if killed := [worker for worker in batches._workers if (worker.exitcode or 0) < 0]:
+            how = f"DataLoader worker (pid {killed[0].pid}) is killed by signal"
+            raise RuntimeError(f"{how}: {-killed[0].exitcode}") from error
         raise
     finally:
         attendance.leave()
-        _end(batches, kill=attendance.reason is not None)
+        _end(batches, kill=failed)
 
 
 def _end(batches: Any, kill: bool) -> None:
     """Ends the workers; a stopped one would not end by itself, and this process would wait."""
+    # From here on torch raises no error at the end of one.
+    if batches._worker_pids_set:
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
     if kill or any(_state(worker.pid)[0] == "T" for worker in batches._workers):
-        # From here on torch raises no error at their end.
-        if batches._worker_pids_set:
-            signal_handling._remove_worker_pids(id(batches))
-            batches._worker_pids_set = False
         for worker in batches._workers:
             worker.kill()
     batches._shutdown_workers()

@@ -60,11 +60,15 @@ def until_trouble(rows, send, number=signal.SIGSTOP):
     stream = batches(rows)
     pids = {pid for _ in range(2) for _, pid in next(stream)}
     started = time.monotonic()
-    for pid in sorted(pids)[:send]:
-        os.kill(pid, number)
+
+    def rest():
+        for pid in sorted(pids)[:send]:
+            os.kill(pid, number)
+        list(stream)
+
     with pytest.raises((UserError, RuntimeError)) as error:
-        for _ in stream:
-            pass
+        rest()
+    stream.close()
     return error.value, pids, time.monotonic() - started
 
 
@@ -83,10 +87,11 @@ def test_a_slow_worker_is_waited_for():
     assert len(list(batches(Rows(waits={5: 1.5})))) == COUNT // 2
 
 
-def test_a_killed_worker_is_a_line():
-    error, pids, seconds = until_trouble(Rows(waits={30: 20}), 1, signal.SIGKILL)
+@pytest.mark.parametrize("waits", [{}, {4: 20}, {5: 20}, {4: 20, 6: 20}])
+def test_a_killed_worker_is_a_line(waits):
+    error, pids, seconds = until_trouble(Rows(waits=waits), 1, signal.SIGKILL)
     line = fault_of(error)
-    assert line.startswith("data.num_workers: DataLoader worker (pid")
+    assert line.startswith("data.num_workers: DataLoader worker (pid"), repr(error)
     assert line.endswith("resume=true goes on from the last checkpoint") and "\n" not in line
     assert seconds < 10 and not living(pids)
 

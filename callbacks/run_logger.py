@@ -25,12 +25,12 @@ class RunLogger(TensorBoardLogger):
             curve has them twice.
     """
 
+    full = False  # the disk; until the next checkpoint events are dropped, and the training goes on
+
     def __init__(self, folder: Path, purge_step: int):
         super().__init__(
             folder, name="", version="", default_hp_metric=False, purge_step=purge_step
         )
-
-    full = False  # the disk; until the next checkpoint events are dropped, and the training goes on
 
     @property
     def log_dir(self) -> str:

@@ -87,8 +87,6 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
     Raises:
         UserError: a line that is not text; those before it have their answers.
     """
-    if sys.stdin is None:
-        raise UserError("standard input: is closed")
     terminal = sys.stdin.isatty()
     if terminal:
         # gives input() a history and line editing
@@ -148,7 +146,7 @@ class Printer(TextStreamer):
         self.interruptible = interruptible
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if sys.stdout is not None and sys.stdout.isatty():
+        if sys.stdout.isatty():
             text = printable(text, keep="\n\t")
         try:
             super().on_finalized_text(text, stream_end)

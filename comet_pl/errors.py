@@ -11,7 +11,8 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 COMMANDS = ("train.py", "eval.py", "comet_pl.")
@@ -174,6 +175,22 @@ def standard_streams() -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stdin, sys.stdout, sys.stderr = before
+
+
+@contextmanager
+def handled(handler: Callable[[int, FrameType | None], Any], *numbers: int) -> Iterator[None]:
+    """Signals of the block go to the handler, but those that the parent has ignored (nohup);
+    outside the main thread they go on as before."""
+    before: dict[int, Any] = {}
+    try:
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                with suppress(ValueError):
+                    before[number] = signal.signal(number, handler)
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager

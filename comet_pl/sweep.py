@@ -34,13 +34,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from comet_pl.errors import UserError, importing, nearest, run_cli
+from comet_pl.errors import UserError, handled, importing, nearest, run_cli
 
 with importing():
     import yaml
@@ -247,23 +245,6 @@ def _end_with_parent() -> Callable[[], None] | None:
     return ask
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The list to which SIGNALS are added within the block, but those that are ignored."""
-    sent: list[int] = []
-    before: dict[int, Any] = {}
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            # Outside the main thread, signals are left to the program that runs it.
-            with suppress(ValueError):
-                before[number] = signal.signal(number, lambda one, _: sent.append(one))
-    try:
-        yield sent
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
 def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]:
     """Runs what is not finished, `jobs` at a time; returns what failed.
 
@@ -279,8 +260,8 @@ def run_all(runs: list[SweptRun], jobs: int, console: Console) -> list[SweptRun]
     )
     total = len(runs)
     console.print(f"{total} runs, {total - len(waiting)} of them finished already", **PLAIN)
-    stopped_by: int = 0
-    with _signals() as sent:
+    stopped_by, sent = 0, list[int]()
+    with handled(lambda number, _: sent.append(number), *SIGNALS):
         while running or (waiting and not stopped_by):
             if sent:
                 if not stopped_by:

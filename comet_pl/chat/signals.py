@@ -10,29 +10,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NoReturn, Self
 
 from torch import Tensor
 
+from comet_pl.errors import handled
+
 ENDS = (signal.SIGTERM, signal.SIGHUP)
-Handler = Callable[[int, FrameType | None], Any]
-
-
-@contextlib.contextmanager
-def handled(handler: Handler, *numbers: int) -> Iterator[None]:
-    """Signals of the block go to the handler; outside the main thread they go on as before."""
-    before: dict[int, Any] = {}
-    try:
-        for number in numbers:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                with contextlib.suppress(ValueError):
-                    before[number] = signal.signal(number, handler)
-        yield
-    finally:
-        for number, former in before.items():
-            signal.signal(number, former)
 
 
 def end(number: int, frame: FrameType | None = None) -> NoReturn:

@@ -48,7 +48,7 @@ def load_tokenizer(path: str | Path, what: str) -> PreTrainedTokenizerBase:
     from comet_pl.model.digests import check_digests
 
     with loading(what):
-        check_digests(path)
+        check_digests(path, weights=False)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 

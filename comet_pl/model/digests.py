@@ -19,15 +19,21 @@ def write_digests(folder: str | os.PathLike[str]) -> None:
     Path(folder, NAME).write_text(json.dumps(digests, indent=1) + "\n")
 
 
-def check_digests(folder: str | os.PathLike[str]) -> None:
+def check_digests(folder: str | os.PathLike[str], weights: bool = True) -> None:
     """Raises ValueError for a folder's file that is not what `write_digests` saw; a folder without
-    digests, or no folder at all, is none of its business."""
+    digests, or no folder at all, is none of its business.
+
+    Args:
+        weights: False: files of weights, which take long to read, are left to who loads them.
+    """
     noted = Path(folder, NAME)
     if not noted.is_file():
         return
     remedy = f"if it was changed on purpose, delete {noted}"
     digests = json.loads(noted.read_bytes())
     for name, digest in digests.items():
+        if not weights and name.endswith((".safetensors", ".bin")):
+            continue
         file = Path(folder, Path(name).name)
         if not file.is_file():
             raise ValueError(f"{file}: is missing; {remedy}")

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.connection import wait
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -52,6 +53,9 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
     if not loader.num_workers:
         yield from loader
         return
+    if not callable(signal.getsignal(signal.SIGCHLD)):
+        # torch sets its handler once a process, and a Lightning trainer that ends takes it away
+        signal_handling._SIGCHLD_handler_set = False
     batches: Any = iter(loader)
     attendance = Attendance(batches._workers)
     attendance.start()
@@ -72,7 +76,8 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
             raise UserError(reason) from None
         if isinstance(error, UserError):
             raise _own(error) from None
-        # Half a message of its own may be what the main process has met.
+        # Half a message of its own may be what the main process has met, before its end is known.
+        wait([worker.sentinel for worker in batches._workers], timeout=1.0)
         if killed := [worker for worker in batches._workers if (worker.exitcode or 0) < 0]:
             how = f"DataLoader worker (pid {killed[0].pid}) is killed by signal"
             raise RuntimeError(f"{how}: {-killed[0].exitcode}") from error

@@ -96,6 +96,14 @@ def test_a_killed_worker_is_a_line(waits):
     assert seconds < 10 and not living(pids)
 
 
+def test_the_handler_that_a_trainer_takes_away_is_set_again():
+    """As lightning's signal connector does at the end of each training."""
+    list(batches(Rows()))
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    error, _, _ = until_trouble(Rows(waits={4: 20, 6: 20}), 1, signal.SIGKILL)
+    assert "is killed by signal" in str(error)
+
+
 def test_a_stopped_worker_is_named():
     error, pids, seconds = until_trouble(Rows(), 1)
     assert isinstance(error, UserError)

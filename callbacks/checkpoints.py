@@ -169,9 +169,12 @@ class RunCheckpoints(Checkpoint):
                 raise UserErrorOnAllRanks(f"{line}; {self._remedy(io, name)}")
             if self.tells:
                 print(f"warning: {line}; goes on, and tries again", file=sys.stderr, flush=True)
-        elif name == "last.ckpt":
+            return False
+        for logger in trainer.loggers:
+            logger.after_save_checkpoint(self)  # type: ignore[arg-type]
+        if name == "last.ckpt":
             self.saved_step = step
-        return not failed
+        return True
 
     def _remedy(self, io: "AtomicCheckpointIO", name: str) -> str:
         goes_on = "then resume=true goes on"

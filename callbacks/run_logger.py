@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import yaml
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
@@ -50,8 +51,14 @@ class RunLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Flushes; config.yaml makes Lightning's hparams.yaml superfluous."""
-        self.full = False
         self.experiment.flush()
+        if not self.full:
+            # It is written; a writer after this one drops nothing.
+            self._kwargs["purge_step"] = None
+
+    def after_save_checkpoint(self, checkpoint_callback: Checkpoint) -> None:
+        """There is room again."""
+        self.full = False
 
     def _note(self, error: Exception) -> None:
         self.full, self._experiment = True, None  # its thread has ended

@@ -3,12 +3,8 @@ killed."""
 
 import os
 import random
-import re
-import runpy
 import shutil
 import signal
-import subprocess
-import threading
 import time
 
 import lightning
@@ -23,8 +19,7 @@ from comet_pl.errors import TrainingStopped
 from comet_pl.experiment.checkpoint import checkpoint_content
 from comet_pl.experiment.run_folder import plan_run
 from data.batches import ResumableLoader, pad_rows, validation_loader
-from tests.support.tiny_data import write_events, write_scrolls, write_traces
-from tests.support.tiny_runs import ROOT, TINY, command, same_run
+from tests.support.tiny_runs import TINY, same_run
 
 SHORT = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
 slow = pytest.mark.slow
@@ -272,108 +267,3 @@ def test_signals_stop_between_two_steps_with_a_checkpoint(
     assert torch.load(last, weights_only=True)["global_step"] == saved
     assert [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)] == handlers
     same_run(by_steps, fit(tmp_path, "run", *keys, resume=True))
-
-
-# ---- SIGKILL, in processes of their own
-
-
-def train_and_kill(root, name, step, delay, *keys):
-    """Starts train.py and kills it `delay` seconds after it has shown a step; returns whether it
-    was still running."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    process = subprocess.Popen(command(root, name, *keys), cwd=ROOT, **output)
-    watchdog = threading.Timer(120, process.kill)
-    watchdog.start()
-    try:
-        for line in process.stdout:
-            shown = re.match(r"step (\d+)/", line)
-            if shown and int(shown[1]) >= step:
-                time.sleep(delay)
-                break
-        killed = process.poll() is None
-        process.kill()
-    finally:
-        watchdog.cancel()
-        process.wait()
-        process.stdout.close()
-    return killed
-
-
-RUN = [*SHORT, "trainer.max_steps=24", "trainer.val_check_interval=5", "checkpoint.every_steps=2"]
-PASSKEY = [*RUN, "train.accumulate=2", "train.bptt_chunks=2"]
-PASSKEY += """
-data.train_length=96 data.length_schedule=[[0,48],[8,96]] data.batch_size=2 data.val_depths=2
-data.val_examples=1
-""".split()
-SCROLLS = [*RUN, "conf=scrolls", "data.max_length=120", "data.batch_size=2", "data.val_examples=3"]
-PACKED = ["data.packing=documents", "data.chunk_plan=mixture", "data.dynamic_stride=true"]
-LAYOUTS = {
-    "cached": ["data.max_length=240", *PACKED],
-    "streamed": ["data.streaming=true", "data.shuffle_window=5"],
-}
-BEHAVIOR = ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3"]
-AGENT = ["data.val_share=0.3", "data.max_length=400", "data.packing=documents", "data.batch_size=2"]
-# conf -> the rows that it reads, and its keys
-OTHERS = {
-    "agent": (write_traces, AGENT),
-    "user_behavior": (write_events, [*BEHAVIOR, "backbone.num_key_value_heads=2"]),
-}
-
-
-def killed_equals_straight(tmp_path, conf, keys, *more, kills=1):
-    """Kills a run at random moments, resumes it after each, and compares it with one that was left
-    alone."""
-    draw, killed = random.Random(), tmp_path / conf / "killed"
-    train_here = runpy.run_path(str(ROOT / "train.py"))["main"]
-    train_here([f"run.root={tmp_path}", "run.name=straight", *keys])
-    keys = [*keys, *more, "resume=true"]
-    while kills:
-        moment = draw.randint(1, 21), draw.uniform(0, 0.05)
-        kills -= train_and_kill(tmp_path, "killed", *moment, *keys)
-        if not kills or not (killed / "checkpoints" / "last.ckpt").exists():
-            continue
-        if draw.random() < 0.5:  # start anew now and then: a resumed run has fewer moments left
-            killed.rename(killed.with_name(f"old{kills}"))
-    time.sleep(1)  # TensorBoard orders files by the second in their names
-    train_here([f"run.root={tmp_path}", "run.name=killed", *keys])
-    same_run(tmp_path / conf / "straight", killed)
-
-
-def scrolls(folder, layout):
-    rows = [f"data.root={write_scrolls(folder / 'rows')}", f"data.cache={folder / 'cache'}"]
-    return [*SCROLLS, *rows, *LAYOUTS[layout]]
-
-
-def test_sigkill_passkey(tmp_path):
-    killed_equals_straight(tmp_path, "passkey", PASSKEY)
-
-
-@slow
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_passkey_five_times(tmp_path, workers):
-    killed_equals_straight(tmp_path, "passkey", PASSKEY, f"data.num_workers={workers}", kills=5)
-
-
-@slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_scrolls_five_times(tmp_path, workers, layout):
-    keys = scrolls(tmp_path, layout)
-    killed_equals_straight(tmp_path, "scrolls", keys, f"data.num_workers={workers}", kills=5)
-
-
-@slow
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("conf", OTHERS)
-def test_sigkill_others_five_times(tmp_path, conf, workers):
-    write, more = OTHERS[conf]
-    keys = [*RUN, f"conf={conf}", f"data.root={write(tmp_path / 'rows')}", *more]
-    keys += ["data.val_examples=3"]
-    keys += [f"data.cache={tmp_path / 'cache'}"] if conf == "agent" else []
-    killed_equals_straight(tmp_path, conf, keys, f"data.num_workers={workers}", kills=5)
-
-
-@slow
-def test_sigkill_scrolls_on_real_rows(tmp_path, shared_data):
-    rows = [f"data.root={shared_data / 'scrolls_small'}", f"data.cache={tmp_path / 'cache'}"]
-    killed_equals_straight(tmp_path, "scrolls", [*SCROLLS, *rows, "data.max_length=1024"])

@@ -273,8 +273,8 @@ def _haystack(data: PasskeyData) -> list[str] | Iterator[str]:
 def _pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of whole lines, small enough for a tokenizer's memory."""
     try:
-        if path.expanduser().is_char_device():
-            raise UserError(f"data.haystack: {path} is a device, a text file is needed")
+        if path.expanduser().exists() and not path.expanduser().is_file():
+            raise UserError(f"data.haystack: {path} is no file; a text file is needed")
         with os_errors(f"data.haystack: {path} cannot be read"):
             text = path.expanduser().read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -2,6 +2,7 @@
 there is a GPU."""
 
 import os
+import signal
 from pathlib import Path
 
 # Also in the processes that tests start; must precede torch's import.
@@ -22,6 +23,11 @@ settings.register_profile("wide", deadline=None, max_examples=200, print_blob=Tr
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "project"))
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# What tests start listens to these, also where nohup or & has started the tests.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

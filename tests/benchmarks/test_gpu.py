@@ -70,6 +70,7 @@ def test_a_group_that_breaks_loses_its_rest_alone(toy, capsys, tmp_path):
     assert "2 of 9 measured" in printed and "error: RuntimeError: mat1 and mat2" in printed
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_run_before(toy, tmp_path):
     """What has a result keeps it; the lines that had none are measured."""
     toy(["law", "speed"], minutes=3)

@@ -155,6 +155,7 @@ def test_crossover(full, tokens, how):
 # ---- the program
 
 
+@pytest.mark.slow
 def test_a_small_run(tmp_path, monkeypatch):
     """One way in a process of its own, all others here."""
     own = prefill.measure

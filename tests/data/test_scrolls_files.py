@@ -111,6 +111,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1000)
 """
 
 
+@pytest.mark.slow
 def test_one_huge_document_is_tokenised_in_little_memory(tmp_path):
     path = write(tmp_path, "qmsum", "train", 1)
     document = "It rained all day, and nobody saw the dog. " * 250_000

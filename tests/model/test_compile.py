@@ -51,10 +51,13 @@ def compiled():
     torch._dynamo.reset()
 
 
+QUICK = [("kernels", "qwen3"), ("kernels", "smollm3"), ("formula", "qwen3")]
+
+
 @pytest.mark.parametrize(
     ("either_attention", "family"),
     [
-        pytest.param(way, family, marks=[slow] * (way == "formula" and family != "qwen3"))
+        pytest.param(way, family, marks=[slow] * ((way, family) not in QUICK))
         for way in ("kernels", "formula")
         for family in FAMILIES
     ],
@@ -79,13 +82,10 @@ def test_decoding_comes_to_one_set_of_graphs(family, compiled, either_attention)
 
 @pytest.mark.parametrize(
     ("either_attention", "chunks"),
-    [
-        ("kernels", 3),
-        pytest.param("kernels", 6, marks=slow),
-        pytest.param("formula", 6, marks=slow),
-    ],
+    [("kernels", 3), ("kernels", 6), ("formula", 6)],
     indirect=["either_attention"],
 )
+@slow
 def test_reading_and_training_compile_too(chunks, compiled, either_attention):
     """Whole chunks into full memory, without and with gradients; a real autograd trace."""
     ids = text(2, 6 * chunks)

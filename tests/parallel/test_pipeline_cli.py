@@ -129,6 +129,7 @@ def killed_and_gone_on(root, victim, *keys):
     return on_one(root, "killed", *LONG, "resume=true")
 
 
+@pytest.mark.slow
 def test_rank_1_is_killed_and_one_device_goes_on(alone, tmp_path):
     same_run(killed_and_gone_on(tmp_path, 1), alone(*LONG))
 

@@ -123,7 +123,7 @@ def _fault(row: Row, needed: Sequence[str]) -> str:
         if not isinstance(row.get(key), str) or not row[key].strip():
             shown = f"{row[key]!r:.40} given" if key in row else "missing"
             return f"{key}: {shown}, text is needed"
-    for key in ("id", "input", "output"):
+    for key in ("id", "pid", "input", "output"):
         if isinstance(row.get(key), str) and not is_unicode(row[key]):
             return f"{key}: not Unicode text (half of a surrogate pair)"
     return ""

@@ -9,6 +9,10 @@ import torch
 from comet_pl.model.configuration_comet import CometConfig
 
 
+LAYER = 70_000
+"""Bytes of a layer's Python objects, measured; its weights come on top."""
+
+
 class TooLittleMemory(ValueError, MemoryError):
     """The device has too little memory; raised before anything is computed."""
 
@@ -35,10 +39,12 @@ def check_weights(backbone: Any, adapter_rank: int) -> None:
     keys = backbone.num_key_value_heads * backbone.head_dim
     layer = d * (2 * heads + 2 * keys + 3 * backbone.intermediate_size + 4 * adapter_rank)
     count = backbone.num_hidden_layers * (layer + 10 * d) + backbone.vocab_size * d
+    needed = 4 * count + LAYER * backbone.num_hidden_layers
     free = free_bytes(torch.device("cpu"))
-    if free is not None and 4 * count > free:
+    if free is not None and needed > free:
         raise TooLittleMemory(
-            f"about {count:,} weights take {4 * count / 2**30:,.1f} GiB, but "
+            f"{backbone.num_hidden_layers:,} layers with about {count:,} weights take "
+            f"{needed / 2**30:,.1f} GiB, but "
             f"{free / 2**30:,.1f} GiB are free; smaller sizes of backbone or model are needed"
         )
 

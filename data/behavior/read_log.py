@@ -320,7 +320,9 @@ def _text(row: Row, name: str) -> str:
 def _number(row: Row, name: str, whole: bool = False) -> float:
     value = _value(row, name)
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        # float() takes 1_000 and digits of every script
+        strange = isinstance(value, str) and ("_" in value or not value.isascii())
+        number = math.nan if strange or isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST or (whole and not number.is_integer()):

@@ -9,6 +9,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -144,7 +145,7 @@ class CachedSamples:
         import datasets
         import pyarrow.compute
 
-        self.file = file
+        self.file, self.size = file, file.stat().st_size
         self.table = datasets.Dataset.from_file(str(file)).with_format("numpy")
         # (rows,) tokens of each sample, and the names of their groups
         self.lengths = pyarrow.compute.list_value_length(self.table.data["ids"]).to_numpy()
@@ -154,6 +155,9 @@ class CachedSamples:
         return len(self.table)
 
     def __getitem__(self, number: int) -> Sample:
+        with suppress(FileNotFoundError):  # the mapping keeps what is removed, not what is cut off
+            if self.file.stat().st_size < self.size:
+                raise UserError(f"data.cache: {self.file} has been cut; resume=true makes it anew")
         row = self.table[int(number)]
         notes = json.loads(str(row["notes"]))
         return Sample(row["ids"].astype(np.int32), row["learned"], notes, str(row["group"]))

@@ -151,6 +151,7 @@ BAD = {
     '{"id": "a", "input": "Q\\ud800", "output": "x"}': (
         r"input: not Unicode text \(half of a surrogate pair\)"
     ),
+    '{"id": "c", "pid": "\\udfff", "input": "Q", "output": "x"}': "pid: not Unicode text",
     '{"id": "c", "pid": "c_0", "input": "Q", "output": "x"}': (
         "pid: 'c_0' again, first at .*train.jsonl:1"
     ),

@@ -10,8 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from comet_pl import CometCache
+from comet_pl.config.load import load
 from comet_pl.model import room
 from tests.support.models import memories, same_cache, text, tiny
+from tests.support.tiny_runs import TINY
 
 # ---- the cache
 
@@ -56,6 +58,18 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkey
                 model(text(4, 4), use_cache=True)
     monkeypatch.undo()
     assert (room.free_bytes(torch.device("cpu")) or 1 << 30) > 1 << 20
+
+
+@pytest.mark.parametrize(
+    "key", ["backbone.hidden_size=10000000", "backbone.num_hidden_layers=10000000"]
+)
+def test_a_decoder_that_does_not_fit_is_refused_before_it_is_built(key, monkeypatch):
+    """Many layers of few weights take memory too."""
+    monkeypatch.setattr(room, "free_bytes", lambda device: 64 << 30)
+    config = load([*TINY, "data.kind=passkey", key])
+    room.check_weights(load([*TINY, "data.kind=passkey"]).backbone, 4)
+    with pytest.raises(MemoryError, match=r"layers with about .* GiB, but 64.0 GiB are free"):
+        room.check_weights(config.backbone, 4)
 
 
 def test_a_cache_of_another_precision_is_refused_and_to_changes_it():

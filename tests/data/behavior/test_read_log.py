@@ -73,6 +73,8 @@ BAD = {
     "NaN price": (GOOD | {"price": float("nan")}, "price: nan given, a number"),
     "infinite price": (GOOD | {"price": float("inf")}, "price: inf given, a number"),
     "words for a price": (GOOD | {"price": "cheap"}, "price: 'cheap' given, a number"),
+    "a price as in programs": (GOOD | {"price": "1_000"}, "price: '1_000' given, a number"),
+    "digits of another script": (GOOD | {"quantity": "١٢"}, "quantity: '١٢' given, a whole number"),
     "half an item": (GOOD | {"quantity": 0.5}, "quantity: 0.5 given, a whole number"),
     "no time": (GOOD | {"timestamp": "1st of May"}, f"timestamp: '1st of May' given, {TIME}"),
     "seconds": (GOOD | {"timestamp": 1293876000}, f"timestamp: 1293876000 given, {TIME}"),

@@ -5,9 +5,13 @@ import json
 import numpy as np
 import pytest
 
+from comet_pl.errors import UserError
 from data.jsonl import read
 from data.text.tokenized import Sample, cached, file_facts
 from data.tokenizer import train_tokenizer
+
+
+ROWS = [[number, number + 1, 7] for number in range(50)]
 
 
 class Numbers:
@@ -47,24 +51,42 @@ def other(path):
     path.write_text('["train: all is well"]' if path.suffix == ".json" else "text")
 
 
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in ROWS))
+    return Numbers(path)
+
+
 @pytest.mark.parametrize("damage", [cut, flip, empty, other])
 @pytest.mark.parametrize("ending", ["arrow", "json"])
-def test_a_damaged_cache_is_made_anew(tmp_path, capsys, damage, ending):
-    rows = [[number, number + 1, 7] for number in range(50)]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps({"ids": ids}) + "\n" for ids in rows))
-    source = Numbers(path)
-
+def test_a_damaged_cache_is_made_anew(source, tmp_path, capsys, damage, ending):
     def read_back():
         samples = cached(source, tmp_path / "cache", "train")
         return [samples[number].ids.tolist() for number in range(len(samples))]
 
-    assert read_back() == rows
+    assert read_back() == ROWS
     assert "train: tools are not shown: 50 rows" in capsys.readouterr().out
     (file,) = (tmp_path / "cache").glob(f"*/train.{ending}")
     damage(file)
-    assert read_back() == rows
+    assert read_back() == ROWS
     said = capsys.readouterr().out
     assert "data.cache: " in said and "is damaged and made anew" in said
-    assert read_back() == rows
+    assert read_back() == ROWS
     assert "damaged" not in capsys.readouterr().out
+
+
+def test_a_cache_that_is_cut_while_it_is_read_is_a_line(source, tmp_path):
+    """Beyond the end of a mapped file, the operating system would kill the process."""
+    samples = cached(source, tmp_path / "cache", "train")
+    assert samples[49].ids.tolist() == ROWS[49]
+    with samples.file.open("rb+") as file:
+        file.truncate(100)
+    with pytest.raises(UserError, match=r"data.cache: .*train.arrow has been cut"):
+        samples[0]
+
+
+def test_a_cache_that_is_removed_while_it_is_read_is_read_to_its_end(source, tmp_path):
+    samples = cached(source, tmp_path / "cache", "train")
+    samples.file.unlink()
+    assert samples[0].ids.tolist() == ROWS[0]

@@ -8,7 +8,6 @@ import torch
 
 from comet_pl.model.configuration_comet import CometConfig
 
-
 LAYER = 70_000
 """Bytes of a layer's Python objects, measured; its weights come on top."""
 

@@ -65,10 +65,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_computed(monkey
 )
 def test_a_decoder_that_does_not_fit_is_refused_before_it_is_built(key, monkeypatch):
     """Many layers of few weights take memory too."""
-    monkeypatch.setattr(room, "free_bytes", lambda device: 64 << 30)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 16 << 30)
     config = load([*TINY, "data.kind=passkey", key])
     room.check_weights(load([*TINY, "data.kind=passkey"]).backbone, 4)
-    with pytest.raises(MemoryError, match=r"layers with about .* GiB, but 64.0 GiB are free"):
+    with pytest.raises(MemoryError, match=r"layers with about .* GiB, but 16.0 GiB are free"):
         room.check_weights(config.backbone, 4)
 
 

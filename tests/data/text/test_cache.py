@@ -10,7 +10,6 @@ from data.jsonl import read
 from data.text.tokenized import Sample, cached, file_facts
 from data.tokenizer import train_tokenizer
 
-
 ROWS = [[number, number + 1, 7] for number in range(50)]
 
 

@@ -21,7 +21,7 @@ with importing():
 
     from comet_pl.chat.conversation import Conversation
     from comet_pl.chat.open_model import add_options, check_target, open_conversation
-    from comet_pl.chat.signals import Interruptible, ending
+    from comet_pl.chat.signals import Interruptible, ending, output_gone
 
 # Beside 0. Further out, float32 has no such scores.
 TEMPERATURES = (1e-6, 1e6)
@@ -82,7 +82,7 @@ def parser() -> Parser:
 
 
 def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
-    """Answers line by line until the input ends; Ctrl-C ends one answer.
+    """Answers line by line until the input or the output ends; Ctrl-C ends one answer.
 
     Raises:
         UserError: a line that is not text; those before it have their answers.
@@ -97,6 +97,8 @@ def converse(conversation: Conversation, settings: dict[str, Any]) -> None:
         if line.strip():
             check_question(line)
             answer(conversation, line.strip(), settings)
+        if output_gone():
+            break
     if terminal:
         print()
 
@@ -124,34 +126,21 @@ def _piped() -> Iterator[str]:
 
 
 def answer(conversation: Conversation, question: str, settings: dict[str, Any]) -> int | None:
-    """Prints the answer while it is generated; the signal that has ended it.
-
-    Raises:
-        OSError: the output is gone; what was answered until then belongs to the conversation.
-    """
+    """Prints the answer while it is generated; the signal that has ended it."""
     with Interruptible() as interruptible:
-        streamer = Printer(conversation.tokenizer, interruptible)
+        streamer = Printer(conversation.tokenizer, skip_prompt=True, skip_special_tokens=True)
         criteria = [interruptible]
         conversation.ask(question, streamer=streamer, stopping_criteria=criteria, **settings)
-        if interruptible.failure is not None:
-            raise interruptible.failure
     return interruptible.number
 
 
 class Printer(TextStreamer):
-    """Prints an answer without its special tokens, on a terminal without control characters."""
-
-    def __init__(self, tokenizer: Any, interruptible: Interruptible):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.interruptible = interruptible
+    """Prints an answer, on a terminal without control characters."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if sys.stdout.isatty():
             text = printable(text, keep="\n\t")
-        try:
-            super().on_finalized_text(text, stream_end)
-        except OSError as error:
-            self.interruptible.failure = error
+        super().on_finalized_text(text, stream_end)
 
 
 def check_question(text: str) -> None:

@@ -127,6 +127,8 @@ class Stream:
         nothing, where the stream below raises an OSError.
     """
 
+    gone = False
+
     def __init__(self, stream: TextIO):
         self._stream = stream
 
@@ -152,6 +154,7 @@ class Stream:
 
     def _leave(self) -> None:
         """What is still to come, and what waits in buffers, goes nowhere."""
+        self.gone = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

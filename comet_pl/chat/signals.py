@@ -57,13 +57,12 @@ class Deferred(contextlib.AbstractContextManager["Deferred"]):
 
 
 class Interruptible(Deferred):
-    """A stopping criterion: a signal ends the answer after the current token. Ctrl-C ends no more
-    than that, a second one all at once; SIGTERM and SIGHUP then end the program.
+    """A stopping criterion: a signal, or that nobody reads the output any more, ends the answer
+    after the current token. Ctrl-C ends no more than that, a second one all at once; SIGTERM and
+    SIGHUP then end the program.
 
     An exception inside a forward pass would leave layers that have read different texts.
     """
-
-    failure: OSError | None = None  # of the output that the answer goes to
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
         if number == signal.SIGINT == self.number:
@@ -75,5 +74,10 @@ class Interruptible(Deferred):
             super().act(number)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        stop = self.number is not None or self.failure is not None
+        stop = self.number is not None or output_gone()
         return input_ids.new_full((len(input_ids),), stop).bool()
+
+
+def output_gone() -> bool:
+    """Whether what standard output led to has ended, as `head` does."""
+    return getattr(sys.stdout, "gone", False)

@@ -50,7 +50,7 @@ def files(root: str, split: str) -> tuple[list[Path], bool]:
 
     Raises:
         UserError: there is no such file or folder, or nothing in it; files that differ in their
-            endings alone.
+            endings alone; one split by name beside other files.
     """
     path, endings = Path(root).expanduser(), [f".jsonl{suffix}" for suffix in OPEN]
     if path.is_file():
@@ -66,6 +66,13 @@ def files(root: str, split: str) -> tuple[list[Path], bool]:
     paths = (file for ending in endings for file in path.glob(f"*{ending}"))
     traces = sorted(file for file in paths if file.is_file())
     check_distinct(traces)
+    splits = [file.name for file in traces if file.name.partition(".")[0] in (*SPLITS, "test")]
+    if splits and len(traces) > 1:
+        raise UserError(
+            f"data.root: {root} holds {', '.join(file.name for file in traces)[:200]}; with "
+            f"{splits[0]} among them, train.jsonl and validation.jsonl are both needed, or one "
+            "file as data.root, which data.val_share splits"
+        )
     if not traces:
         raise UserError(f"data.root: {root} holds no .jsonl[.xz|.gz|.zst] file")
     return traces, True

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from comet_pl import CometForCausalLM
 from comet_pl.config.schema import Config, PasskeyData
 from comet_pl.evaluation.generation import Count, Engine
 from comet_pl.evaluation.results import TAIL, Answer, Results, answer_of
+from comet_pl.files import sha256
 from comet_pl.metrics.passkey import PasskeyAccuracy, heatmap, means, short
 from comet_pl.progress import Bar
 from data.passkey import ANSWER, DIGITS, PasskeyExamples, even_depths
@@ -83,7 +85,8 @@ def evaluate_passkey(engine: Engine, config: Config, results: Results) -> dict[s
 def _made_with(model: CometForCausalLM, config: Config) -> str:
     """Digest of what a cell's accuracy depends on: weights, memory sizes, haystack, seed."""
     haystack = getattr(config.data, "haystack", None)
-    facts = [model.weight_digest(), model.config.to_json_string(), config.seed, haystack]
+    content = haystack and sha256(Path(haystack).expanduser())
+    facts = [model.weight_digest(), model.config.to_json_string(), config.seed, content]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -76,7 +76,7 @@ def test_one_split_beside_other_files_is_ambiguous(tmp_path, names):
     """Test rows must not be learnt because a file of another name is missing."""
     for name in names:
         written(tmp_path, [row(name)], f"{name}.jsonl")
-    with pytest.raises(UserError, match="train.jsonl and validation.jsonl are both needed"):
+    with pytest.raises(UserError, match=r"train\.jsonl and validation\.jsonl are both needed"):
         files(str(tmp_path), "train")
 
 

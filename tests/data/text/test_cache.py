@@ -1,14 +1,18 @@
 """A cache of tokens that was damaged is made anew, and never used."""
 
+import gzip
 import json
+import lzma
 
 import numpy as np
 import pytest
+import zstandard
 
 from comet_pl.errors import UserError
-from data.jsonl import read
+from data.jsonl import Complaints, read
 from data.text.tokenized import Sample, cached, file_facts
 from data.tokenizer import train_tokenizer
+from tests.support.damage import damages
 
 ROWS = [[number, number + 1, 7] for number in range(50)]
 
@@ -89,3 +93,44 @@ def test_a_cache_that_is_removed_while_it_is_read_is_read_to_its_end(source, tmp
     samples = cached(source, tmp_path / "cache", "train")
     samples.file.unlink()
     assert samples[0].ids.tolist() == ROWS[0]
+
+
+# ---- random damage
+
+often = pytest.mark.parametrize(
+    "times", [8, pytest.param(400, marks=pytest.mark.slow)], ids=["", "2,000 in all"]
+)
+
+
+@often
+@pytest.mark.parametrize("ending", ["arrow", "json"])
+def test_any_damage_of_a_cache_is_made_good(source, tmp_path, times, ending):
+    folder = tmp_path / "cache"
+    samples = cached(source, folder, "train")
+    (file,) = folder.glob(f"*/train.{ending}")
+    for _ in damages(file, times):
+        samples = cached(source, folder, "train")
+        assert [samples[number].ids.tolist() for number in range(len(samples))] == ROWS
+
+
+PACKED = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    # As the program zstd does; without a checksum, which a frame may lack, nothing can be noticed.
+    ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+}
+
+
+@often
+@pytest.mark.parametrize("ending", PACKED)
+def test_any_damage_of_packed_rows_is_refused_or_harmless(source, tmp_path, times, ending):
+    file, refused = tmp_path / f"rows.jsonl{ending}", 0
+    file.write_bytes(PACKED[ending](source.path.read_bytes()))
+    for number in damages(file, times):
+        try:
+            found = [row["ids"] for _, row in read(file, Complaints("raise"))]
+        except UserError as error:
+            refused += str(file) in str(error) and "\n" not in str(error)
+        else:
+            assert found == ROWS, f"damage {number} was read as something else"
+    assert refused >= times // 2

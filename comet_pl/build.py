@@ -32,17 +32,6 @@ if TYPE_CHECKING:
     from comet_pl.training.lit_module import CometModule
     from data.kinds import DataSection
 
-FROM_SCRATCH = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "initializer_range",
-    "tie_word_embeddings",
-)
-
 
 def check_device(config: Config) -> None:
     """Refuses an accelerator that is not here, and train.compile where it has no compiler.
@@ -117,54 +106,14 @@ def build_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForC
     Raises:
         UserError: an impossible combination of keys; backbone.path cannot be loaded.
     """
+    from comet_pl.experiment.new_model import new_model
     from comet_pl.training.trainable import add_adapters, halve_frozen
 
-    model = _plain_model(config, tokenizer)
+    model = new_model(config, tokenizer)
     add_adapters(model, config.train)
     if config.trainer.precision == "bf16-mixed":
         halve_frozen(model)
     return model
-
-
-def _plain_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCausalLM:
-    from transformers import AutoConfig
-
-    from comet_pl import CometConfig, CometForCausalLM
-    from comet_pl.experiment.loading import load_model
-    from comet_pl.model.room import check_weights
-    from comet_pl.training.induction_init import start_lookups
-
-    backbone, comet = config.backbone, asdict(config.model)
-    if backbone.path is not None:
-        # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not
-        # be lost in bf16 weights.
-        dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
-        attention = {"attn_implementation": backbone.attn_implementation}
-        what = f"backbone.path: {backbone.path}"
-        return load_model(backbone.path, what, comet=comet, dtype=dtype, **attention)
-    check_weights(backbone, config.model.adapter_rank)
-    try:
-        decoder = AutoConfig.for_model(
-            backbone.model_type,
-            **{key: getattr(backbone, key) for key in FROM_SCRATCH},
-            vocab_size=len(tokenizer),
-            sliding_window=None,  # Mistral's default is one
-            rope_parameters={"rope_type": "default", "rope_theta": backbone.rope_theta},
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            bos_token_id=tokenizer.bos_token_id,
-        )
-        settings = CometConfig(backbone_config=decoder, **comet)
-        settings.backbone_config.max_position_embeddings = settings.positions()
-        settings._attn_implementation = backbone.attn_implementation
-        model = CometForCausalLM(settings)
-        if backbone.lookback is not None:
-            start_lookups(model, backbone.lookback)
-        return model
-    except ValueError as error:
-        if isinstance(error, MemoryError):
-            raise
-        raise UserError(f"model or backbone: {first_line(error)}") from None
 
 
 def build_data(config: Config, tokenizer: PreTrainedTokenizerBase) -> lightning.LightningDataModule:

@@ -29,6 +29,10 @@ ROOT = Path(__file__).resolve().parents[1]
             "a file cannot be",
         ),
         (SafetensorError("Error while serializing: I/O error: No space left"), "a file cannot be"),
+        (
+            RuntimeError("[x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:9"),
+            "another process of this training has ended or cannot be reached: [x/gloo/",
+        ),
         (RuntimeError("shapes differ"), None),
         (ValueError("the program's own"), None),
     ],

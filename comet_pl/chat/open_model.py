@@ -98,7 +98,8 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
     Raises:
         UserError: no such key, or not one of its values.
     """
-    known = [field.name for field in fields(ModelConfig)]
+    # Its rows began long ago.
+    known = [field.name for field in fields(ModelConfig) if field.name != "start"]
     values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")

@@ -203,7 +203,11 @@ def _restored(
     trained, asked = content["config"]["model"], dataclasses.asdict(config.model)
     try:
         settings.override(
-            {key: value for key, value in asked.items() if value != trained.get(key, value)}
+            {
+                key: value
+                for key, value in asked.items()
+                if value != trained.get(key, value) and key != "start"  # which was long ago
+            }
         )
     except ValueError as error:
         raise UserError(_misfit(config, content["config"], error)) from None
@@ -269,8 +273,9 @@ def _from_folder(
         for argument in argv
         if argument.startswith("model.")
     }
-    comet = {key: value for key, value in dataclasses.asdict(config.model).items() if key in given}
+    model = dataclasses.asdict(config.model)
+    comet = {key: model[key] for key in model if key in given and key != "start"}
     attention = {"attn_implementation": config.backbone.attn_implementation}
     what = f"ckpt: {path} cannot be loaded"
-    model = load_model(path, what, comet=comet, **attention)
-    return model.eval(), load_tokenizer(path, what), config
+    loaded = load_model(path, what, comet=comet, **attention)
+    return loaded.eval(), load_tokenizer(path, what), config

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import Cache
 
 from comet_pl.model.cache_file import read_cache, write_cache
-from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, pending_tokens
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock
 from comet_pl.model.configuration_comet import CometConfig, buffer_dtype
 from comet_pl.model.room import check_room
 
@@ -117,7 +117,7 @@ class CometCache(Cache):
         if self.fingerprint is None:
             self.fingerprint = fingerprint
             self.memories = [LayerMemory() for _ in range(config.backbone_config.num_hidden_layers)]
-            self.rows = [RowClock(stride=config.compression_stride or NO_STRIDE)] * batch
+            self.rows = [config.clock()] * batch
         if self.fingerprint != fingerprint:
             raise ValueError(
                 "past_key_values: this cache was made by a model of another configuration"
@@ -146,7 +146,7 @@ class CometCache(Cache):
         for row in self.rows:
             keys = row.memory + row.own_tokens if row.fill else 0
             entries = {"state": row.global_slots, "temporary": row.temporary_slots}
-            entries |= {"pending": pending_tokens(row), "keys": keys, "values": keys}
+            entries |= {"pending": row.pending_tokens, "keys": keys, "values": keys}
             needed = {name: max(count, entries[name]) for name, count in needed.items()}
         for i, memory in enumerate(self.memories):
             for name, tensor in memory._asdict().items():

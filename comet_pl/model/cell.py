@@ -109,9 +109,13 @@ class Cell(nn.Module):
         self.config = config.backbone_config
         self.scaling = float(layer.self_attn.scaling)  # type: ignore[arg-type]
         self.use_rope = bool(getattr(layer.self_attn, "use_rope", True))
+        self.holds_pending = config.layout == "interleaved"
         has_global, has_temporary = config.global_size > 0, config.compression_stride is not None
         self.global_memory = GlobalMemory(config) if has_global else None
         self.temporary_memory = TemporaryMemory(config) if has_temporary else None
+        self.sink = None
+        if config.sink == "learned":
+            self.sink = nn.Parameter(torch.empty(self.config.hidden_size))
         self.adapter = None
         if config.shared_adapter and (has_global or has_temporary):
             self.adapter = ResidualAdapter(self.config.hidden_size, config.adapter_rank)
@@ -151,13 +155,15 @@ class Cell(nn.Module):
         return x * cos[:, None] + torch.cat([b, a], -1) * sin[:, None]
 
     def inputs(self, hidden: Tensor, memory: LayerMemory, chunk: Chunk) -> Tensor:
-        """[G | T | hidden] (B, M + W, d): what keys and values come from.
+        """[sink | G | T | hidden] (B, M + W, d): what keys and values come from.
 
         A slot's output is never used: it has no query and no MLP.
         """
         if chunk.slots is None:
             return hidden
         parts = []
+        if chunk.slots.sink and self.sink is not None:
+            parts.append(self.sink.expand(len(hidden), 1, -1))
         if chunk.slots.global_slots and self.global_memory is not None:
             assert memory.state is not None
             parts.append(self.adapt(self.global_memory, memory.state))
@@ -176,6 +182,8 @@ class Cell(nn.Module):
                 outputs_now = outputs[:, : chunk.pending_after]
                 new = self.adapt(self.temporary_memory, self.temporary_memory.norm(outputs_now))
                 temporary = chunk.push(temporary, new)
+            # In the trailing layout an open chunk has none.
+            outputs = outputs if self.holds_pending else None
             pending = outputs if chunk.stores else pending if chunk.in_place else None
         if self.global_memory is not None and chunk.closes:
             previous = state if chunk.has_state else None

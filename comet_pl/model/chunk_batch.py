@@ -3,9 +3,9 @@
 Legend: B rows, W own tokens (padded), M memory slots, L key columns, m global slots,
 n compression tokens that enter, d width.
 
-A row's key columns are numbered by its positions: global slots, temporary slots, own tokens,
-without gaps. RoPE positions, key columns and causality are therefore one thing: a token at
-position p sees exactly the columns <= p.
+A row's key columns are numbered by its positions: slots (sink, global, temporary), own tokens,
+without gaps. In the interleaved layout RoPE positions, key columns and causality are one thing: a
+token at position p sees exactly the columns <= p. chunk_layout.py has the other layout.
 
 If all rows do the same, a UniformChunk selects by slices. Else a RaggedChunk gathers and scatters:
 what a row lacks stands at a column, or in an entry, that is never read.
@@ -32,11 +32,22 @@ class Tokens(NamedTuple):
     rope: Rope
     wanted: Tensor | None  # (k,) flat places in (B, W) of the outputs that are wanted; None: all
     target: np.ndarray  # (k,) their flat places in (B, N)
+    # (B or 1, W) the last column that each sees beside its own; None: its own
+    sees: Tensor | None = None
+
+    def mask(self, columns: int) -> Tensor:
+        """(B or 1, W, L): True where an own token sees a column."""
+        own = self.positions[:, :, None]
+        numbers = torch.arange(columns, device=own.device)
+        if self.sees is None:
+            return numbers <= own
+        return (numbers <= self.sees[:, :, None]) | (numbers == own)
 
 
 class Slots(NamedTuple):
     """The memory slots of the rows that open a chunk."""
 
+    sink: int  # 1 if an opening row has a memory and the model a sink, else 0
     global_slots: int  # m if an opening row has a global memory, else 0
     temporary_slots: int  # entries of T that an opening row uses
 
@@ -125,11 +136,11 @@ class UniformChunk(Chunk):
     past: int  # key columns before the own tokens
     compression: slice | Tensor | None  # where the entering compression tokens stand in W
     readout_place: slice
+    behind: int = 0  # so many last own tokens do not all see every column up to their own
 
     @property
     def mask(self) -> Tensor:
-        columns = torch.arange(self.columns, device=self.tokens.positions.device)
-        return columns <= self.tokens.positions[0, :, None]
+        return self.tokens.mask(self.columns)[0]
 
     def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         before = self.columns - new.shape[2]
@@ -183,8 +194,7 @@ class RaggedChunk(Chunk):
 
     @property
     def mask(self) -> Tensor:
-        columns = torch.arange(self.columns, device=self.tokens.positions.device)
-        return (columns <= self.tokens.positions[:, :, None])[:, None]
+        return self.tokens.mask(self.columns)[:, None]
 
     def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         # The last column takes what is never read.

@@ -19,8 +19,8 @@ from comet_pl.model.chunk_layout import (
     TEXT,
     RowClock,
     Segment,
+    apart,
     own_layout,
-    pending_tokens,
 )
 from comet_pl.model.transfer import to_device
 
@@ -93,11 +93,17 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
         entered = entering[None].repeat(rows, 0)
     uneven = entered if isinstance(entered, np.ndarray) else None
     positions = np.arange(0 if opens else memory + first, memory + last)[None]
-    own, compression = own_tokens(facts, source, positions, memory + last, text_places, uneven)
-    held, gated = pending_tokens(before), segment.closes and before.global_slots > 0
+    behind, sight = 0, None
+    if (other := apart(segment, kinds, index)) is not None:
+        behind, slots = W - len(text), positions[:, : positions.shape[1] - W]
+        sight = np.concatenate([slots, memory + other[0][None]], 1), memory + other[1][None]
+    own, compression = own_tokens(
+        facts, source, positions, memory + last, text_places, uneven, sight=sight
+    )
+    held, gated = before.pending_tokens, segment.closes and before.global_slots > 0
     return UniformChunk(
         **own,
-        slots=Slots(before.global_slots, before.temporary_slots) if opens else None,
+        slots=slots_of(before) if opens else None,
         columns=memory + last,
         in_place=facts.in_place,
         capacity=facts.capacity,
@@ -112,7 +118,12 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
         past=memory + first,
         compression=entered if isinstance(entered, slice) else compression,
         readout_place=slice(W - m, W),
+        behind=behind,
     )
+
+
+def slots_of(clock: RowClock) -> Slots:
+    return Slots(clock.sink_slots, clock.global_slots, clock.temporary_slots)
 
 
 class OwnTokens(TypedDict):
@@ -130,22 +141,25 @@ def own_tokens(
     columns: int,
     text: tuple[np.ndarray, ...],
     *others: np.ndarray | None,
+    sight: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[Any, ...]:
     """The OwnTokens of a chunk, and other arrays as tensors.
 
     Args:
         source: (B, W). positions: (B or 1, M + W). columns: L.
         text: rows and places of the text tokens.
+        sight: (RoPE positions like `positions`, Tokens.sees), where they are not the columns.
     """
     wanted, target = wanted_places(facts, source, text)
-    on_device = to_device(facts.device, source, positions, wanted, *others)
-    own, places = on_device[0], on_device[1]
+    own, places, chosen, turned, sees, *arrays = to_device(
+        facts.device, source, positions, wanted, *(sight or (None, None)), *others
+    )
     assert own is not None and places is not None
-    cos, sin = facts.rope(places, columns)
+    cos, sin = facts.rope(places if turned is None else turned, columns)
     first = positions.shape[1] - source.shape[1]
     rope = cos[:, first:], sin[:, first:]
-    tokens = Tokens(own, places[:, first:], rope, on_device[2], target)
-    return OwnTokens(tokens=tokens, positions=places, rope=(cos, sin)), *on_device[3:]
+    tokens = Tokens(own, places[:, first:], rope, chosen, target, sees)
+    return OwnTokens(tokens=tokens, positions=places, rope=(cos, sin)), *arrays
 
 
 def wanted_places(
@@ -168,6 +182,8 @@ class RowLayout(NamedTuple):
     indices: np.ndarray
     source: np.ndarray
     positions: np.ndarray
+    rope: np.ndarray
+    sees: np.ndarray
 
 
 def row_layout(
@@ -178,17 +194,20 @@ def row_layout(
     spans = [s.span(m) if s else (0, 0) for s in segments]
     shape = len(segments), max(last - first for first, last in spans)
     kinds, index = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-    source, positions = np.full(shape, facts.width), np.full(shape, columns)
+    source = np.full(shape, facts.width)
+    positions, rope, sees = (np.full(shape, columns) for _ in range(3))
     for b, (segment, (first, last)) in enumerate(zip(segments, spans, strict=True)):
         if segment is None:
             continue
         n = last - first
         kinds[b, :n], index[b, :n] = own_layout(segment, m)
-        positions[b, :n] = before[b].memory + np.arange(first, last)
+        positions[b, :n] = rope[b, :n] = sees[b, :n] = before[b].memory + np.arange(first, last)
+        if (other := apart(segment, kinds[b, :n], index[b, :n])) is not None:
+            rope[b, :n], sees[b, :n] = (before[b].memory + numbers for numbers in other)
         text, readout = kinds[b] == TEXT, kinds[b] == READOUT
         source[b, text] = facts.columns[b][index[b, text] + segment.start - segment.before.fill]
         source[b, readout] = facts.width + 1 + index[b, readout]
-    return RowLayout(kinds, index, source, positions)
+    return RowLayout(kinds, index, source, positions, rope, sees)
 
 
 def ragged_chunk(
@@ -203,7 +222,7 @@ def ragged_chunk(
     layout = row_layout(facts, segments, before, columns)
     closes = [s is not None and s.closes for s in segments]
     opening = [b for b, s in enumerate(segments) if s and not before[b].fill]
-    held = [pending_tokens(clock) for clock in before]
+    held = [clock.pending_tokens for clock in before]
     entering = (layout.kinds == COMPRESSION).sum(1)
     pending_after = max(h + int(n) for h, n in zip(held, entering, strict=True))
     gated = [b for b, clock in enumerate(before) if closes[b] and clock.global_slots]
@@ -211,6 +230,10 @@ def ragged_chunk(
         not c and (s or old.fill) for c, s, old in zip(closes, segments, before, strict=True)
     )
     slots, positions = ragged_slots(before, opening, layout.positions, columns)
+    sight = None
+    if before[0].trailing and any(closes):
+        slot_places = positions[:, : positions.shape[1] - layout.rope.shape[1]]
+        sight = np.concatenate([slot_places, layout.rope], 1), layout.sees
     new = [h + int(n) if c else 0 for h, n, c in zip(held, entering, closes, strict=True)]
     places = compression_places(layout, entering, pending_after)
     readout = readout_places(facts, layout) if any(closes) else None
@@ -226,6 +249,7 @@ def ragged_chunk(
         readout,
         entries,
         rows,
+        sight=sight,
     )
     first_rows, closing = flags.bool()
     return RaggedChunk(
@@ -261,16 +285,17 @@ def ragged_slots(
     Args:
         own: positions (B, W) of the own tokens.
     """
-    m = max((before[b].global_slots for b in opening), default=0)
-    t = max((before[b].temporary_slots for b in opening), default=0)
-    if not m + t:
+    own_slots = [slots_of(before[b]) for b in opening]
+    slots = Slots(*map(max, zip(*own_slots, strict=True))) if own_slots else Slots(0, 0, 0)
+    if not sum(slots):
         return None, own
-    place = np.full((len(before), m + t), columns)
+    place = np.full((len(before), sum(slots)), columns)
     for b in opening:
-        own_m, own_t = before[b].global_slots, before[b].temporary_slots
-        place[b, :own_m] = np.arange(own_m)
-        place[b, m : m + own_t] = own_m + np.arange(own_t)
-    return Slots(m, t), np.concatenate([place, own], 1)
+        start = taken = 0
+        for count, room in zip(slots_of(before[b]), slots, strict=True):
+            place[b, start : start + count] = taken + np.arange(count)
+            start, taken = start + room, taken + count
+    return slots, np.concatenate([place, own], 1)
 
 
 def compression_places(

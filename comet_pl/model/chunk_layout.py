@@ -13,7 +13,18 @@ tokens in a closed chunk:
 
 An open chunk with f text tokens holds f + (f - 1) // s own tokens: the compression token of a
 complete group enters when the next text token arrives. In a row with g global and t temporary
-slots, own token p has position g + t + p.
+slots, own token p has position g + t + p, which is its key column and its RoPE position, and sees
+all columns up to its own.
+
+That is the authors' layout, "interleaved". In the "trailing" one internal tokens enter when their
+chunk closes, and text is as it is in a plain decoder:
+
+                          key column p     RoPE position       sees own columns
+    text token o          o                o                   <= o
+    compression token j   n + j            min((j + 1) s, n)   < min((j + 1) s, n), and its own
+    readout token k       n + ceil(n/s) + k   n + k            <= its own
+
+A sink, if there is one, is a slot before all others wherever there are others.
 """
 
 from __future__ import annotations
@@ -33,11 +44,6 @@ def compression_tokens(n: int, stride: int) -> int:
     return 0 if stride == NO_STRIDE else -(-n // stride)
 
 
-def open_tokens(fill: int, stride: int) -> int:
-    """Own tokens of an open chunk with `fill` text tokens."""
-    return fill + (fill - 1) // stride if fill else 0
-
-
 @dataclass(frozen=True)
 class RowClock:
     """How far a row has come, in numbers; its tensors are in the cache."""
@@ -47,26 +53,33 @@ class RowClock:
     global_slots: int = 0  # 0 or m
     temporary_slots: int = 0  # 0..K
     num_tokens: int = 0  # real text tokens so far
+    trailing: bool = False  # the layout
+    sink: bool = False  # wherever there is memory
+
+    @property
+    def sink_slots(self) -> int:
+        """0 or 1."""
+        return int(self.sink and self.global_slots + self.temporary_slots > 0)
 
     @property
     def memory(self) -> int:
-        """Memory slots that the chunk sees."""
-        return self.global_slots + self.temporary_slots
+        """Memory slots that the chunk sees, a sink included."""
+        return self.sink_slots + self.global_slots + self.temporary_slots
 
     @property
     def own_tokens(self) -> int:
         """Own tokens of the open chunk."""
-        return open_tokens(self.fill, self.stride)
+        return self.fill + self.pending_tokens
+
+    @property
+    def pending_tokens(self) -> int:
+        """Compression tokens that the open chunk holds."""
+        return 0 if self.trailing or not self.fill else (self.fill - 1) // self.stride
 
     @property
     def closed_tokens(self) -> int:
         """Text tokens before the open chunk."""
         return self.num_tokens - self.fill
-
-
-def pending_tokens(clock: RowClock) -> int:
-    """Compression tokens that the open chunk holds."""
-    return (clock.fill - 1) // clock.stride if clock.fill else 0
 
 
 class ChunkPlan(NamedTuple):
@@ -110,7 +123,7 @@ class Segment:
         text = self.before.fill + self.count
         if self.closes:
             return first, text + compression_tokens(text, s) + global_size
-        return first, open_tokens(text, s)
+        return first, replace(self.before, fill=text).own_tokens
 
 
 def plan_row(
@@ -141,10 +154,12 @@ def plan_row(
         text, read = clock.fill + count, clock.num_tokens + count
         if closes:
             new = clock.temporary_slots + compression_tokens(text, clock.stride)
-            clock = RowClock(0, clock.stride, global_size, min(capacity, new), read)
+            kept = min(capacity, new)
+            clock = replace(
+                clock, fill=0, num_tokens=read, global_slots=global_size, temporary_slots=kept
+            )
         else:
-            slots = clock.global_slots, clock.temporary_slots
-            clock = RowClock(text, clock.stride, *slots, read)
+            clock = replace(clock, fill=text, num_tokens=read)
 
     start = 0
     if chunk_sizes is not None:
@@ -175,6 +190,10 @@ def own_layout(segment: Segment, global_size: int) -> tuple[np.ndarray, np.ndarr
     s = segment.before.stride
     first, last = segment.span(global_size)
     p = np.arange(first, last)
+    if segment.before.trailing:
+        n, body = segment.text, last - segment.closes * global_size
+        kind = np.where(p < n, TEXT, np.where(p < body, COMPRESSION, READOUT))
+        return kind, p - np.select([kind == TEXT, kind == COMPRESSION], [0, n], body)
     group = p // (s + 1)
     compression = p % (s + 1) == s
     body = last
@@ -188,6 +207,24 @@ def own_layout(segment: Segment, global_size: int) -> tuple[np.ndarray, np.ndarr
     if segment.closes:
         kind, index = np.where(p >= body, READOUT, kind), np.where(p >= body, p - body, index)
     return kind, index
+
+
+def apart(
+    segment: Segment, kind: np.ndarray, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """(RoPE position, last own column seen beside its own) of each own token of a segment, in the
+    numbering p; None: both are p.
+
+    Args:
+        kind, index: of `own_layout`.
+    """
+    if not (segment.before.trailing and segment.closes):
+        return None
+    n, p = segment.text, segment.before.own_tokens + np.arange(len(kind))
+    group_end = np.minimum((index + 1) * segment.before.stride, n)
+    compression = kind == COMPRESSION
+    rope = np.select([compression, kind == READOUT], [group_end, n + index], p)
+    return rope, np.where(compression, group_end - 1, p)
 
 
 def fixed_chunks(tokens: int, chunk_size: int) -> list[int]:

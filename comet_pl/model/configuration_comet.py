@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 
-from comet_pl.model.chunk_layout import NO_STRIDE, compression_tokens
+from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, compression_tokens
 
+LAYOUTS = ("interleaved", "trailing")
+SINKS = ("none", "learned")
 GATES = ("scalar", "elementwise", "none")
 # These shape the weights: a loaded checkpoint's cannot be overridden.
-WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate")
+WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate", "sink")
 KEYS = (
     "chunk_size",
     "global_size",
@@ -20,6 +22,7 @@ KEYS = (
     "temporary_capacity",
     "gate_bias",
     "rollover",
+    "layout",
     *WEIGHT_KEYS,
 )
 
@@ -74,6 +77,11 @@ class CometConfig(PretrainedConfig):
             "none" (S = candidate).
         gate_bias: start value of a bias inside the gate's sigmoid; None: no bias (the authors).
             Positive: retain first.
+        layout: "interleaved" (the authors: a compression token after every s text tokens) or
+            "trailing" (a chunk's text, then its compression tokens, then its readout tokens: text
+            is as in the plain decoder, and internal tokens have no logits).
+        sink: "learned": in front of the memory a slot more, of which each layer learns the hidden
+            state; attention rests on it as on a text's first token. "none": no such slot.
         rollover: False: a call that continues a cache never closes the open chunk.
         compression_token_id, readout_token_ids: rows of the new tokens; None: after the text's.
         first_new_id: ids from here on are not text and are suppressed in generation.
@@ -99,6 +107,8 @@ class CometConfig(PretrainedConfig):
         gate: str = "scalar",
         gate_bias: float | None = None,
         rollover: bool = True,
+        layout: str = "interleaved",
+        sink: str = "none",
         compression_token_id: int | None = None,
         readout_token_ids: list[int] | None = None,
         first_new_id: int | None = None,
@@ -117,6 +127,7 @@ class CometConfig(PretrainedConfig):
         self.compression_stride, self.temporary_capacity = compression_stride, temporary_capacity
         self.adapter_rank, self.shared_adapter = adapter_rank, shared_adapter
         self.gate, self.gate_bias, self.rollover = gate, gate_bias, rollover
+        self.layout, self.sink = layout, sink
         self.check()
         next_id = backbone_config.vocab_size
         self.first_new_id = next_id if first_new_id is None else first_new_id
@@ -158,8 +169,15 @@ class CometConfig(PretrainedConfig):
         for key in ("rollover", "shared_adapter"):
             if not isinstance(getattr(self, key), bool):
                 raise ValueError(f"{key}: {getattr(self, key)!r} given, True or False is needed")
-        if self.gate not in GATES:
-            raise ValueError(f"gate: {self.gate!r} given, one of {', '.join(GATES)} is needed")
+        for key, allowed in (("gate", GATES), ("layout", LAYOUTS), ("sink", SINKS)):
+            if getattr(self, key) not in allowed:
+                given = getattr(self, key)
+                raise ValueError(f"{key}: {given!r} given, one of {', '.join(allowed)} is needed")
+        if self.sink != "none" and not self.global_size and s is None:
+            raise ValueError(
+                f"sink: {self.sink!r} given, but a model without memory has no slots before which "
+                "it could stand"
+            )
         if self.gate_bias is not None and not isinstance(self.gate_bias, (int, float)):
             raise ValueError(
                 f"gate_bias: {self.gate_bias!r} given, a number or None (no bias) is needed"
@@ -193,6 +211,11 @@ class CometConfig(PretrainedConfig):
             )
         self.readout_token_ids = self.readout_token_ids[: self.global_size]
 
+    def clock(self, stride: int | None = None) -> RowClock:
+        """A row before its first token. stride: instead of s."""
+        stride = stride or self.compression_stride or NO_STRIDE
+        return RowClock(stride=stride, trailing=self.layout == "trailing", sink=self.sink != "none")
+
     def positions(self, stride: int | None = None) -> int:
         """The most positions of a chunk of C tokens: slots, text, compression and readout tokens.
 
@@ -201,6 +224,7 @@ class CometConfig(PretrainedConfig):
         """
         stride = stride or self.compression_stride or NO_STRIDE
         slots = self.global_size + (self.temporary_capacity if self.compression_stride else 0)
+        slots += self.sink != "none"
         own = self.chunk_size + compression_tokens(self.chunk_size, stride) + self.global_size
         return slots + own
 
@@ -220,6 +244,7 @@ class CometConfig(PretrainedConfig):
             shapes["state"] = (batch, self.global_size, width)
         if self.compression_stride:
             shapes["temporary"] = (batch, self.temporary_capacity, width)
+        if self.compression_stride and self.layout == "interleaved":
             shapes["pending"] = (batch, compression_tokens(self.chunk_size, s) + 1, width)
         return shapes
 

@@ -29,7 +29,7 @@ from comet_pl.model.cache import CometCache, LayerMemory
 from comet_pl.model.cell import BY_LENGTH
 from comet_pl.model.chunk_batch import Chunk, StepChunk, Tokens
 from comet_pl.model.chunk_builder import CallFacts, all_alike, build_chunk
-from comet_pl.model.chunk_layout import TEXT, RowClock, Segment, own_layout, pending_tokens
+from comet_pl.model.chunk_layout import TEXT, RowClock, Segment, own_layout
 from comet_pl.model.forward_plan import ForwardPlan
 from comet_pl.model.transfer import to_device
 from comet_pl.model.traversal import LocalTransport
@@ -165,7 +165,7 @@ class ChunkGraphs:
             after = replace(clock, fill=segment.text)
             pairs = (
                 (memory.keys, 2, clock.memory + last),
-                (memory.pending, 1, pending_tokens(after)),
+                (memory.pending, 1, after.pending_tokens),
             )
             for buffer, axis, size in pairs:
                 if buffer is not None and size > buffer.shape[axis]:
@@ -267,7 +267,7 @@ class StepInputs:
 def step_numbers(segment: Segment, m: int, device: torch.device) -> Tensor:
     """A step's first key column, and the pending outputs held before it."""
     first, _ = segment.span(m)
-    numbers = segment.before.memory + first, pending_tokens(segment.before)
+    numbers = segment.before.memory + first, segment.before.pending_tokens
     (there,) = to_device(device, np.array(numbers))
     assert there is not None
     return there

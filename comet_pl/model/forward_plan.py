@@ -16,7 +16,7 @@ from torch import Tensor
 from comet_pl.model.cache import CometCache, wrong_rows
 from comet_pl.model.chunk_batch import Chunk
 from comet_pl.model.chunk_builder import CallFacts, build_chunk
-from comet_pl.model.chunk_layout import NO_STRIDE, ChunkPlan, RowClock, Segment, plan_row
+from comet_pl.model.chunk_layout import ChunkPlan, RowClock, Segment, plan_row
 from comet_pl.model.configuration_comet import CometConfig
 
 
@@ -67,7 +67,7 @@ class ForwardPlan:
         for row, after in zip(self.segments, self.clocks_after, strict=True):
             segments.append(row[t] if t < len(row) else None)
             # Without a cache nothing is kept of a row that rests.
-            clocks.append(after if self.use_cache else RowClock())
+            clocks.append(after if self.use_cache else self.config.clock())
         return build_chunk(facts, segments, clocks)
 
 
@@ -129,7 +129,8 @@ def plan_forward(
         segments.append(parts)
         after.append(clock)
     wanted, keep = np.zeros((rows, width), dtype=bool), None
-    found = plan_labels(labels, shift_labels, real, config.vocab_size)
+    vocabulary = config.first_new_id if config.layout == "trailing" else config.vocab_size
+    found = plan_labels(labels, shift_labels, real, vocabulary)
     if found is not None:
         wanted |= found.targets != -100
     if found is None or logits_beside_loss or logits_to_keep is not None:
@@ -145,7 +146,7 @@ def started_clocks(
     if cache is not None and cache.rows:
         clocks = list(cache.rows)
     else:
-        clocks = [RowClock(stride=config.compression_stride or NO_STRIDE)] * rows
+        clocks = [config.clock()] * rows
     if len(clocks) != rows:
         raise ValueError(wrong_rows(len(clocks), rows))
     if strides is None or not any(strides):

@@ -19,6 +19,8 @@ SETTINGS = attrgetter(
     "shared_adapter",
     "gate",
 )
+LATER = {"layout": "interleaved", "sink": "none"}
+"""Settings that came later, and their values before: a memory of then is still known."""
 RUNTIME = ("_", "transformers", "dtype", "torch", "use_cache", "output_", "return_dict")
 
 
@@ -30,7 +32,8 @@ class Fingerprint:
         self.words = self.value = ""
 
     def of(self, config: CometConfig) -> str:
-        settings = SETTINGS(config)
+        later = {key: getattr(config, key) for key in LATER if getattr(config, key) != LATER[key]}
+        settings = (*SETTINGS(config), *([later] if later else []))
         words = repr((vars(config.backbone_config), settings))
         if self.words != words:
             facts = config.backbone_config.to_dict().items()

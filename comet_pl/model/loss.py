@@ -49,6 +49,9 @@ def loss_and_logits(
         places = np.zeros(0, dtype=np.int64)
     hidden = norm(hidden)
     loss = logits = None
+    logits_of: Head = head
+    if plan.config.layout == "trailing":
+        logits_of = partial(text_logits, head, plan.config.first_new_id)
     if plan.labels is not None:
         targets = plan.labels.targets.flatten()[places]
         labelled = np.flatnonzero(targets != -100)
@@ -56,11 +59,11 @@ def loss_and_logits(
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         found = pick(hidden, labelled), sent(targets[labelled], hidden)
         if observer is not None and observer.losses is not None and not torch.is_grad_enabled():
-            losses = cross_entropies(*found, head)
+            losses = cross_entropies(*found, logits_of)
             observer.losses(torch.from_numpy(places[labelled]), losses)
             loss = losses.sum() / count if plan.labels.count else loss
         elif plan.labels.count:
-            loss = summed_cross_entropy(*found, head) / count
+            loss = summed_cross_entropy(*found, logits_of) / count
         elif torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             loss = Idle.apply(loss, *trained) if trained else loss
@@ -72,8 +75,15 @@ def loss_and_logits(
         if len(place) != rows * plan.keep or (place[1:] <= place[:-1]).any():
             room = hidden.new_zeros(rows * plan.keep, hidden.shape[1])
             dense = room.index_copy(0, sent(place, hidden), dense)
-        logits = head(dense.unflatten(0, (rows, plan.keep)))
+        logits = logits_of(dense.unflatten(0, (rows, plan.keep)))
     return loss, logits
+
+
+def text_logits(head: Head, first_new_id: int, hidden: Tensor) -> Tensor:
+    """(k, V), -inf for what is no text: a plain decoder has no such rows."""
+    logits = head(hidden)
+    logits[..., first_new_id:] = -torch.inf
+    return logits
 
 
 class Idle(torch.autograd.Function):

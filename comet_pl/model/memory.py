@@ -112,5 +112,5 @@ class TemporaryMemory(nn.Module):
 def is_memory(name: str) -> bool:
     """Whether a parameter of this name belongs to the memory modules."""
     parts = name.split(".")
-    shared = len(parts) > 3 and parts[3] == "adapter"
+    shared = len(parts) > 3 and parts[3] in ("adapter", "sink")
     return shared or "global_memory" in parts or "temporary_memory" in parts

@@ -26,10 +26,10 @@ from transformers.utils.generic import can_return_tuple
 
 from comet_pl.model import pretrained
 from comet_pl.model.cache import CometCache, LayerMemory
-from comet_pl.model.cell import Decoder, check_backbone, check_positions
+from comet_pl.model.cell import Cell, Decoder, check_backbone, check_positions
 from comet_pl.model.chunk_batch import Chunk, Rope
 from comet_pl.model.chunk_layout import ChunkPlan
-from comet_pl.model.configuration_comet import CometConfig, check_keys
+from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.cuda_graphs import graphs_of
 from comet_pl.model.digests import forget_digests
 from comet_pl.model.forward_plan import check_prompt, plan_forward, row_plans
@@ -39,6 +39,7 @@ from comet_pl.model.loss import loss_and_logits
 from comet_pl.model.memory import GateProjection, GlobalMemory, is_memory
 from comet_pl.model.observer import Observer
 from comet_pl.model.recomputation import RecomputedLayer
+from comet_pl.model.start import plug_in
 from comet_pl.model.transfer import moved
 from comet_pl.model.traversal import TRAVERSALS, LocalTransport
 
@@ -88,6 +89,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         super()._init_weights(module)
         if isinstance(module, GateProjection) and module.start_bias is not None:
             init.constant_(module.bias, module.start_bias)
+        if isinstance(module, Cell) and module.sink is not None:
+            init.normal_(module.sink, std=self.config.backbone_config.initializer_range)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -95,6 +98,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         path: str | os.PathLike[str],
         *args: Any,
         comet: dict[str, Any] | None = None,
+        start: int | None = None,
         **kwargs: Any,
     ) -> CometForCausalLM:
         """Loads a CoMeT folder (ours or the authors'), or plugs memory into a plain decoder.
@@ -102,6 +106,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             path: folder or hub id.
             comet: CometConfig keys; they override those of a CoMeT folder.
+            start: see from_decoder; a CoMeT folder has its rows already.
             kwargs: as in Hugging Face's from_pretrained.
 
         Raises:
@@ -118,7 +123,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             return pretrained.load_whole(load, path, kwargs, comet or {})
         kwargs.setdefault("trust_remote_code", False)  # without it Hugging Face asks on stdin
         plain: partial[Any] = partial(AutoModelForCausalLM.from_pretrained, path, *args)
-        return cls.from_decoder(pretrained.load_whole(plain, path, kwargs), comet or {})
+        return cls.from_decoder(pretrained.load_whole(plain, path, kwargs), comet or {}, start)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's; digests of what the folder held before are removed."""
@@ -126,22 +131,17 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
-    def from_decoder(cls, decoder: PreTrainedModel, comet: dict[str, Any]) -> CometForCausalLM:
+    def from_decoder(
+        cls, decoder: PreTrainedModel, comet: dict[str, Any], start: int | None = None
+    ) -> CometForCausalLM:
         """Plugs fresh memory modules into a loaded decoder, which is used up.
 
-        Rows of new tokens begin as Hugging Face's mean resizing makes them.
+        Args:
+            comet: CometConfig keys.
+            start: a text token whose row the rows of new tokens begin as; None: as Hugging Face's
+                mean resizing makes them.
         """
-        check_keys(comet)
-        check_backbone(decoder.config)
-        config = CometConfig(backbone_config=decoder.config, **comet)
-        if config.vocab_size > decoder.config.vocab_size:
-            decoder.resize_token_embeddings(config.vocab_size, mean_resizing=True)
-        implementation = decoder.config._attn_implementation
-        model = cls(config, decoder)
-        model.config._attn_implementation = implementation
-        if decoder.generation_config is not None:
-            model.generation_config = decoder.generation_config
-        return model.train(decoder.training)
+        return plug_in(cls, decoder, comet, start)
 
     # ---- forward
 

@@ -27,6 +27,7 @@ class SlotsInFull:
     def __init__(self, model: CometForCausalLM):
         # Eager attention would need a mask.
         assert model.config.backbone_config._attn_implementation == "sdpa"
+        assert model.config.layout == "interleaved" and model.config.sink == "none"
         self.model, self.config = model, model.config
         layers = len(model.model.layers)
         # S (B, m, d) of each layer; None before the first chunk.

@@ -78,7 +78,7 @@ def load_whole(
     # A bias that `comet` asks for starts at its value.
     missing = [name for name in info["missing_keys"] if not name.endswith("gate.proj.bias")]
     # A memory, or a bias, that `comet` switches off is left out.
-    parts = ("inv_freq", *(() if comet is None else ("_memory.",)))
+    parts = ("inv_freq", *(() if comet is None else ("_memory.", ".sink")))
     unknown = [key for key in info["unexpected_keys"] if not any(part in key for part in parts)]
     check_names(path, missing, unknown)
     check_finite(model.state_dict())

@@ -68,7 +68,8 @@ def probe_memory(
 def attention_shares(
     cell: Cell, hidden: Tensor, memory: LayerMemory, chunk: Chunk, places: Tensor
 ) -> Tensor:
-    """(3,) attention mass of own tokens on [global slots, temporary slots, own chunk].
+    """(3,) attention mass of own tokens on [global slots, temporary slots, own chunk]; the rest is
+    on a sink.
 
     It is the mean over heads and tokens of an explicit softmax.
 
@@ -89,5 +90,5 @@ def attention_shares(
     columns = torch.arange(chunk.columns, device=places.device)
     seen = columns <= chunk.tokens.positions[0, places][:, None]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)
-    g, t = chunk.slots
-    return torch.stack([part.sum() for part in mass.split([g, t, len(mass) - g - t])]).cpu()
+    parts = mass.split([*chunk.slots, len(mass) - sum(chunk.slots)])
+    return torch.stack([part.sum() for part in parts[1:]]).cpu()

@@ -45,9 +45,8 @@ def plan_text(
     Args:
         aligned: each window begins on the first rank; relays fill the ranks in between.
     """
-    default = config.compression_stride or NO_STRIDE
     rows = windows[0].plans if windows else []
-    clocks = [RowClock(stride=row.stride or default) for row in rows]
+    clocks = [config.clock(row.stride) for row in rows]
     plan: list[Span] = []
     for number, window in enumerate(windows):
         ends = spans(schedule, chunk_costs(config, window), ranks)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import threading
 
+import psutil
 import pytest
 import torch
 
@@ -67,6 +68,20 @@ def test_signals_of_terminals_and_schedulers_save(number, env, tmp_path):
     assert saved["global_step"] >= 4
     # Lightning's own answer to a scheduler is another file, of half a step.
     assert not list(folder.rglob("hpc_ckpt*"))
+
+
+@pytest.mark.slow
+def test_a_data_parallel_rank_is_killed(tmp_path):
+    """Lightning's own strategy: the others end in a line, and one device goes on."""
+    keys = ["trainer.devices=2", "checkpoint.every_steps=1"]
+    process = started(tmp_path, *keys)
+    (other,) = psutil.Process(process.pid).children()
+    other.kill()
+    _, errors = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in errors
+    assert errors.strip().splitlines()[-1].startswith("error: another process of this training")
+    resumed = [*command(tmp_path, "x", *SMALL), "resume=true"]
+    subprocess.run(resumed, cwd=ROOT, check=True, capture_output=True)
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from comet_pl import CometConfig, CometForCausalLM
-from comet_pl.model.chunk_layout import open_tokens
 
 VOCABULARY = 40
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
@@ -79,8 +78,8 @@ def continued(model, ids, count):
 @st.composite
 def memories(draw):
     """Any backbone with any memory configuration: odd strides, either memory off, all gates, both
-    adapters."""
-    return {
+    adapters, both layouts, a sink or none."""
+    memory = {
         "family": draw(st.sampled_from(list(FAMILIES))),
         "chunk_size": draw(st.integers(1, 9)),
         "global_size": draw(st.integers(0, 3)),
@@ -90,6 +89,10 @@ def memories(draw):
         "gate": draw(st.sampled_from(["scalar", "elementwise", "none"])),
         "gate_bias": draw(st.sampled_from([None, 1.5])),
     }
+    memory["layout"] = draw(st.sampled_from(["interleaved", "trailing"]))
+    if memory["global_size"] or memory["compression_stride"]:
+        memory["sink"] = draw(st.sampled_from(["none", "learned"]))
+    return memory
 
 
 def chunk_plans(tokens):
@@ -111,7 +114,7 @@ def valid(cache):
             if clock.temporary_slots:
                 entries.append(memory.temporary[b, : clock.temporary_slots])
             if clock.fill:
-                own = open_tokens(clock.fill, clock.stride)
+                own = clock.own_tokens
                 columns = slice(clock.memory + own)
                 entries += [memory.keys[b, :, columns], memory.values[b, :, columns]]
                 if own > clock.fill:

@@ -53,6 +53,7 @@ class RunCheckpoints(Checkpoint):
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.signal: int | None = None
+        self.stopped_by: int | None = None  # the signal that all ranks have heard of
         self.signalled_at = 0.0
         self.tells = True
         self.handlers: dict[int, Any] = {}
@@ -100,6 +101,8 @@ class RunCheckpoints(Checkpoint):
         # the data may end before max_steps
         if trainer.global_step > self.saved_step:
             self._save(trainer, "last.ckpt", must=True)
+        if self.stopped_by:
+            raise TrainingStopped(self.stopped_by, trainer.global_step)
 
     def on_exception(self, *_: Any) -> None:
         """Saves nothing: a step may be half done, or its batch read and lost."""
@@ -125,7 +128,9 @@ class RunCheckpoints(Checkpoint):
         ends = number is not None or step >= trainer.max_steps
         if (due or number) and step > self.saved_step:
             self._save(trainer, "last.ckpt", must=ends)
-        if number:
+        self.stopped_by = number
+        # After the last step what the other callbacks do at the end is still to come.
+        if number and step < trainer.max_steps:
             raise TrainingStopped(number, step)
 
     def _keep_best(self, trainer: lightning.Trainer) -> None:

@@ -1,6 +1,7 @@
 """TensorBoard events straight in the run's folder, and the configuration in them."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RunLogger(TensorBoardLogger):
     full = False  # the disk; until the next checkpoint events are dropped, and the training goes on
 
     def __init__(self, folder: Path, purge_step: int):
+        age_events(folder)
         super().__init__(
             folder, name="", version="", default_hp_metric=False, purge_step=purge_step
         )
@@ -64,6 +66,19 @@ class RunLogger(TensorBoardLogger):
         self.full, self._experiment = True, None  # its thread has ended
         line = f"warning: {self.log_dir}: events cannot be written: {fault_of(error)}; goes on"
         print(line, file=sys.stderr, flush=True)
+
+
+@rank_zero_only
+def age_events(folder: Path) -> None:
+    """Gives event files of this second, or of a clock that was ahead, earlier times in their names:
+    TensorBoard reads files in the order of their names."""
+    files = sorted(folder.glob("events.out.tfevents.*"))
+    now = int(time.time())
+    for number, file in enumerate(files):
+        *head, stamp, host = file.name.split(".", 4)[:5]
+        last = now - len(files) + number
+        if stamp.isdecimal() and int(stamp) > last:
+            file.rename(folder / ".".join([*head, f"{last:010}", host]))
 
 
 class Guarded:

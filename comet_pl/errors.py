@@ -5,6 +5,7 @@ COMET_DEBUG=1 shows the traceback before the line.
 
 import argparse
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -226,8 +227,12 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
     """Runs `main(sys.argv[1:])`: what is the user's or the machine's becomes a line on stderr and
     exit code 2, Ctrl-C exit code 130."""
     threading.excepthook = quiet_thread
+    if os.environ.get("COMET_DEBUG") != "1":
+        sys.unraisablehook = lambda _: None  # of objects that libraries have built by half
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # a home that cannot be written to
     with standard_streams():
         try:
+            check_docstrings()
             main([decodable(argument) for argument in sys.argv[1:]])
         except KeyboardInterrupt:
             raise SystemExit(130) from None
@@ -240,6 +245,15 @@ def run_cli(main: Callable[[list[str]], None]) -> None:
                 traceback.print_exception(error)
             print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+
+
+def check_docstrings() -> None:
+    """Raises UserError where Python has left them out, which Hugging Face's models are made of."""
+    if sys.flags.optimize > 1:
+        raise UserError(
+            f"PYTHONOPTIMIZE: {sys.flags.optimize} given (or python -OO), which leaves out the "
+            "docstrings that transformers needs; allowed: 0 or 1"
+        )
 
 
 def decodable(argument: str) -> str:

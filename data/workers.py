@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import wait
+from multiprocessing.queues import Queue
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -20,6 +21,7 @@ IGNORED = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.
 POLL = 5.0  # seconds between two looks at workers that a batch is awaited from
 STOPPED = 30.0  # seconds that a worker may be stopped, as by Ctrl-Z or a debugger
 IDLE = 600.0  # seconds in which no worker computes anything
+UNSENT = 74  # exit code of a worker that cannot send a batch
 RESUME = "end it and go on from the last checkpoint with resume=true"
 
 
@@ -29,6 +31,8 @@ def start_worker(worker: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
+    # A batch that cannot be sent would be waited for in vain.
+    Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(UNSENT))  # type: ignore[attr-defined]
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
@@ -74,6 +78,11 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
         if attendance.reason:
             reason = f"data.num_workers: {attendance.reason}; {RESUME}"
             raise UserError(reason) from None
+        if any(worker.exitcode == UNSENT for worker in batches._workers):
+            raise UserError(
+                "data.num_workers: a worker process cannot send its batch, most likely for want of "
+                "shared memory (/dev/shm); data.num_workers=0 needs none"
+            ) from None
         if isinstance(error, UserError):
             raise _own(error) from None
         # Half a message of its own may be what the main process has met, before its end is known.

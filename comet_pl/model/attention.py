@@ -62,50 +62,45 @@ class _SplitAttention(torch.autograd.Function):
 
 
 def attend(
-    implementation: str, q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float
-) -> Tensor:
-    """(B, H, W, h), (B, H', L, h) twice -> (B, H, W, h)."""
-    # A cache may be in float32 under autocast.
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    past = chunk.past if isinstance(chunk, UniformChunk) else None
-    if not isinstance(chunk, UniformChunk) or not chunk.behind:
-        return _attend(implementation, q, k, v, chunk, past, scale)
-    text, rest = q.split([q.shape[2] - chunk.behind, chunk.behind], 2)
-    seen = k[:, :, : -chunk.behind], v[:, :, : -chunk.behind]
-    parts = (
-        _attend(implementation, text, *seen, chunk, past, scale),
-        _attend(implementation, rest, k, v, chunk, None, scale),
-    )
-    return torch.cat(parts, 2)
-
-
-def _attend(
     implementation: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     chunk: Chunk,
-    past: int | None,
     scale: float,
+    causal: bool | None = None,
 ) -> Tensor:
-    """Some of a chunk's queries, over as many of its columns as they need.
+    """(B, H, W, h), (B, H', L, h) twice -> (B, H, W, h).
 
     Args:
-        past: columns before the queries' own, if they are lower-right causal; None: under the last
-            rows of the chunk's mask.
+        causal: of a uniform chunk with internal tokens that do not see all before them: True: the
+            queries are those before such tokens, and the keys as many as they see; False: these
+            tokens. None: all queries.
     """
+    if isinstance(chunk, UniformChunk) and chunk.behind and causal is None:
+        text, rest = q.split([q.shape[2] - chunk.behind, chunk.behind], 2)
+        seen = k[:, :, : -chunk.behind], v[:, :, : -chunk.behind]
+        parts = (
+            attend(implementation, text, *seen, chunk, scale, True),
+            attend(implementation, rest, k, v, chunk, scale, False),
+        )
+        return torch.cat(parts, 2)
     if not q.shape[2]:
         # A full chunk closes and there is no memory: nothing of it is used.
         return q
+    # A cache may be in float32 under autocast.
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    past = chunk.past if isinstance(chunk, UniformChunk) and causal is not False else None
+    own, columns, grouped = q.shape[2], k.shape[2], q.shape[1] != k.shape[1]
+    rows = slice(0, own) if causal else slice(-own, None)
     if implementation == "eager":
-        return _eager(q, k, v, _mask(q, k, chunk, past), scale)
+        return _eager(q, k, v, chunk.mask[:, :, rows, :columns], scale)
     if q.is_cuda and q.dtype in FUSED and q.shape[3] % 8 == 0:
         return _on_cuda(q, k, v, chunk, past, scale)
     cpu = q.device.type == "cpu"
     wide = cpu and q.dtype in (torch.float32, torch.float64)
-    own, grouped = q.shape[2], q.shape[1] != k.shape[1]
     if wide and own > 1 and q.shape[:3].numel() * k.shape[2] <= FEW_SCORES:
-        return _eager(q, k, v, _mask(q, k, chunk, past), scale)
+        return _eager(q, k, v, chunk.mask[:, :, rows, :columns], scale)
     if wide and own == 1 and past is not None and k.shape[1:].numel() >= MANY_KEYS:
         return _one_query(q, k, v, scale)
     if cpu and own > 1 and past:
@@ -117,15 +112,8 @@ def _attend(
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=grouped
         )
-    mask = None if own == 1 and past is not None else _mask(q, k, chunk, past)
+    mask = None if own == 1 and past is not None else chunk.mask[:, :, rows, :columns]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
-
-
-def _mask(q: Tensor, k: Tensor, chunk: Chunk, past: int | None) -> Tensor:
-    """(B or 1, 1, W, L) for these queries and keys of the chunk."""
-    own, columns, mask = q.shape[2], k.shape[2], chunk.mask
-    mask = mask[None, None] if mask.ndim == 2 else mask
-    return mask[:, :, -own:] if past is None else mask[:, :, :own, :columns]
 
 
 def _on_cuda(
@@ -142,7 +130,7 @@ def _on_cuda(
         return _flash_cuda(q, k, v, 0.0, own > 1, scale=scale)[0]
     if isinstance(chunk, StepChunk) and _flash_runs(q):
         return _flash_step(q, k, v, chunk, scale)
-    bias = None if uniform else _bias(_mask(q, k, chunk, past), q.dtype)
+    bias = None if uniform else _bias(chunk.mask[:, :, -own:], q.dtype)
     groups = q.shape[1] // k.shape[1]
     if groups > 1 and own == 1:
         # The queries of a key head are the rows of one: no key is copied.

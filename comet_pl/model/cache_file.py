@@ -64,7 +64,10 @@ def _checked(path: str | os.PathLike[str]) -> Content:
     whole = len(present) == layers and min(present) >= 0 if tensors else 0 <= layers <= MOST_LAYERS
     if type(layers) is not int or not whole:
         raise ValueError(f"{layers} layers, but tensors of {len(present)}")
-    numbers = [value for row in facts["rows"] for value in row.values()]
+    flags = ("trailing", "sink")  # which former versions lacked
+    numbers = [row[key] for row in facts["rows"] for key in row if key not in flags]
+    if any(type(row.get(key, False)) is not bool for row in facts["rows"] for key in flags):
+        raise ValueError("an impossible layout")
     if any(type(n) is not int or n < 0 for n in [*numbers, facts["columns"]]):
         raise ValueError("impossible numbers of tokens")
     if any(not 1 <= row["stride"] <= NO_STRIDE for row in facts["rows"]):

@@ -35,14 +35,6 @@ class Tokens(NamedTuple):
     # (B or 1, W) the last column that each sees beside its own; None: its own
     sees: Tensor | None = None
 
-    def mask(self, columns: int) -> Tensor:
-        """(B or 1, W, L): True where an own token sees a column."""
-        own = self.positions[:, :, None]
-        numbers = torch.arange(columns, device=own.device)
-        if self.sees is None:
-            return numbers <= own
-        return (numbers <= self.sees[:, :, None]) | (numbers == own)
-
 
 class Slots(NamedTuple):
     """The memory slots of the rows that open a chunk."""
@@ -92,16 +84,20 @@ class Chunk(ABC):
             new = torch.cat([temporary[:, :t], new.to(temporary.dtype)], 1)
         return put(temporary, self.newest(new), self.in_place)
 
-    # What the two kinds of chunk do each in its own way:
-
     @property
-    @abstractmethod
     def mask(self) -> Tensor:
-        """(B or 1, 1, W, L) or (W, L): True where a token sees a column.
+        """(B or 1, 1, W, L): True where a token sees a column.
 
         Each layer makes it anew: that is little beside the scores it masks, and torch.compile then
         sees one kind of chunk instead of two.
         """
+        own, sees = self.tokens.positions[:, None, :, None], self.tokens.sees
+        columns = torch.arange(self.columns, device=own.device)
+        if sees is None:
+            return columns <= own
+        return (columns <= sees[:, None, :, None]) | (columns == own)
+
+    # What the kinds of chunk do each in its own way:
 
     @abstractmethod
     def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
@@ -137,10 +133,6 @@ class UniformChunk(Chunk):
     compression: slice | Tensor | None  # where the entering compression tokens stand in W
     readout_place: slice
     behind: int = 0  # so many last own tokens do not all see every column up to their own
-
-    @property
-    def mask(self) -> Tensor:
-        return self.tokens.mask(self.columns)[0]
 
     def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         before = self.columns - new.shape[2]
@@ -191,10 +183,6 @@ class RaggedChunk(Chunk):
     pending_place: Tensor | None  # (B, n) where they go among the pending outputs
     readout_place: Tensor | None  # (B, m) where the readout tokens stand in W
     temporary_entries: Tensor | None  # (B, T') entries of [T | new] that make the new T
-
-    @property
-    def mask(self) -> Tensor:
-        return self.tokens.mask(self.columns)[:, None]
 
     def append_columns(self, held: Tensor | None, new: Tensor) -> Tensor:
         # The last column takes what is never read.

@@ -94,9 +94,10 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
     uneven = entered if isinstance(entered, np.ndarray) else None
     positions = np.arange(0 if opens else memory + first, memory + last)[None]
     behind, sight = 0, None
-    if (other := apart(segment, kinds, index)) is not None:
+    if before.trailing and segment.closes:
         behind, slots = W - len(text), positions[:, : positions.shape[1] - W]
-        sight = np.concatenate([slots, memory + other[0][None]], 1), memory + other[1][None]
+        turned, sees = (memory + numbers[None] for numbers in apart(segment, kinds, index))
+        sight = np.concatenate([slots, turned], 1), sees
     own, compression = own_tokens(
         facts, source, positions, memory + last, text_places, uneven, sight=sight
     )
@@ -202,7 +203,8 @@ def row_layout(
         n = last - first
         kinds[b, :n], index[b, :n] = own_layout(segment, m)
         positions[b, :n] = rope[b, :n] = sees[b, :n] = before[b].memory + np.arange(first, last)
-        if (other := apart(segment, kinds[b, :n], index[b, :n])) is not None:
+        if segment.before.trailing and segment.closes:
+            other = apart(segment, kinds[b, :n], index[b, :n])
             rope[b, :n], sees[b, :n] = (before[b].memory + numbers for numbers in other)
         text, readout = kinds[b] == TEXT, kinds[b] == READOUT
         source[b, text] = facts.columns[b][index[b, text] + segment.start - segment.before.fill]
@@ -231,7 +233,7 @@ def ragged_chunk(
     )
     slots, positions = ragged_slots(before, opening, layout.positions, columns)
     sight = None
-    if before[0].trailing and any(closes):
+    if any(s is not None and s.closes and s.before.trailing for s in segments):
         slot_places = positions[:, : positions.shape[1] - layout.rope.shape[1]]
         sight = np.concatenate([slot_places, layout.rope], 1), layout.sees
     new = [h + int(n) if c else 0 for h, n, c in zip(held, entering, closes, strict=True)]
@@ -286,13 +288,13 @@ def ragged_slots(
         own: positions (B, W) of the own tokens.
     """
     own_slots = [slots_of(before[b]) for b in opening]
-    slots = Slots(*map(max, zip(*own_slots, strict=True))) if own_slots else Slots(0, 0, 0)
+    slots = Slots(*map(max, zip(*own_slots, strict=True))) if opening else Slots(0, 0, 0)
     if not sum(slots):
         return None, own
     place = np.full((len(before), sum(slots)), columns)
-    for b in opening:
+    for b, counts in zip(opening, own_slots, strict=True):
         start = taken = 0
-        for count, room in zip(slots_of(before[b]), slots, strict=True):
+        for count, room in zip(counts, slots, strict=True):
             place[b, start : start + count] = taken + np.arange(count)
             start, taken = start + room, taken + count
     return slots, np.concatenate([place, own], 1)

@@ -64,12 +64,15 @@ class RowClock:
     @property
     def memory(self) -> int:
         """Memory slots that the chunk sees, a sink included."""
-        return self.sink_slots + self.global_slots + self.temporary_slots
+        slots = self.global_slots + self.temporary_slots
+        return slots + 1 if slots and self.sink else slots
 
     @property
     def own_tokens(self) -> int:
         """Own tokens of the open chunk."""
-        return self.fill + self.pending_tokens
+        if self.trailing or not self.fill:
+            return self.fill
+        return self.fill + (self.fill - 1) // self.stride
 
     @property
     def pending_tokens(self) -> int:
@@ -209,17 +212,13 @@ def own_layout(segment: Segment, global_size: int) -> tuple[np.ndarray, np.ndarr
     return kind, index
 
 
-def apart(
-    segment: Segment, kind: np.ndarray, index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """(RoPE position, last own column seen beside its own) of each own token of a segment, in the
-    numbering p; None: both are p.
+def apart(segment: Segment, kind: np.ndarray, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(RoPE position, last own column seen beside its own) of each own token of a segment that
+    closes a trailing chunk, in the numbering p. Of all others both are p.
 
     Args:
         kind, index: of `own_layout`.
     """
-    if not (segment.before.trailing and segment.closes):
-        return None
     n, p = segment.text, segment.before.own_tokens + np.arange(len(kind))
     group_end = np.minimum((index + 1) * segment.before.stride, n)
     compression = kind == COMPRESSION

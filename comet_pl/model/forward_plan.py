@@ -67,7 +67,7 @@ class ForwardPlan:
         for row, after in zip(self.segments, self.clocks_after, strict=True):
             segments.append(row[t] if t < len(row) else None)
             # Without a cache nothing is kept of a row that rests.
-            clocks.append(after if self.use_cache else self.config.clock())
+            clocks.append(after if self.use_cache else RowClock())
         return build_chunk(facts, segments, clocks)
 
 

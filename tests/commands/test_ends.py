@@ -4,8 +4,8 @@ import os
 import signal
 import subprocess
 import threading
+from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -71,12 +71,13 @@ def test_signals_of_terminals_and_schedulers_save(number, env, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked up in /proc")
 def test_a_data_parallel_rank_is_killed(tmp_path):
     """Lightning's own strategy: the others end in a line, and one device goes on."""
     keys = ["trainer.devices=2", "checkpoint.every_steps=1"]
     process = started(tmp_path, *keys)
-    (other,) = psutil.Process(process.pid).children()
-    other.kill()
+    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(other), signal.SIGKILL)
     _, errors = process.communicate()
     assert process.returncode == 2 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error: another process of this training")

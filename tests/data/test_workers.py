@@ -104,6 +104,22 @@ def test_the_handler_that_a_trainer_takes_away_is_set_again():
     assert "is killed by signal" in str(error)
 
 
+class Unsendable:
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+def test_a_batch_that_cannot_be_sent_is_a_line():
+    """As without room in shared memory."""
+
+    class Large(Rows):
+        def __getitem__(self, index):
+            return Unsendable() if index == 7 else super().__getitem__(index)
+
+    with pytest.raises(UserError, match="a worker process cannot send its batch"):
+        list(batches(Large()))
+
+
 def test_a_stopped_worker_is_named():
     error, pids, seconds = until_trouble(Rows(), 1)
     assert isinstance(error, UserError)

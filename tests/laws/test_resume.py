@@ -252,6 +252,7 @@ def test_a_limited_validation_reads_the_same_batches_each_time(fit, tmp_path):
         (signal.SIGINT, 4, "on_before_optimizer_step", 5),
         (signal.SIGTERM, 6, "on_validation_start", 6),
         (signal.SIGTERM, 7, "on_train_batch_start", 8),  # the last batch of an epoch
+        (signal.SIGTERM, 9, "on_before_optimizer_step", 10),  # the last step
     ],
 )
 def test_signals_stop_between_two_steps_with_a_checkpoint(

@@ -101,14 +101,21 @@ def cell(
     if segment.closes and before.global_slots:
         gates = {"scalar": 2 * d, "elementwise": 2 * d * r + r * d}
         memory += m * gates.get(config.gate, 0)
-    past = before.memory + first
+    past, internal = before.memory + first, tokens - segment.count
     if slots == "in_full":
         tokens, past, entering = tokens + entering, past - entering, 0
+    pairs = _pairs(tokens, past, dense)
+    if before.trailing and segment.closes:
+        # Dense, the text is apart; else compression tokens see less than all before them.
+        n, s, text = segment.text, before.stride, tokens - internal
+        c = compression_tokens(n, s)
+        unseen = c * n - n + c * (c - 1) // 2 * (1 - s) if c else 0
+        pairs -= text * internal if dense else unseen
     token, slot = layer_weights(config.backbone_config, lora_rank)
     return Operations(
         linear=2 * tokens * token,
         slots=2 * entering * slot,
-        attention=4 * _pairs(tokens, past, dense) * heads(config.backbone_config)[0],
+        attention=4 * pairs * heads(config.backbone_config)[0],
         memory=2 * memory,
     )
 
@@ -119,9 +126,11 @@ def _pairs(tokens: int, past: int, dense: bool) -> int:
 
 def start(config: CometConfig, full: bool = False, stride: int | None = None) -> RowClock:
     """A row before its first token, or after a chunk that left the memory full."""
-    s = config.compression_stride and (stride or config.compression_stride)
-    g, t = (config.global_size, config.temporary_capacity if s else 0) if full else (0, 0)
-    return RowClock(stride=s or NO_STRIDE, global_slots=g, temporary_slots=t)
+    clock = config.clock(config.compression_stride and stride)
+    if not full:
+        return clock
+    t = config.temporary_capacity if config.compression_stride else 0
+    return replace(clock, global_slots=config.global_size, temporary_slots=t)
 
 
 def whole_chunk(config: CometConfig) -> Segment:

@@ -15,12 +15,29 @@ from comet_pl import CometConfig
 from comet_pl.analysis import bandwidth as traffic
 from comet_pl.analysis import flops
 from comet_pl.config.schema import TrainConfig
-from comet_pl.model.chunk_layout import ChunkPlan, RowClock, Segment, fixed_chunks, plan_row
+from comet_pl.model.chunk_layout import (
+    ChunkPlan,
+    RowClock,
+    Segment,
+    apart,
+    fixed_chunks,
+    own_layout,
+    plan_row,
+)
 from comet_pl.model.naive import SlotsInFull
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import cut_windows, split_rows
-from tests.support.models import FAMILIES, FEW, backbone, chunk_plans, memories, text, tiny
+from tests.support.models import (
+    FAMILIES,
+    FEW,
+    authors_memories,
+    backbone,
+    chunk_plans,
+    memories,
+    text,
+    tiny,
+)
 from tests.support.training import fit, ragged
 
 QWEN3 = {
@@ -130,7 +147,7 @@ def test_full_attention_takes_what_torch_counts(family):
 
 
 @FEW
-@given(comet=memories(), n=st.integers(1, 40))
+@given(comet=authors_memories(), n=st.integers(1, 40))
 def test_slots_in_full_take_what_torch_counts(comet, n):
     comet["global_size"] = max(1, comet["global_size"])
     model = tiny(**comet)
@@ -150,13 +167,23 @@ def test_causal_attention_counts_the_pairs_that_a_token_sees(comet, n, slots):
     config = CometConfig(backbone_config=backbone(), **comet)
     for segment in plan_row(flops.start(config), n, **flops.plan_sizes(config))[0]:
         first, last = segment.span(config.global_size)
-        asking = range(
-            0 if slots == "in_full" else segment.before.memory, segment.before.memory + last - first
-        )  # positions
-        seen = sum(sum(column <= token for column in range(asking.stop)) for token in asking)
+        memory, (kind, index) = segment.before.memory, own_layout(segment, config.global_size)
+        # of each position the last column that it sees, beside its own
+        sees = [*(range(memory) if slots == "in_full" else ()), *range(memory, memory + last)]
+        behind = 0
+        if segment.closes and segment.before.trailing:
+            sees[-len(kind) :] = memory + apart(segment, kind, index)[1]
+            behind = last - first - segment.count
+        own = range(memory + last - len(sees), memory + last)
+        seen = sum(
+            column <= limit or column == position
+            for position, limit in zip(own, sees, strict=True)
+            for column in range(own.stop)
+        )
         causal, dense = (flops.cell(config, segment, slots, dense=dense) for dense in (False, True))
         assert causal.attention == seen * 2 * 2 * 16
-        assert dense.attention == len(asking) * asking.stop * 2 * 2 * 16
+        scores = len(own) * own.stop - (len(own) - behind) * behind
+        assert dense.attention == scores * 2 * 2 * 16
         assert causal.total - causal.attention == dense.total - dense.attention
 
 

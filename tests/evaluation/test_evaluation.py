@@ -133,15 +133,6 @@ def test_default_lengths_and_a_haystack_that_starts_over(undrawn, tmp_path, monk
     assert " has 600 tokens: at 1k, 2k it is read more than once" in capsys.readouterr().out
 
 
-def test_cells_of_another_haystack_are_not_kept(undrawn, tmp_path):
-    haystack = tmp_path / "book.txt"
-    for number, (length, kept) in enumerate([(64, [64]), (100, [64, 100]), (64, [64])]):
-        haystack.write_text(("Another text. " if number == 2 else "It rained all day. ") * 200)
-        keys = [f"data.haystack={haystack}", f"eval.lengths=[{length}]", "eval.depths=1"]
-        cells = evaluate(*passkeys(*keys), tmp_path)["cells"]
-        assert [cell["length"] for cell in cells] == kept
-
-
 def test_too_short_a_length_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"^eval.lengths: 10 given, allowed: >= \d+ tokens"):
         evaluate(*passkeys("eval.lengths=[64,10]"), tmp_path)

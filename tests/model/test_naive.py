@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comet_pl.model.naive import SlotsInFull
-from tests.support.models import chunk_plans, memories, text, tiny
+from tests.support.models import authors_memories, chunk_plans, text, tiny
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
 
 
 @settings(max_examples=120)
-@given(comet=memories(), n=st.integers(1, 40), data=st.data())
+@given(comet=authors_memories(), n=st.integers(1, 40), data=st.data())
 def test_slots_in_full_equals_the_model(comet, n, data):
     """From no memory to full memory, chunks of any size, gates away from one half; in two calls."""
     model, ids = tiny(layers=3, **comet), text(2, n)

@@ -95,6 +95,11 @@ def memories(draw):
     return memory
 
 
+def authors_memories():
+    """Those that the authors' code has too."""
+    return memories().map(lambda comet: comet | {"layout": "interleaved", "sink": "none"})
+
+
 def chunk_plans(tokens):
     """Chunks of any size that sum to `tokens`."""
     cuts = st.lists(st.integers(1, max(1, tokens - 1)), unique=True, max_size=5).map(sorted)

@@ -23,7 +23,8 @@ with importing():
     from comet_pl.chat.open_model import add_options, check_target, open_conversation
     from comet_pl.chat.signals import Interruptible, ending, output_gone
 
-# Beside 0. Further out, float32 has no such scores.
+# Further out, float32 has no such scores: below, the likeliest token is all there is; above, all
+# tokens are alike.
 TEMPERATURES = (1e-6, 1e6)
 
 
@@ -165,10 +166,9 @@ def _temperature(text: str) -> float:
     except ValueError:
         value = math.nan
     least, most = TEMPERATURES
-    if value and not least <= value <= most:
-        allowed = f"0, or a number from {least:g} to {most:g}"
-        raise ArgumentTypeError(f"{text!r} given, {allowed} is needed")
-    return value
+    if not value >= 0:
+        raise ArgumentTypeError(f"{text!r} given, a number >= 0 is needed")
+    return min(value, most) if value >= least else 0.0
 
 
 if __name__ == "__main__":

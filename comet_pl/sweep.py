@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 from comet_pl.errors import UserError, handled, importing, nearest, run_cli
@@ -91,9 +92,12 @@ class SweptRun:
     def values(self) -> dict[str, float] | None:
         """What it found; None: not finished."""
         try:
-            return json.loads((self.folder / DONE).read_text("utf-8"))
-        except (OSError, ValueError):
+            values = json.loads((self.folder / DONE).read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
             return None
+        numbers = values.values() if isinstance(values, dict) else [None]
+        whole = all(type(number) in (int, float) and isfinite(number) for number in numbers)
+        return values if whole else None
 
 
 def plan(argv: list[str]) -> tuple[SweepConfig, list[SweptRun]]:

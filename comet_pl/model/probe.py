@@ -87,8 +87,7 @@ def attention_shares(
     dtype = wide(keys.dtype)
     with torch.autocast(places.device.type, enabled=False):
         scores = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * cell.scaling
-    columns = torch.arange(chunk.columns, device=places.device)
-    seen = columns <= chunk.tokens.positions[0, places][:, None]
+    seen = chunk.mask[0, 0, places]
     mass = scores.masked_fill(~seen, -torch.inf).softmax(-1).mean((0, 1, 2))  # (L,)
     parts = mass.split([*chunk.slots, len(mass) - sum(chunk.slots)])
     return torch.stack([part.sum() for part in parts[1:]]).cpu()

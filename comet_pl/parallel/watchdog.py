@@ -26,7 +26,7 @@ LONGEST = 1000  # bytes of a message
 
 
 class Watch:
-    """Ends this process (exit code 1) when another rank is lost.
+    """Ends this process (exit code 2) when another rank is lost.
 
     A rank is lost when its connection breaks, when its heartbeat stops for timeout / 2 (so none may
     hold the interpreter's lock for that long), or when it does not start within `timeout`. Silence
@@ -226,7 +226,7 @@ class Watch:
             sys.stderr.flush()
         with suppress(OSError):
             sys.stdout.flush()
-        os._exit(1)
+        os._exit(2)
 
 
 def _connection(end: socket.socket, beat: float) -> Connection:

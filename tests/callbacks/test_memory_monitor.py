@@ -24,13 +24,14 @@ def seen_by_the_kernel(model, ids, monkeypatch):
     The model's attention computes them: values that mark a column's part come out as shares."""
     found, attend = [], backbone.attend
 
-    def spy(implementation, q, k, v, chunk, scale):
+    def spy(implementation, q, k, v, chunk, scale, *part):
         if chunk.past:
             planted = torch.zeros_like(v[..., :3])
-            g, t, *_ = chunk.slots
-            planted[:, :, :g, 0] = planted[:, :, g : g + t, 1] = planted[:, :, g + t :, 2] = 1
+            sink, g, t = chunk.slots
+            first, own = sink + g, sink + g + t
+            planted[:, :, sink:first, 0] = planted[:, :, first:own, 1] = planted[:, :, own:, 2] = 1
             found.append((chunk, attend("eager", q, k, planted, chunk, scale).mean(1)[0]))
-        return attend(implementation, q, k, v, chunk, scale)
+        return attend(implementation, q, k, v, chunk, scale, *part)
 
     monkeypatch.setattr(backbone, "attend", spy)
     with torch.no_grad():
@@ -60,7 +61,8 @@ def test_shares_are_those_of_the_models_own_attention(configuration, columns):
             with torch.no_grad():
                 shares = attention_shares(cell, *inputs, chosen)
             torch.testing.assert_close(shares, wanted[chosen].mean(0), rtol=1e-10, atol=1e-10)
-            assert float(shares.sum()) == pytest.approx(1, abs=1e-12)
+            total = float(shares.sum())
+            assert total == pytest.approx(1, abs=1e-12) or (cell.sink is not None and total < 1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -278,6 +278,7 @@ def test_sampling(folder, book, capsys):
 
     sampled = answer("--temperature", "5")
     assert sampled == answer("--temperature", "5") != answer()
+    assert answer() == answer("--temperature", "1e-300") != answer("--temperature", "1e300")
 
 
 # -- what is refused

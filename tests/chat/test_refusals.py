@@ -108,8 +108,6 @@ def test_memories_that_do_not_fit(folder, tokenizer, book, tmp_path):
         (["MEMORY", "Who?", "--max-new-tokens", "0"], "--max-new-tokens: '0' given"),
         (["MEMORY", "Who?", "--temperature", "nan"], "--temperature: 'nan' given"),
         (["MEMORY", "Who?", "--temperature", "-1"], "--temperature: '-1' given"),
-        (["MEMORY", "Who?", "--temperature", "1e-300"], "0, or a number from 1e-06 to 1e+06 is"),
-        (["MEMORY", "Who?", "--temperature", "1e300"], "0, or a number from 1e-06 to 1e+06 is"),
         (["MEMORY", "Who?", "--set", "chunk_size=8"], "--set: given, but"),
         (["MEMORY", "Who?", "--dtype", "float32"], "--dtype: given, but"),
         (["MEMORY", "Who?", "--dtype", "int8"], "--dtype"),

@@ -372,3 +372,16 @@ def test_a_sweep_of_real_runs_killed_in_the_middle_of_one_gives_the_same_table(t
     assert [
         path for path in killed.rglob("*.log") if "continues from step" in path.read_text()
     ] == [begun.log]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "null", '{"val/loss": {"a": 1}}', '{"val/loss": NaN}', '{"val/loss": "x"}', "{"],
+)
+def test_a_result_that_is_no_number_is_no_result(tmp_path, content):
+    """Such a run is not finished; the same sweep does it again."""
+    run = sweep.SweptRun({}, [], tmp_path)
+    (tmp_path / sweep.DONE).write_text('{"val/loss": 1.5}')
+    assert run.values == {"val/loss": 1.5}
+    (tmp_path / sweep.DONE).write_text(content)
+    assert run.values is None

@@ -159,7 +159,7 @@ def test_two_devices_go_on_where_one_stopped(alone, tmp_path):
     with Training(tmp_path, "stopped", *LONG, on=ONE) as run:
         run.at_step(10)
         os.kill(run.main.pid, signal.SIGTERM)
-        assert run.ended(TIMEOUT) == 128 + signal.SIGTERM
+        assert run.ended(TIMEOUT) == 228 + signal.SIGTERM
     with Training(tmp_path, "stopped", *LONG, "resume=true") as run:
         same_run(run.finished(), alone(*LONG))
 
@@ -174,7 +174,7 @@ def test_a_rank_that_hangs_is_named_and_ends_when_it_goes_on(tmp_path, victim):
         (line,) = run.errors()
         assert names_it(line, victim, ranks[victim], "has not answered for "), line
         os.kill(ranks[victim], signal.SIGCONT)
-        assert run.ended(TIMEOUT) == 1
+        assert run.ended(TIMEOUT) == 2
         # Its own line says that it did not run, or that the other is gone.
         assert len(run.errors()) == 2
 
@@ -257,7 +257,7 @@ def test_a_launched_rank_that_is_killed_before_they_meet(tmp_path):
         (victim,) = set(processes(run.main.pid)) - {run.main.pid}
         time.sleep(1)  # it imports
         os.kill(victim, signal.SIGKILL)
-        assert run.ended(TIMEOUT) == 1
+        assert run.ended(TIMEOUT) == 2
         (line,) = run.errors()
         assert line.startswith(f"error: rank 1 (pid {victim}) has ended by signal 9 before"), line
 
@@ -279,7 +279,7 @@ def test_ctrl_c_stops_both_after_the_step_with_a_checkpoint(tmp_path):
     with Training(tmp_path, "x", *ENDLESS) as run:
         run.at_step(4)
         os.killpg(run.main.pid, signal.SIGINT)
-        assert run.ended(TIMEOUT) == 128 + signal.SIGINT
+        assert run.ended(TIMEOUT) == 228 + signal.SIGINT
     assert run.errors() == []
     lines = run.out.read_text().splitlines()
     assert sum("stopping after this step" in line for line in lines) == 1

@@ -95,7 +95,7 @@ class SweptRun:
             values = json.loads((self.folder / DONE).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
-        numbers = values.values() if isinstance(values, dict) else [None]
+        numbers: list[Any] = list(values.values()) if isinstance(values, dict) else [None]
         whole = all(type(number) in (int, float) and isfinite(number) for number in numbers)
         return values if whole else None
 

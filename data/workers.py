@@ -32,7 +32,8 @@ def start_worker(worker: int) -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     # A batch that cannot be sent would be waited for in vain.
-    setattr(Queue, "_on_queue_feeder_error", staticmethod(lambda *_: os._exit(UNSENT)))  # noqa: B010
+    queue: Any = Queue
+    queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(UNSENT))
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()

@@ -38,6 +38,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from typing import Any
 
 from comet_pl.errors import UserError, handled, importing, nearest, run_cli
 

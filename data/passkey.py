@@ -273,7 +273,8 @@ def _haystack(data: PasskeyData) -> list[str] | Iterator[str]:
 def _pieces(path: Path) -> Iterator[str]:
     """A file's text in pieces of whole lines, small enough for a tokenizer's memory."""
     try:
-        if path.expanduser().exists() and not path.expanduser().is_file():
+        kind = path.expanduser()
+        if kind.is_char_device() or kind.is_fifo():  # neither has an end
             raise UserError(f"data.haystack: {path} is no file; a text file is needed")
         with os_errors(f"data.haystack: {path} cannot be read"):
             text = path.expanduser().read_text(encoding="utf-8")

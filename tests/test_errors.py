@@ -93,6 +93,7 @@ def test_the_programs_own_errors_keep_their_traceback(monkeypatch):
         run_cli(lambda argv: print(1 / 0))
 
 
+OTHER_SHELLS = ["{} >&-", "{} > /dev/full", "{} 2>&1 | true"]
 LINES = """
 import sys
 from comet_pl.errors import run_cli
@@ -108,7 +109,12 @@ run_cli(main)
 
 
 @pytest.mark.parametrize(
-    "shell", ["{} | head -1", "{} >&-", "{} <&- >&- 2>&-", "{} > /dev/full", "{} 2>&1 | true"]
+    "shell",
+    [
+        "{} | head -1",
+        "{} <&- >&- 2>&-",
+        *(pytest.param(other, marks=pytest.mark.slow) for other in OTHER_SHELLS),
+    ],
 )
 def test_the_work_goes_on_without_its_streams(shell, tmp_path):
     program = tmp_path / "program.py"

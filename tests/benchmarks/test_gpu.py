@@ -44,6 +44,7 @@ def toy(monkeypatch, tmp_path):
 # ---- the driver
 
 
+@pytest.mark.slow
 def test_a_group_that_breaks_loses_its_rest_alone(toy, capsys, tmp_path):
     """One is killed in its third measurement, one meets an error of its own, one an error of CUDA
     after which nothing can be measured there."""

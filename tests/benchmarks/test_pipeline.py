@@ -127,6 +127,7 @@ def small(tmp_path_factory):
     return json.loads((out / "pipeline-small.json").read_text())
 
 
+@pytest.mark.slow
 def test_small_run(small):
     assert small["command"].startswith("python -m benchmarks.pipeline.speedup --small --layers 2")
     plan = [(k, what) for k in (0, 1) for what in ARRANGEMENTS]
@@ -136,6 +137,7 @@ def test_small_run(small):
         assert all(0 < step[clock]["forward"] < step[clock]["step"] for clock in speedup.CLOCKS)
 
 
+@pytest.mark.slow
 def test_small_run_knows_where_the_time_went(small):
     """What the messages tell is what the ring has counted itself."""
     for rank in (rank for step in small["steps"] for rank in step.get("ranks", [])):
@@ -146,6 +148,7 @@ def test_small_run_knows_where_the_time_went(small):
     assert small["times"]["transfer_cells"] > 0 and JOB.message == (1, 64, 256)
 
 
+@pytest.mark.slow
 def test_small_run_counts_memory(small):
     peaks = {(row["ranks"], row["recompute"]): row["mib"] for row in small["memory"]}
     assert set(peaks) == {(ranks, recompute) for ranks in (1, 2) for recompute in (False, True)}

@@ -31,6 +31,7 @@ def linger(job):
     time.sleep(60)
 
 
+@pytest.mark.slow
 def test_a_measurement_is_of_its_own_process():
     """Not of the parent: 600 MiB of ours do not count."""
     held = torch.ones(150_000_000)
@@ -41,6 +42,7 @@ def test_a_measurement_is_of_its_own_process():
     assert result["threads"] == 1 and time.time() - result["started"] < 60
 
 
+@pytest.mark.slow
 def test_a_measurement_that_fails_says_why():
     for function, why in ((refuse, "2: no room"), (die, "9: killed, most likely")):
         with pytest.raises(UserError, match=f"measuring ours ended with status {why}"):

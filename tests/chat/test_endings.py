@@ -16,6 +16,7 @@ from tests.support.chat import TEXT, call, start, typed
 from tests.support.models import same_cache
 from tests.support.tiny_runs import ROOT
 
+slow = pytest.mark.slow
 LONG = ["--interactive", "--max-new-tokens", 100_000]
 
 
@@ -34,8 +35,15 @@ def answered(model, tokenizer, *questions, length=9):
     return talk
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("busy", [True, False])
+@pytest.mark.parametrize(
+    ("busy", "name"),
+    [
+        (True, "SIGTERM"),
+        (False, "SIGHUP"),
+        pytest.param(True, "SIGHUP", marks=slow),
+        pytest.param(False, "SIGTERM", marks=slow),
+    ],
+)
 def test_a_signal_saves_the_conversation(name, busy, folder, model, tokenizer, tmp_path):
     """In the middle of an answer, or while it waits for a line."""
     after, number = tmp_path / "after", getattr(signal, name)
@@ -78,7 +86,7 @@ def test_a_signal_that_is_ignored_stays_ignored(folder, tmp_path):
         process.wait()
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGHUP", marks=slow)])
 def test_a_signal_leaves_no_half_of_a_memory(name, folder, tmp_path):
     number = getattr(signal, name)
     pipe = tmp_path / "text"
@@ -124,6 +132,7 @@ def test_lines_before_a_wrong_byte_are_answered_and_saved(
     same_cache(saved, talk.cache)
 
 
+@slow
 def test_a_line_is_answered_before_the_next_one_comes(folder):
     process = opened("ask", folder, "--interactive", "--max-new-tokens", 3)
     try:
@@ -134,7 +143,7 @@ def test_a_line_is_answered_before_the_next_one_comes(folder):
         process.wait()
 
 
-@pytest.mark.parametrize("way", [["--interactive"], ["Who fell?"]])
+@pytest.mark.parametrize("way", [["--interactive"], pytest.param(["Who fell?"], marks=slow)])
 def test_an_output_that_is_gone_ends_the_answer_and_saves(way, folder, book, tmp_path):
     """As under `head -c 1`; lines behind it have no answer."""
     after = tmp_path / "after"

@@ -1,5 +1,6 @@
 """Passkey examples: exact length, one whole key, labels, purity, schedule, haystacks, refusals."""
 
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -210,7 +211,9 @@ def test_a_short_file_is_refused_for_training_and_starts_over_in_evaluation(tmp_
 
 def test_bad_input_is_one_line(tmp_path: Path):
     (tmp_path / "latin").write_bytes(b"caf\xe9 noir")
+    os.mkfifo(tmp_path / "pipe")
     messages = {
+        "pipe": "is no file; a text file is needed",
         "none.txt": "cannot be read: No such file",
         "latin": "not a text file in UTF-8",
         ".": "cannot be read: Is a dir",

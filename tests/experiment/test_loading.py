@@ -63,7 +63,7 @@ def edit_weights(folder, change):
 # ---- foreign code
 
 
-@pytest.mark.parametrize("what", ["tokenizer", "config"])
+@pytest.mark.parametrize("what", ["tokenizer", pytest.param("config", marks=pytest.mark.slow)])
 def test_no_code_of_a_folder_runs_and_nobody_is_asked(folder, what, tmp_path):
     note = tmp_path / "it ran"
     (folder / "evil.py").write_text(EVIL.format(note=str(note)))

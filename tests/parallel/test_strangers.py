@@ -94,7 +94,7 @@ def test_a_watch_that_fails_is_not_silent(launch, culprit):
 
     ranks = launch(act).ready()
     ranks.check(culprit, "cannot watch: ZeroDivisionError: as planned", within=5)
-    assert ranks.codes(culprit, within=5) == [1]
+    assert ranks.codes(culprit, within=5) == [2]
     (line,) = ranks.lines(culprit)
     assert "cannot watch: ZeroDivisionError: as planned; the others have ended" in line
 

@@ -47,7 +47,7 @@ def test_a_stopped_rank_is_named_and_ends_when_it_goes_on(launch, victim):
     ranks = launch(blocked(victim)).ready()
     ranks.check(victim, SILENT, ranks.send(signal.SIGSTOP, victim))
     since = ranks.send(signal.SIGCONT, victim)
-    assert ranks.codes(victim, within=TIMEOUT, since=since) == [1]
+    assert ranks.codes(victim, within=TIMEOUT, since=since) == [2]
     (line,) = ranks.lines(victim)
     end = "the others have ended, .*"
     assert re.fullmatch(rf"error: rank {victim} \(pid .*\) {SILENT}; {end}", line), line
@@ -163,7 +163,7 @@ def test_a_rank_that_dies_at_its_start_is_explained_too(launch):
         time.sleep(60)
 
     ranks = launch(act, timeout=20)
-    assert ranks.codes(0, 1, within=10) == [1, 1]
+    assert ranks.codes(0, 1, within=10) == [2, 2]
     assert ranks.lines(0, 1) == [f"error: rank {victim} is gone; this run ends. {ADVICE}"]
 
 
@@ -227,7 +227,7 @@ def test_a_late_rank_has_the_whole_timeout(launch):
 
 def test_a_rank_that_never_starts_is_named(launch):
     ranks, since = launch(late(60)).ready("there"), time.monotonic()
-    assert ranks.codes(0, 2, within=2 * TIMEOUT) == [1, 1]
+    assert ranks.codes(0, 2, within=2 * TIMEOUT) == [2, 2]
     assert time.monotonic() - since > TIMEOUT - 0.5
     (line,) = ranks.lines(0, 2)
     what = r"has not started for [23]\.\d s; this run ends."

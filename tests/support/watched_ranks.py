@@ -102,9 +102,9 @@ class Ranks:
         return [line for text in texts for line in text.splitlines()]
 
     def check(self, culprit, what, since=None, within=TIMEOUT):
-        """All others have ended with code 1; the lowest on each node has said so in one line."""
+        """All others have ended with code 2; the lowest on each node has said so in one line."""
         others = [rank for rank in range(WORLD) if rank != culprit]
-        assert self.codes(*others, within=within, since=since) == [1, 1], self.lines(*others)
+        assert self.codes(*others, within=within, since=since) == [2, 2], self.lines(*others)
         pid = self.processes[culprit].pid
         who = re.escape(f"rank {culprit} (pid {pid} on {socket.gethostname()})")
         for node in self.nodes:

@@ -46,7 +46,7 @@ def load_tokenizer(path):
         raise UserError(f"--model: {path}: {why}") from None
 
 
-def plug_in(decoder, comet):
+def plug_in(decoder, comet, start=None):
     """A copy of the decoder with fresh memory, which shares all weights but embedding and head, as
     these get rows. Raises UserError."""
     logging.set_verbosity_error()  # resizing the embedding warns
@@ -54,6 +54,6 @@ def plug_in(decoder, comet):
     own = {id(part.weight) for part in ends}
     shared = {id(weight): weight for weight in decoder.parameters() if id(weight) not in own}
     try:
-        return CometForCausalLM.from_decoder(copy.deepcopy(decoder, shared), comet).eval()
+        return CometForCausalLM.from_decoder(copy.deepcopy(decoder, shared), comet, start).eval()
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -6,11 +6,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from benchmarks.inference.decoders import USUAL_MODEL, load_decoder, load_tokenizer, plug_in
 from benchmarks.shared import report
 from benchmarks.shared.options import ROOT, Options
+from comet_pl.chat.open_model import memory_keys
 from comet_pl.errors import UserError, run_cli
+from comet_pl.experiment.new_model import start_token
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.progress import Bar
 
@@ -71,6 +74,17 @@ def in_chunks(model, size):
     return lambda ids: model(ids, labels=ids, chunk_sizes=sizes(ids.shape[1]), **keep).loss.item()
 
 
+def in_blocks(decoder, size):
+    """The loss of a piece of which the decoder sees `size` tokens at a time, without memory; a
+    block's first token is predicted by the block before."""
+
+    def loss(ids):
+        logits = [decoder(block, use_cache=False).logits for block in ids.split(size, 1)]
+        return cross_entropy(torch.cat(logits, 1)[0, :-1], ids[0, 1:]).item()
+
+    return loss
+
+
 def neutral(decoder, off, ids: Tensor):
     """Law 5: the largest difference of logits without memories, relative to the largest logit."""
     theirs, ours = decoder(ids, use_cache=False).logits, off(ids, use_cache=False).logits
@@ -85,15 +99,19 @@ def benchmark(options):
     tuned = fine_tuned(options.ckpt, decoder.config.vocab_size) if options.ckpt else None
     memory = {key: getattr(tuned.config, key) for key in MEMORY} if tuned else dict(MEMORY)
     memory["chunk_size"] = size = options.chunk_size or memory["chunk_size"]
+    memory |= memory_keys(options.set)
+    start = None if options.start is None else start_token(options.start, tokenizer)
 
     torch.manual_seed(options.seed)
-    fresh = plug_in(decoder, memory)
+    fresh = plug_in(decoder, memory, start)
     none = {"chunk_size": tokens, "global_size": 0, "compression_stride": None}
     off = plug_in(decoder, none)
     losses = {
         "plain": lambda ids: decoder(ids, labels=ids, use_cache=False).loss.item(),
         "memories off": in_chunks(off, tokens),
     }
+    if size < tokens:
+        losses[f"plain, blocks of {size}"] = in_blocks(decoder, size)
     for name, model in (("plugged in", fresh), ("fine-tuned", tuned)):
         if model is not None:
             losses[f"{name}, one chunk"] = in_chunks(model, tokens)
@@ -115,6 +133,7 @@ def benchmark(options):
         "pieces": len(pieces),
         "tokens": tokens,
         "memory": memory,
+        "start": options.start,
         "seed": options.seed,
         "law_5": {"logits_differ": differ, "allowed": NEUTRAL, "met": differ <= NEUTRAL},
         "models": [summary(name, own, values["plain"]) for name, own in values.items()],

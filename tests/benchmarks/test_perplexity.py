@@ -43,13 +43,25 @@ def test_perplexity_of_a_tiny_decoder(folder, tmp_path):
     models = {row["name"]: row for row in result["models"]}
     ways = ("one chunk", "chunks of 16")
     kinds = [f"{name}, {way}" for name in ("plugged in", "fine-tuned") for way in ways]
-    assert list(models) == ["plain", "memories off", *kinds]
+    assert list(models) == ["plain", "memories off", "plain, blocks of 16", *kinds]
     losses = {name: pytest.approx(row["losses"], abs=1e-5) for name, row in models.items()}
     assert result["law_5"]["met"] and models["memories off"]["losses"] == losses["plain"]
     for way in ways:
         assert models[f"fine-tuned, {way}"]["losses"] == losses[f"plugged in, {way}"]
     one, chunks = (models[f"plugged in, {way}"]["losses"] for way in ways)
     assert len(one) == 5 and one != losses["plain"] and one != pytest.approx(chunks, abs=1e-6)
+
+
+def test_memory_that_is_plugged_in_without_harm(folder, tmp_path):
+    """In one chunk the trailing layout is the plain decoder."""
+    argv = [str(folder / "book.txt"), "--model", str(folder), "--pieces", "3", "--tokens", "32"]
+    argv += ["--chunk-size", "8", "--start", "s", "--out", str(tmp_path)]
+    perplexity.main([*argv, "--set", "layout=trailing", "sink=learned", "global_size=3"])
+    result = json.loads((tmp_path / "perplexity.json").read_text())
+    losses = {row["name"]: row["losses"] for row in result["models"]}
+    assert losses["plugged in, one chunk"] == pytest.approx(losses["plain"], abs=1e-5)
+    with pytest.raises(UserError, match=r"^model.start: 'the sea' given, a text of"):
+        perplexity.main([*argv[:-4], "--start", "the sea", "--out", str(tmp_path)])
 
 
 def test_plain_loss_is_that_of_next_tokens(folder):
@@ -62,6 +74,16 @@ def test_plain_loss_is_that_of_next_tokens(folder):
         expected = -sum(logs[k, ids[0, k + 1]].item() for k in range(19)) / 19
         assert perplexity.in_chunks(off, 20)(ids) == pytest.approx(expected, rel=1e-5)
         assert perplexity.neutral(model, off, ids) < perplexity.NEUTRAL
+
+
+def test_blocks_are_read_alone(folder):
+    """Each token is predicted by those of its block before it, or by the whole block before."""
+    model, ids, logs = decoders.load_decoder(folder), text(1, 20), []
+    with torch.inference_mode():
+        for k in range(19):
+            seen = ids[:, k // 6 * 6 : k + 1]
+            logs.append(model(seen).logits[0, -1].log_softmax(-1)[ids[0, k + 1]].item())
+        assert perplexity.in_blocks(model, 6)(ids) == pytest.approx(-sum(logs) / 19, rel=1e-5)
 
 
 @pytest.mark.parametrize(("tokens", "size", "count"), [(500, 7, 9), (5, 5, 3), (9, 2, 1)])

@@ -7,6 +7,8 @@ import lightning
 import numpy as np
 import torch
 
+from comet_pl.errors import UserError, first_line
+
 
 class RandomState(lightning.Callback):
     """Python's, NumPy's and torch's (CPU and CUDA) random states, as plain types and tensors.
@@ -35,7 +37,11 @@ class RandomState(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Restores the states right before the first step: making the loaders may draw numbers."""
         if self.restored is not None and trainer.global_rank < len(self.restored):
-            set_random_state(self.restored[trainer.global_rank])
+            try:
+                set_random_state(self.restored[trainer.global_rank])
+            except Exception as error:  # of what a damaged one holds: anything
+                line = f"{trainer.ckpt_path}: cannot be resumed: damaged random_states"
+                raise UserError(f"{line}: {first_line(error)}") from None
         elif trainer.global_rank > 0:
             seed = (self.seed + trainer.global_rank) % 2**32
             random.seed(seed)

@@ -22,6 +22,7 @@ from data.tokenizer import pad_token
 TIMES = (1, 4, 16, 32)  # default lengths, in train_lengths
 PREFILL = 16  # chunks a forward call
 WIDEST = 2**15  # rows * chunk_size of one batch: bounds the activations of a chunk
+CELL = {"length", "depth", "accuracy", "n"}
 MOST_TOKENS = 2**26  # rows * length of one batch: bounds its ids (8 bytes each)
 
 
@@ -95,11 +96,13 @@ def _earlier(
 ) -> tuple[list[dict[str, Any]], list[Answer]]:
     """(cells, answers) that the files have of the same weights at other lengths."""
     before = results.read()
-    if before.get("weights") != weights:
+    found = before.get("cells")
+    if before.get("weights") != weights or not isinstance(found, list):
         return [], []
-    cells = [cell for cell in before.get("cells", []) if cell["length"] not in lengths]
-    kept = {cell["length"] for cell in cells}
-    return cells, [answer for answer in results.answers("passkey") if answer["length"] in kept]
+    whole = [cell for cell in found if isinstance(cell, dict) and cell.keys() >= CELL]
+    cells = [cell for cell in whole if cell["length"] not in lengths]
+    kept = [cell["length"] for cell in cells]
+    return cells, [one for one in results.answers("passkey") if one.get("length") in kept]
 
 
 def _passkey_table(values: dict[str, Any]) -> Table:

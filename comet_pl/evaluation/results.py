@@ -59,16 +59,18 @@ class Results:
     def read(self) -> dict[str, Any]:
         """The scores in the file; {} if it is missing or damaged."""
         try:
-            return dict(json.loads(self.scores.read_text("utf-8")))
-        except (OSError, ValueError):
+            found = json.loads(self.scores.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def answers(self, task: str) -> list[Answer]:
         """The answers of <task>.jsonl; [] if it is missing or damaged."""
         try:
-            return _lines(self.predictions / f"{task}.jsonl")
-        except (OSError, ValueError):
+            found = _lines(self.predictions / f"{task}.jsonl")
+        except (OSError, ValueError, RecursionError):
             return []
+        return found if all(isinstance(answer, dict) for answer in found) else []
 
     def draw(self, figure: Figure) -> None:
         """Replaces the picture."""

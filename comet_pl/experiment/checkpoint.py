@@ -80,6 +80,7 @@ RESUMED = {  # keys of a checkpoint that goes on, and their types
     "loops": dict,
     "random_states": list,
     "global_step": int,
+    "pytorch-lightning_version": str,
 }
 
 
@@ -120,10 +121,18 @@ def read_checkpoint(path: Path, mmap: bool = False, whole: bool = True) -> dict[
 
 def check_resumable(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Raises UserError unless the checkpoint has all that a training goes on from."""
+    from comet_pl.model.digests import check_finite
+
     for key, kind in RESUMED.items():
         value = checkpoint.get(key)
         if not isinstance(value, kind) or (key != "global_step" and not value):
             raise UserError(f"{path}: cannot be resumed: no {key} in it")
+    try:
+        for optimizer in checkpoint["optimizer_states"]:
+            for number, moments in optimizer["state"].items():
+                check_finite({f"{name} of parameter {number}": t for name, t in moments.items()})
+    except Exception as error:  # of what a damaged one holds: anything
+        raise UserError(f"{path}: cannot be resumed: optimizer_states: {error}") from None
 
 
 def find_checkpoint(path: Path) -> tuple[Path, Path]:

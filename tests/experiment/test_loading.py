@@ -241,9 +241,24 @@ def test_a_checkpoint_without_a_part_is_not_resumed(trained, key):
     content = read_checkpoint(path)
     check_resumable(content, path)
     kind = RESUMED[key]
-    for value in (None, "x", *([] if kind is int else [kind()])):
+    for value in (None, 3 if kind is str else "x", *([] if kind is int else [kind()])):
         with pytest.raises(UserError, match=f"cannot be resumed: no {key} in it"):
             check_resumable(content | {key: value}, path)
+
+
+@pytest.mark.parametrize("part", ["optimizer", "random"])
+def test_states_that_cannot_be_gone_on_from_are_one_line(trained, tmp_path, part):
+    run = Path(shutil.copytree(trained, tmp_path / "passkey" / "trained"))
+    path = run / "checkpoints" / "last.ckpt"
+    content = torch.load(path, weights_only=True)
+    if part == "optimizer":
+        content["optimizer_states"][0]["state"][3]["exp_avg"][0] = torch.nan
+    else:
+        content["random_states"][0]["torch"] = content["random_states"][0]["torch"][:10]
+    torch.save(content, path)
+    keys = [f"run.root={tmp_path}", "run.name=trained", *SMALL, "resume=true"]
+    with pytest.raises(UserError, match=rf"last.ckpt: cannot be resumed: .*{part}_state"):
+        main([*keys, "trainer.max_steps=6"])
 
 
 def test_a_damaged_state_inside_is_one_line(trained, tmp_path):

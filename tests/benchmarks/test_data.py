@@ -48,6 +48,7 @@ def in_this_process(job, watched=False):
     return getattr(feeding, job["what"])(job | {"started": time.time()})
 
 
+@pytest.mark.slow
 def test_small_run(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "measure", in_this_process)
     argv = ["--small", "--gigabytes", "0.0001", "--workers", "0", "--rounds", "2"]

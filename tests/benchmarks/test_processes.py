@@ -49,6 +49,7 @@ def test_a_measurement_that_fails_says_why():
             processes.measure(function, {}, "ours")
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_no_process(monkeypatch):
     """Neither the measuring one nor one that it started."""
     pids = []

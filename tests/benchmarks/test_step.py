@@ -26,6 +26,7 @@ def measured(monkeypatch):
     return measure
 
 
+@pytest.mark.slow
 def test_all_ways_take_the_same_step(measured):
     none, cell, chunk = rows = [measured(what) for what in step.RECOMPUTE]
     for row in (cell, chunk):

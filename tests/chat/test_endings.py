@@ -39,7 +39,7 @@ def answered(model, tokenizer, *questions, length=9):
     ("busy", "name"),
     [
         (True, "SIGTERM"),
-        (False, "SIGHUP"),
+        pytest.param(False, "SIGHUP", marks=slow),
         pytest.param(True, "SIGHUP", marks=slow),
         pytest.param(False, "SIGTERM", marks=slow),
     ],
@@ -72,6 +72,7 @@ def test_a_signal_saves_the_conversation(name, busy, folder, model, tokenizer, t
         same_cache(saved, talk.cache)
 
 
+@pytest.mark.slow
 def test_a_signal_that_is_ignored_stays_ignored(folder, tmp_path):
     """As under nohup."""
     command = ["sh", "-c", 'trap "" HUP; exec "$0" "$@"', *start("ask", folder, *LONG)]
@@ -214,6 +215,7 @@ def test_an_error_line_is_short_and_nothing_that_a_terminal_obeys():
     assert len(line) < 2100 and "characters ...]" in line
 
 
+@pytest.mark.slow
 def test_a_note_of_a_memory_file_cannot_write_to_the_terminal(folder, book, tmp_path):
     cache = CometCache.load(book.memory)
     cache.weights = "other"

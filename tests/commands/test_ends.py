@@ -52,7 +52,7 @@ def started(root, *keys, ignored=(), **env):
 @pytest.mark.parametrize(
     ("number", "env"),
     [
-        (signal.SIGHUP, {}),
+        pytest.param(signal.SIGHUP, {}, marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, SLURM, marks=pytest.mark.slow),
         pytest.param(signal.SIGXCPU, {}, marks=pytest.mark.slow),
     ],

@@ -339,9 +339,8 @@ def test_a_tokenizer_without_chat_template(tmp_path: Path):
     assert plain.decode(ids) == f"{ROWS[0]['input']}\n\nAnswer:\n{ROWS[0]['output']}<|end|>"
 
 
-@pytest.mark.parametrize(
-    "folder", [pytest.param("scrolls", marks=pytest.mark.slow), "scrolls_small"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["scrolls", "scrolls_small"])
 def test_real_rows(shared_data: Path, folder: str):
     data = ScrollsData(
         root=str(shared_data / folder), tasks=["narrative_qa", "contract_nli"], max_length=1024

@@ -51,7 +51,9 @@ def keys_of(kind, folder, name="rows"):
 # ---- more steps than the run was made for
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind == "passkey")) for kind in KINDS]
+)
 def test_a_finished_run_grows_and_reads_on(tmp_path, kind, capsys):
     keys = keys_of(kind, tmp_path)
     whole = rows_of_run([*keys, "run.name=whole", "trainer.max_steps=9"])

@@ -51,7 +51,7 @@ def compiled():
     torch._dynamo.reset()
 
 
-QUICK = [("kernels", "qwen3"), ("formula", "smollm3")]
+QUICK = [("kernels", "qwen3")]
 
 
 @pytest.mark.parametrize(

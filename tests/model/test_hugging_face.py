@@ -89,7 +89,7 @@ def test_the_trainer_evaluates_and_keeps_the_best(folder, tmp_path):
     assert without.predictions.shape == (3, len(ids), model.config.vocab_size)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_trainer_trains_it_with_token_correct_accumulation(folder, tmp_path, recompute):
     """Two micro-batches with different numbers of targets: the loss is the mean over tokens, as of
     one batch."""
@@ -130,7 +130,9 @@ class Named(CometForCausalLM):
     """A user's subclass, whose name no library has heard of."""
 
 
-@pytest.mark.parametrize("kind", [CometForCausalLM, Named, "peft"])
+@pytest.mark.parametrize(
+    "kind", [CometForCausalLM, pytest.param(Named, marks=pytest.mark.slow), "peft"]
+)
 def test_label_smoothing_learns_the_next_token(kind, tmp_path):
     """Each token is the one before plus 1: a model that learns to repeat its input is at 0 %."""
     torch.manual_seed(0)

@@ -55,6 +55,7 @@ def evaluated(folder):
     return json.loads((folder / "eval" / "passkey.json").read_text())["mean"], files
 
 
+@pytest.mark.slow  # test_strategy.py has its ranks in quick tests
 def test_two_devices_train_and_evaluate_as_one(alone, tmp_path):
     with Training(tmp_path, "two", "eval.after_fit=true") as run:
         folder = run.finished()

@@ -195,6 +195,7 @@ def peak(chunks, recompute):
     return live.peak, max(kept), 3 * (chunks - 1) * (4 + 4) * 16 * 8
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_one_chunk_and_the_boundaries():
     """Each entry of the temporary memory is kept once, though it is in the memory at four
     boundaries."""

@@ -82,6 +82,7 @@ def test_heads_of_the_first_layer_look_back_by_their_offsets():
         assert scores[offset] - max(scores[offset + 2], scores[offset - 2]) > 1.5
 
 
+@pytest.mark.slow
 def test_lookups_are_learnt_at_once():
     assert right_after(model([2, 2]), 60) > 0.9
     assert right_after(model(None), 60) < 0.4  # of six values one is right by chance

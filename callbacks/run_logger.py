@@ -75,7 +75,7 @@ def age_events(folder: Path) -> None:
     files = sorted(folder.glob("events.out.tfevents.*"))
     now = int(time.time())
     for number, file in enumerate(files):
-        *head, stamp, host = file.name.split(".", 4)[:5]
+        *head, stamp, host = file.name.split(".", 4)
         last = now - len(files) + number
         if stamp.isdecimal() and int(stamp) > last:
             file.rename(folder / ".".join([*head, f"{last:010}", host]))

@@ -26,6 +26,7 @@ NO_ROOM = (
     "quota exceeded",
     "read-only file",
 )
+GOES_ON = "resume=true goes on from the last checkpoint"
 OTHER_RANK = ("gloo/", "connection closed by peer", "nccl")
 NO_MEMORY = ("out of memory", "allocate memory", "unable to allocate", "bad_alloc")
 
@@ -112,11 +113,9 @@ def fault_of(error: Exception) -> str | None:
     if isinstance(error, UserError):
         return text
     if text.startswith("DataLoader worker"):
-        goes_on = "resume=true goes on from the last checkpoint"
-        return f"data.num_workers: {text.rstrip('. ')} (its memory may have run out); {goes_on}"
+        return f"data.num_workers: {text.rstrip('. ')} (its memory may have run out); {GOES_ON}"
     if isinstance(error, RuntimeError) and any(words in text.lower() for words in OTHER_RANK):
-        goes_on = "resume=true goes on from the last checkpoint"
-        return f"another process of this training has ended or cannot be reached: {text}; {goes_on}"
+        return f"another process of this training has ended or cannot be reached: {text}; {GOES_ON}"
     if isinstance(error, MemoryError) or any(words in text.lower() for words in NO_MEMORY):
         return f"out of memory{': ' * bool(text)}{text}; docs/how-to.md says how to need less"
     if isinstance(error, OSError) and error.strerror:

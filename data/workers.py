@@ -79,15 +79,15 @@ def received(loader: DataLoader[Any]) -> Iterator[Any]:
         if attendance.reason:
             reason = f"data.num_workers: {attendance.reason}; {RESUME}"
             raise UserError(reason) from None
+        if isinstance(error, UserError):
+            raise _own(error) from None
+        # Half a message of its own may be what the main process has met, before its end is known.
+        wait([worker.sentinel for worker in batches._workers], timeout=1.0)
         if any(worker.exitcode == UNSENT for worker in batches._workers):
             raise UserError(
                 "data.num_workers: a worker process cannot send its batch, most likely for want of "
                 "shared memory (/dev/shm); data.num_workers=0 needs none"
             ) from None
-        if isinstance(error, UserError):
-            raise _own(error) from None
-        # Half a message of its own may be what the main process has met, before its end is known.
-        wait([worker.sentinel for worker in batches._workers], timeout=1.0)
         if killed := [worker for worker in batches._workers if (worker.exitcode or 0) < 0]:
             how = f"DataLoader worker (pid {killed[0].pid}) is killed by signal"
             raise RuntimeError(f"{how}: {-killed[0].exitcode}") from error

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.chat.conversation import Conversation
 from comet_pl.config.load import filled
-from comet_pl.config.schema import ModelConfig
+from comet_pl.config.schema import ModelConfig, comet_keys
 from comet_pl.errors import UserError, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
 from comet_pl.experiment.loading import load_model, load_tokenizer, loading
@@ -98,8 +97,7 @@ def memory_keys(texts: list[str]) -> dict[str, Any]:
     Raises:
         UserError: no such key, or not one of its values.
     """
-    # Its rows began long ago.
-    known = [field.name for field in fields(ModelConfig) if field.name != "start"]
+    known = list(comet_keys(ModelConfig()))
     values: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")

@@ -1,6 +1,7 @@
 """The model and backbone sections; schema.py has the others."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from comet_pl.config.key import key
 
@@ -53,6 +54,13 @@ class ModelConfig:
         "what the rows of new tokens begin as: mean of all rows, a text that is one token, or a "
         "token's number",
     )
+
+
+def comet_keys(model: ModelConfig) -> dict[str, Any]:
+    """Those of CometConfig: all but `start`, which is over once a model is there."""
+    values = asdict(model)
+    del values["start"]
+    return values
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from comet_pl.config.data_schema import (
     UserBehaviorData,
 )
 from comet_pl.config.key import key
-from comet_pl.config.model_schema import BackboneConfig, ModelConfig
+from comet_pl.config.model_schema import BackboneConfig, ModelConfig, comet_keys
 
 __all__ = [
     "DATA_KINDS",
@@ -28,6 +28,7 @@ __all__ = [
     "ScrollsData",
     "TextData",
     "UserBehaviorData",
+    "comet_keys",
     "key",
 ]
 

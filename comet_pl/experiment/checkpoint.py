@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.config.load import from_dict, load, to_dict
-from comet_pl.config.schema import Config
+from comet_pl.config.schema import Config, comet_keys
 from comet_pl.errors import UserError, os_errors
 from comet_pl.experiment.loading import load_model, load_tokenizer, loading
 
@@ -209,14 +208,10 @@ def _restored(
             raise UserError(f"{key}: given, but the checkpoint in {path} decides it")
     settings = CometConfig.from_dict(json.loads(content["model"]))
     rows = new_rows(settings)  # before keys leave some of them out
-    trained, asked = content["config"]["model"], dataclasses.asdict(config.model)
+    trained, asked = content["config"]["model"], comet_keys(config.model)
     try:
         settings.override(
-            {
-                key: value
-                for key, value in asked.items()
-                if value != trained.get(key, value) and key != "start"  # which was long ago
-            }
+            {key: value for key, value in asked.items() if value != trained.get(key, value)}
         )
     except ValueError as error:
         raise UserError(_misfit(config, content["config"], error)) from None
@@ -282,9 +277,8 @@ def _from_folder(
         for argument in argv
         if argument.startswith("model.")
     }
-    model = dataclasses.asdict(config.model)
-    comet = {key: model[key] for key in model if key in given and key != "start"}
+    comet = {key: value for key, value in comet_keys(config.model).items() if key in given}
     attention = {"attn_implementation": config.backbone.attn_implementation}
     what = f"ckpt: {path} cannot be loaded"
-    loaded = load_model(path, what, comet=comet, **attention)
-    return loaded.eval(), load_tokenizer(path, what), config
+    model = load_model(path, what, comet=comet, **attention)
+    return model.eval(), load_tokenizer(path, what), config

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from comet_pl.config.schema import Config
+from comet_pl.config.schema import Config, comet_keys
 from comet_pl.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -42,8 +41,8 @@ def new_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> CometForCau
     from comet_pl.model.start import start_rows, start_sinks
     from comet_pl.training.induction_init import start_lookups
 
-    backbone, comet = config.backbone, asdict(config.model)
-    start = start_token(comet.pop("start"), tokenizer)
+    backbone, comet = config.backbone, comet_keys(config.model)
+    start = start_token(config.model.start, tokenizer)
     if backbone.path is not None:
         # Not as the folder has them: where bf16 only computes, an optimizer's small steps must not
         # be lost in bf16 weights.

@@ -34,6 +34,7 @@ class CallFacts:
     wanted: np.ndarray  # (B, N) bool: whose output is needed
     global_size: int
     capacity: int
+    trailing: bool  # the layout
     in_place: bool  # tensors are written into the cache's buffers; only without gradients
     keeps: bool  # the cache is kept after the call
     device: torch.device
@@ -93,11 +94,9 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
         entered = entering[None].repeat(rows, 0)
     uneven = entered if isinstance(entered, np.ndarray) else None
     positions = np.arange(0 if opens else memory + first, memory + last)[None]
-    behind, sight = 0, None
-    if before.trailing and segment.closes:
-        behind, slots = W - len(text), positions[:, : positions.shape[1] - W]
-        turned, sees = (memory + numbers[None] for numbers in apart(segment, kinds, index))
-        sight = np.concatenate([slots, turned], 1), sees
+    sight = None
+    if facts.trailing and segment.closes:
+        sight = sight_apart(segments[:1], [before], kinds[None], index[None], positions)
     own, compression = own_tokens(
         facts, source, positions, memory + last, text_places, uneven, sight=sight
     )
@@ -119,12 +118,34 @@ def uniform_chunk(facts: CallFacts, segments: Sequence[Segment]) -> UniformChunk
         past=memory + first,
         compression=entered if isinstance(entered, slice) else compression,
         readout_place=slice(W - m, W),
-        behind=behind,
+        behind=0 if sight is None else W - len(text),
     )
 
 
 def slots_of(clock: RowClock) -> Slots:
     return Slots(clock.sink_slots, clock.global_slots, clock.temporary_slots)
+
+
+def sight_apart(
+    segments: Sequence[Segment | None],
+    before: Sequence[RowClock],
+    kinds: np.ndarray,
+    index: np.ndarray,
+    positions: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `sight` of `own_tokens` where rows close a trailing chunk.
+
+    Args:
+        kinds, index: (B, W) of the own tokens; kind -1: padding. positions: (B, M + W).
+    """
+    turned, sees = positions.copy(), positions[:, positions.shape[1] - kinds.shape[1] :].copy()
+    own = turned[:, positions.shape[1] - kinds.shape[1] :]
+    for b, segment in enumerate(segments):
+        if segment is not None and segment.closes:
+            n = np.count_nonzero(kinds[b] >= 0)
+            numbers = apart(segment, kinds[b, :n], index[b, :n])
+            own[b, :n], sees[b, :n] = (before[b].memory + each for each in numbers)
+    return turned, sees
 
 
 class OwnTokens(TypedDict):
@@ -183,8 +204,6 @@ class RowLayout(NamedTuple):
     indices: np.ndarray
     source: np.ndarray
     positions: np.ndarray
-    rope: np.ndarray
-    sees: np.ndarray
 
 
 def row_layout(
@@ -195,21 +214,17 @@ def row_layout(
     spans = [s.span(m) if s else (0, 0) for s in segments]
     shape = len(segments), max(last - first for first, last in spans)
     kinds, index = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-    source = np.full(shape, facts.width)
-    positions, rope, sees = (np.full(shape, columns) for _ in range(3))
+    source, positions = np.full(shape, facts.width), np.full(shape, columns)
     for b, (segment, (first, last)) in enumerate(zip(segments, spans, strict=True)):
         if segment is None:
             continue
         n = last - first
         kinds[b, :n], index[b, :n] = own_layout(segment, m)
-        positions[b, :n] = rope[b, :n] = sees[b, :n] = before[b].memory + np.arange(first, last)
-        if segment.before.trailing and segment.closes:
-            other = apart(segment, kinds[b, :n], index[b, :n])
-            rope[b, :n], sees[b, :n] = (before[b].memory + numbers for numbers in other)
+        positions[b, :n] = before[b].memory + np.arange(first, last)
         text, readout = kinds[b] == TEXT, kinds[b] == READOUT
         source[b, text] = facts.columns[b][index[b, text] + segment.start - segment.before.fill]
         source[b, readout] = facts.width + 1 + index[b, readout]
-    return RowLayout(kinds, index, source, positions, rope, sees)
+    return RowLayout(kinds, index, source, positions)
 
 
 def ragged_chunk(
@@ -233,9 +248,8 @@ def ragged_chunk(
     )
     slots, positions = ragged_slots(before, opening, layout.positions, columns)
     sight = None
-    if any(s is not None and s.closes and s.before.trailing for s in segments):
-        slot_places = positions[:, : positions.shape[1] - layout.rope.shape[1]]
-        sight = np.concatenate([slot_places, layout.rope], 1), layout.sees
+    if facts.trailing and any(closes):
+        sight = sight_apart(segments, before, layout.kinds, layout.indices, positions)
     new = [h + int(n) if c else 0 for h, n, c in zip(held, entering, closes, strict=True)]
     places = compression_places(layout, entering, pending_after)
     readout = readout_places(facts, layout) if any(closes) else None

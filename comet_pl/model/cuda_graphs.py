@@ -312,6 +312,7 @@ def fixed_chunk(
         wanted=np.zeros((kind.rows, kind.tokens), dtype=bool),
         global_size=plan.config.global_size,
         capacity=plan.config.temporary_capacity,
+        trailing=plan.config.layout == "trailing",
         in_place=True,
         keeps=True,
         device=device,

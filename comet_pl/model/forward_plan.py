@@ -55,6 +55,7 @@ class ForwardPlan:
             wanted=self.wanted,
             global_size=self.config.global_size,
             capacity=self.config.temporary_capacity,
+            trailing=self.config.layout == "trailing",
             in_place=in_place,
             keeps=self.use_cache,
             device=device,

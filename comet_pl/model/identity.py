@@ -32,10 +32,11 @@ class Fingerprint:
         self.words = self.value = ""
 
     def of(self, config: CometConfig) -> str:
-        later = {key: getattr(config, key) for key in LATER if getattr(config, key) != LATER[key]}
-        settings = (*SETTINGS(config), *([later] if later else []))
-        words = repr((vars(config.backbone_config), settings))
+        settings = SETTINGS(config)
+        words = repr((vars(config.backbone_config), settings, config.layout, config.sink))
         if self.words != words:
+            later = {key: now for key in LATER if (now := getattr(config, key)) != LATER[key]}
+            settings += (later,) if later else ()
             facts = config.backbone_config.to_dict().items()
             backbone = {key: value for key, value in facts if not key.startswith(RUNTIME)}
             content = json.dumps([backbone, settings], sort_keys=True, default=str)

@@ -3,13 +3,12 @@
 import os
 import signal
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.support.tiny_runs import ROOT, command
+from tests.support.tiny_runs import ROOT, at_step, command, wait_for_step
 from tests.support.trained import SMALL
 
 LONG = [*SMALL, "trainer.max_steps=100000", "checkpoint.every_steps=null", "eval.after_fit=false"]
@@ -25,28 +24,9 @@ SLURM = {
 }
 
 
-def started(root, *keys, ignored=(), **env):
-    """A training in a process of its own that has done four steps."""
-
-    def before():
-        for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        command(root, "x", *LONG, *keys),
-        cwd=ROOT,
-        env=os.environ | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=before,
-    )
-    watchdog = threading.Timer(300, process.kill)
-    watchdog.start()
-    for line in process.stdout:
-        if line.startswith("step 4/"):
-            break
-    return process
+def started(root, *keys, **options):
+    """A training that has done four steps."""
+    return at_step(command(root, "x", *LONG, *keys), 4, **options)
 
 
 @pytest.mark.parametrize(
@@ -58,9 +38,9 @@ def started(root, *keys, ignored=(), **env):
     ],
 )
 def test_signals_of_terminals_and_schedulers_save(number, env, tmp_path):
-    process = started(tmp_path, **env)
-    process.send_signal(number)
-    out, errors = process.communicate()
+    with started(tmp_path, **env) as process:
+        process.send_signal(number)
+        out, errors = process.communicate()
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors and "stopped after step" in out
     folder = tmp_path / "passkey" / "x"
@@ -75,10 +55,10 @@ def test_signals_of_terminals_and_schedulers_save(number, env, tmp_path):
 def test_a_data_parallel_rank_is_killed(tmp_path):
     """Lightning's own strategy: the others end in a line, and one device goes on."""
     keys = ["trainer.devices=2", "checkpoint.every_steps=1"]
-    process = started(tmp_path, *keys)
-    (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(other), signal.SIGKILL)
-    _, errors = process.communicate()
+    with started(tmp_path, *keys) as process:
+        (other,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(other), signal.SIGKILL)
+        _, errors = process.communicate()
     assert process.returncode == 2 and "Traceback" not in errors
     assert errors.strip().splitlines()[-1].startswith("error: another process of this training")
     resumed = [*command(tmp_path, "x", *SMALL), "resume=true"]
@@ -87,33 +67,28 @@ def test_a_data_parallel_rank_is_killed(tmp_path):
 
 @pytest.mark.slow
 def test_what_nohup_ignores_is_ignored(tmp_path):
-    process = started(tmp_path, ignored=[signal.SIGHUP])
-    process.send_signal(signal.SIGHUP)
-    for line in process.stdout:
-        if line.startswith("step 8/"):
-            break
-    process.send_signal(signal.SIGTERM)
-    process.communicate()
+    with started(tmp_path, ignored=[signal.SIGHUP]) as process:
+        process.send_signal(signal.SIGHUP)
+        wait_for_step(process, 8)
+        process.send_signal(signal.SIGTERM)
+        process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
 
 
 @pytest.mark.slow
 def test_the_same_job_twice(tmp_path):
     """The second is refused at once, the first trains on; what is killed holds nobody back."""
-    first = started(tmp_path, "resume=true")
-    again = [*command(tmp_path, "x", *SMALL), "resume=true", "trainer.max_steps=100000"]
-    second = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert second.returncode == 2
-    assert f"is being trained by process {first.pid} on" in second.stderr
-    first.send_signal(signal.SIGTERM)
-    first.communicate()
-    assert first.returncode == 128 + signal.SIGTERM
-    third = started(tmp_path, "resume=true")
-    third.kill()
-    third.communicate()
-    fourth = started(tmp_path, "resume=true")
-    fourth.kill()
-    fourth.communicate()
+    with started(tmp_path, "resume=true") as first:
+        again = [*command(tmp_path, "x", *SMALL), "resume=true", "trainer.max_steps=100000"]
+        second = subprocess.run(again, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert f"is being trained by process {first.pid} on" in second.stderr
+        first.send_signal(signal.SIGTERM)
+        first.communicate()
+        assert first.returncode == 128 + signal.SIGTERM
+    for _ in range(2):
+        with started(tmp_path, "resume=true") as killed:
+            assert killed.poll() is None
 
 
 @pytest.mark.slow

@@ -2,21 +2,18 @@
 bit as if nothing had ended it."""
 
 import random
-import re
 import resource
 import runpy
 import signal
 import subprocess
-import threading
 import time
 
 import pytest
 
 from tests.support.tiny_data import write_events, write_scrolls, write_traces
-from tests.support.tiny_runs import ROOT, TINY, command, same_run
+from tests.support.tiny_runs import ROOT, SIGNALS, TINY, at_step, command, same_run
 
 slow = pytest.mark.slow
-SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 FULL_DISK = "full disk"
 
 RUN = [*TINY, "trainer.log_every_n_steps=1", "eval.after_fit=false", "train.warmup_steps=3"]
@@ -63,39 +60,15 @@ def fill_disk(process):
 def train_and_end(root, name, step, delay, fault, *keys):
     """Starts train.py and ends it `delay` seconds after it has shown a step; returns whether it
     was still running."""
-
-    def listens():
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
-    process = subprocess.Popen(
-        command(root, name, *keys),
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=listens,
-    )
-    watchdog = threading.Timer(120, process.kill)
-    watchdog.start()
-    try:
-        for line in process.stdout:
-            shown = re.match(r"step (\d+)/", line)
-            if shown and int(shown[1]) >= step:
-                time.sleep(delay)
-                break
+    argv = command(root, name, *keys)
+    with at_step(argv, step, stderr=subprocess.STDOUT) as process:
+        time.sleep(delay)
         running = process.poll() is None
         if running and fault == FULL_DISK:
             fill_disk(process)
         elif running:
             process.send_signal(fault)
-        said = process.stdout.read()
-        process.wait()
-    finally:
-        watchdog.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        said = process.communicate()[0]
     assert "Traceback" not in said, said
     if fault == signal.SIGKILL:
         allowed = -fault
@@ -122,7 +95,6 @@ def ended_equals_straight(tmp_path, conf, keys, *more, fault=signal.SIGKILL, tim
             continue
         if draw.random() < 0.5:  # start anew now and then: a resumed run has fewer moments left
             ended.rename(ended.with_name(f"old{times}"))
-    time.sleep(1)  # TensorBoard orders files by the second in their names
     train_here([f"run.root={tmp_path}", "run.name=ended", *keys])
     same_run(tmp_path / conf / "straight", ended)
 

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import time
 
 import lightning
 import numpy as np
@@ -108,9 +107,6 @@ def fit(tokenizer):
         where = [f"run.root={root}", f"run.name={name}", f"resume={str(resume).lower()}"]
         config = load([*where, *SHORT, "trainer.max_steps=10", *keys])
         run = plan_run(config)
-        for events in run.path.glob("events.*") if resume else ():
-            # TensorBoard orders files by the second in their names.
-            time.sleep(max(0, int(events.name.split(".")[3]) + 1.01 - time.time()))
         lightning.seed_everything(config.seed, verbose=False)
         model = build.build_model(config, tokenizer)
         content = checkpoint_content(run.config, tokenizer, model)

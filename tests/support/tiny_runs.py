@@ -1,9 +1,16 @@
 """The tiny run that several tests make by train.py's arguments; a key given again after these takes
 the place of the first."""
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,6 +36,53 @@ def python(code: str, *arguments: str) -> str:
 def command(root: Path, name: str, *keys: str) -> list[str]:
     """train.py in a process of its own; keys: TINY and others."""
     return [sys.executable, "train.py", f"run.root={root}", f"run.name={name}", *keys]
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+@contextmanager
+def at_step(
+    argv: list[str],
+    step: int,
+    stderr: int = subprocess.PIPE,
+    ignored: Sequence[int] = (),
+    **env: str,
+) -> Iterator["subprocess.Popen[str]"]:
+    """A process of train.py that has shown a step, or has ended; what is left of it after the
+    block, or after five minutes, is killed."""
+
+    def listens() -> None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": stderr, "text": True}
+    environment = os.environ | env
+    with subprocess.Popen(
+        argv, cwd=ROOT, env=environment, preexec_fn=listens, start_new_session=True, **streams
+    ) as process:
+
+        def end() -> None:
+            with suppress(ProcessLookupError):  # its children too: they hold its streams open
+                os.killpg(process.pid, signal.SIGKILL)
+
+        watchdog = threading.Timer(300, end)
+        watchdog.start()
+        try:
+            wait_for_step(process, step)
+            yield process
+        finally:
+            watchdog.cancel()
+            end()
+
+
+def wait_for_step(process: "subprocess.Popen[str]", step: int) -> None:
+    """Reads the process's lines until it shows this step or a later one, or ends."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        shown = re.match(r"step (\d+)/", line)
+        if shown and int(shown[1]) >= step:
+            return
 
 
 COMPARED = "state_dict optimizer_states lr_schedulers random_states callbacks".split()

@@ -103,9 +103,11 @@ def _end(batches: Any, kill: bool) -> None:
     if batches._worker_pids_set:
         signal_handling._remove_worker_pids(id(batches))
         batches._worker_pids_set = False
-    if kill or any(_state(worker.pid)[0] == "T" for worker in batches._workers):
+    if kill or any(worker.exitcode or _state(worker.pid)[0] == "T" for worker in batches._workers):
         for worker in batches._workers:
             worker.kill()
+        # One that is killed while it looks at this event keeps its lock: set() would wait for ever.
+        batches._workers_done_event = threading.Event()
     batches._shutdown_workers()
 
 

@@ -151,6 +151,23 @@ def test_an_error_in_a_worker_is_the_same_line():
     assert messages == ["row 7: UserError: cannot be read"] * 2
 
 
+def test_a_worker_that_is_killed_with_a_lock_holds_nobody_up():
+    """Workers look at an event of the main process's, which it sets when it ends them."""
+
+    class Locked(Rows):
+        def __getitem__(self, index):
+            if index == 6:
+                frame = sys._getframe()
+                while "done_event" not in frame.f_locals:
+                    frame = frame.f_back
+                frame.f_locals["done_event"]._cond.acquire()
+                time.sleep(60)
+            return super().__getitem__(index)
+
+    with pytest.raises(UserError, match="cannot be read"):
+        list(batches(Locked(waits={5: 0.5}, fails=[5])))
+
+
 @pytest.mark.parametrize("number", [*workers.IGNORED, signal.SIGTERM])
 def test_signals_to_the_whole_group_leave_the_workers_alone(number):
     """Schedulers send them to each process; the main one needs the rest of the step."""

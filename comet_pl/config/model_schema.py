@@ -49,6 +49,11 @@ class ModelConfig:
         "attention to rest on",
         choices=("none", "learned"),
     )
+    slot_scale: float | None = key(
+        None,
+        "start value of a factor that each layer learns for the input of each memory's slots; "
+        "null: no factor, as the authors",
+    )
     start: str = key(
         "mean",
         "what the rows of new tokens begin as: mean of all rows, a text that is one token, or a "

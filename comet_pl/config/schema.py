@@ -113,6 +113,19 @@ class TrainConfig:
         "chunks a window: gradients flow within it, memory flows on; null: through all chunks",
         min=1,
     )
+    distill: float = key(
+        0.0,
+        "weight of KL(teacher || model) in the loss, the rest is cross-entropy; the teacher is the "
+        "decoder without memory, which therefore must not learn (train.parameters)",
+        min=0,
+        max=1,
+    )
+    teacher_length: int | None = key(
+        None,
+        "with distill: tokens that the teacher sees at once; of longer texts, halves overlap; "
+        "null: as many as the decoder has positions",
+        min=2,
+    )
     gate_pull: float = key(
         0.0,
         "penalty gate_pull * (mean g - gate_target)^2, averaged over chunks and layers: pulls "

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from comet_pl.model.attention import attend
 from comet_pl.model.cache import LayerMemory
-from comet_pl.model.chunk_batch import Chunk, Rope
+from comet_pl.model.chunk_batch import Chunk, Rope, Slots
 from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.memory import GlobalMemory, ResidualAdapter, TemporaryMemory
 from comet_pl.model.norm import fuse_norms
@@ -109,6 +109,7 @@ class Cell(nn.Module):
         self.config = config.backbone_config
         self.scaling = float(layer.self_attn.scaling)  # type: ignore[arg-type]
         self.use_rope = bool(getattr(layer.self_attn, "use_rope", True))
+        self.scales = config.slot_scale is not None
         self.holds_pending = config.layout == "interleaved"
         has_global, has_temporary = config.global_size > 0, config.compression_stride is not None
         self.global_memory = GlobalMemory(config) if has_global else None
@@ -128,6 +129,8 @@ class Cell(nn.Module):
         Writes to no argument unless chunk.in_place.
         """
         normed = self.input_layernorm(self.inputs(hidden, memory, chunk))
+        if self.scales and chunk.slots is not None:
+            normed = self.scaled(normed, chunk.slots)
         own = normed[:, normed.shape[1] - hidden.shape[1] :].contiguous()
         queries, values = self.project("q", own), self.project("v", normed)
         # RoPE in the residual's dtype, attention in the projections'.
@@ -171,6 +174,16 @@ class Cell(nn.Module):
             assert memory.temporary is not None
             parts.append(memory.temporary[:, : chunk.slots.temporary_slots])
         return torch.cat([*parts, hidden], 1)
+
+    def scaled(self, normed: Tensor, slots: Slots) -> Tensor:
+        """(B, M + W, d) with each slot but the sink times its memory's factor."""
+        sizes = slots.sink, slots.global_slots, slots.temporary_slots
+        sink, state, temporary, own = normed.split([*sizes, normed.shape[1] - sum(sizes)], 1)
+        if state.shape[1] and self.global_memory is not None:
+            state = state * self.global_memory.factor.to(state.dtype)
+        if temporary.shape[1] and self.temporary_memory is not None:
+            temporary = temporary * self.temporary_memory.factor.to(state.dtype)
+        return torch.cat([sink, state, temporary, own], 1)
 
     def remember(self, hidden: Tensor, memory: LayerMemory, chunk: Chunk) -> LayerMemory:
         """Keeps the outputs at compression tokens; where chunks close, writes both memories."""

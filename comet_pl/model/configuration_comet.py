@@ -14,7 +14,7 @@ LAYOUTS = ("interleaved", "trailing")
 SINKS = ("none", "learned")
 GATES = ("scalar", "elementwise", "none")
 # These shape the weights: a loaded checkpoint's cannot be overridden.
-WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate", "sink")
+WEIGHT_KEYS = ("adapter_rank", "shared_adapter", "gate", "sink", "slot_scale")
 KEYS = (
     "chunk_size",
     "global_size",
@@ -82,6 +82,9 @@ class CometConfig(PretrainedConfig):
             is as in the plain decoder, and internal tokens have no logits).
         sink: "learned": in front of the memory a slot more, of which each layer learns the hidden
             state; attention rests on it as on a text's first token. "none": no such slot.
+        slot_scale: start value of a factor that each layer learns for each memory: what a slot's
+            normalised input, and so its value and key, is multiplied by. None: no factor (the
+            authors).
         rollover: False: a call that continues a cache never closes the open chunk.
         compression_token_id, readout_token_ids: rows of the new tokens; None: after the text's.
         first_new_id: ids from here on are not text and are suppressed in generation.
@@ -109,6 +112,7 @@ class CometConfig(PretrainedConfig):
         rollover: bool = True,
         layout: str = "interleaved",
         sink: str = "none",
+        slot_scale: float | None = None,
         compression_token_id: int | None = None,
         readout_token_ids: list[int] | None = None,
         first_new_id: int | None = None,
@@ -127,7 +131,7 @@ class CometConfig(PretrainedConfig):
         self.compression_stride, self.temporary_capacity = compression_stride, temporary_capacity
         self.adapter_rank, self.shared_adapter = adapter_rank, shared_adapter
         self.gate, self.gate_bias, self.rollover = gate, gate_bias, rollover
-        self.layout, self.sink = layout, sink
+        self.layout, self.sink, self.slot_scale = layout, sink, slot_scale
         self.check()
         next_id = backbone_config.vocab_size
         self.first_new_id = next_id if first_new_id is None else first_new_id
@@ -178,10 +182,10 @@ class CometConfig(PretrainedConfig):
                 f"sink: {self.sink!r} given, but a model without memory has no slots before which "
                 "it could stand"
             )
-        if self.gate_bias is not None and not isinstance(self.gate_bias, (int, float)):
-            raise ValueError(
-                f"gate_bias: {self.gate_bias!r} given, a number or None (no bias) is needed"
-            )
+        for key, none in (("gate_bias", "no bias"), ("slot_scale", "no factor")):
+            value = getattr(self, key)
+            if value is not None and not isinstance(value, (int, float)):
+                raise ValueError(f"{key}: {value!r} given, a number or None ({none}) is needed")
 
     def override(self, changes: dict[str, Any]) -> None:
         """Changes memory keys of a loaded checkpoint's configuration in place.

@@ -19,7 +19,7 @@ SETTINGS = attrgetter(
     "shared_adapter",
     "gate",
 )
-LATER = {"layout": "interleaved", "sink": "none"}
+LATER = {"layout": "interleaved", "sink": "none", "slot_scale": None}
 """Settings that came later, and their values before: a memory of then is still known."""
 RUNTIME = ("_", "transformers", "dtype", "torch", "use_cache", "output_", "return_dict")
 
@@ -33,9 +33,9 @@ class Fingerprint:
 
     def of(self, config: CometConfig) -> str:
         settings = SETTINGS(config)
-        words = repr((vars(config.backbone_config), settings, config.layout, config.sink))
+        later = {key: now for key in LATER if (now := getattr(config, key)) != LATER[key]}
+        words = repr((vars(config.backbone_config), settings, later))
         if self.words != words:
-            later = {key: now for key in LATER if (now := getattr(config, key)) != LATER[key]}
             settings += (later,) if later else ()
             facts = config.backbone_config.to_dict().items()
             backbone = {key: value for key, value in facts if not key.startswith(RUNTIME)}

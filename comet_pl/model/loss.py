@@ -4,6 +4,7 @@ Legend: B rows, N columns, d width, V vocabulary rows, k outputs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,37 @@ Head = Callable[[Tensor], Tensor]
 """(k, d) -> (k, V)"""
 
 
+@dataclass
+class Teacher:
+    """What another decoder with the same head makes of the same texts.
+
+    The loss of a position is (1 - weight) * cross-entropy + weight * KL(teacher || model), over the
+    text's vocabulary.
+
+    hidden: (B, N, d) its normed outputs. kl: () grows by the divergence of each labelled position
+    that is learnt from, nats.
+    """
+
+    hidden: Tensor
+    weight: float
+    kl: Tensor
+
+    def losses(self, head: Head, first_new_id: int, h: Tensor, t: Tensor, taught: Tensor) -> Tensor:
+        """(2,) the summed cross-entropy and the summed divergence of (k, d) outputs.
+
+        Args:
+            t: (k,) ids. taught: (k, d) the teacher's outputs there.
+        """
+        logits = head(h)
+        logits = logits.to(wide(logits.dtype))
+        with torch.no_grad():
+            expected = head(taught)[..., :first_new_id].to(logits.dtype).log_softmax(-1)
+        found = logits.log_softmax(-1)
+        entropy = F.nll_loss(found, t, reduction="sum")
+        kl = F.kl_div(found[..., :first_new_id], expected, reduction="sum", log_target=True)
+        return torch.stack([entropy, kl])
+
+
 def loss_and_logits(
     plan: ForwardPlan,
     outputs: Sequence[tuple[Tensor, np.ndarray]],
@@ -31,6 +63,7 @@ def loss_and_logits(
     num_items: int | Tensor | None,
     observer: Observer | None,
     parameters: Iterable[nn.Parameter],
+    teacher: Teacher | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The loss (None without labels) and the logits (B, n, V) of the kept columns (or None).
 
@@ -62,8 +95,14 @@ def loss_and_logits(
             losses = cross_entropies(*found, logits_of)
             observer.losses(torch.from_numpy(places[labelled]), losses)
             loss = losses.sum() / count if plan.labels.count else loss
+        elif plan.labels.count and teacher is not None:
+            taught = teacher.hidden.flatten(0, 1)[sent(places[labelled], hidden)]
+            of = partial(teacher.losses, logits_of, plan.config.first_new_id)
+            entropy, kl = summed(of, *found, taught)
+            teacher.kl += kl.detach()
+            loss = torch.lerp(entropy, kl, teacher.weight) / count
         elif plan.labels.count:
-            loss = summed_cross_entropy(*found, logits_of) / count
+            loss = summed(partial(cross_entropy, logits_of, "sum"), *found) / count
         elif torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             loss = Idle.apply(loss, *trained) if trained else loss
@@ -116,29 +155,28 @@ def sent(numbers: np.ndarray, like: Tensor) -> Tensor:
     return tensor
 
 
-def summed_cross_entropy(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:
-    """Sum of cross-entropies, in float32 or wider.
-
-    Args:
-        hidden: (n, d) outputs at labelled positions. targets: (n,) ids.
-    """
-
-    def of(h: Tensor, t: Tensor) -> Tensor:
-        return _cross_entropy(head(h), t, "sum")
-
-    if len(targets) <= block:
-        return of(hidden, targets)
-    blocks = zip(hidden.split(block), targets.split(block), strict=True)
+def summed(of: Callable[..., Tensor], *tensors: Tensor, block: int = BLOCK) -> Tensor:
+    """of(*tensors) where it is a sum over their n positions: block by block, each made again in
+    the backward pass."""
+    if len(tensors[0]) <= block:
+        return of(*tensors)
+    blocks = zip(*(tensor.split(block) for tensor in tensors), strict=True)
     again = partial(checkpoint, of, use_reentrant=False, preserve_rng_state=False)
-    return torch.stack([again(h, t) for h, t in blocks]).sum()
+    return torch.stack([again(*parts) for parts in blocks]).sum(0)
 
 
 @torch.no_grad()
 def cross_entropies(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:
-    """(n,) each position's cross-entropy, without gradients; else as summed_cross_entropy."""
+    """(n,) each position's cross-entropy, without gradients.
+
+    Args:
+        hidden: (n, d) outputs at labelled positions. targets: (n,) ids.
+    """
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
-    return torch.cat([_cross_entropy(head(h), t, "none") for h, t in blocks])
+    return torch.cat([cross_entropy(head, "none", h, t) for h, t in blocks])
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def cross_entropy(head: Head, reduction: str, hidden: Tensor, targets: Tensor) -> Tensor:
+    """In float32 or wider."""
+    logits = head(hidden)
     return F.cross_entropy(logits.to(wide(logits.dtype)), targets, reduction=reduction)

@@ -5,6 +5,8 @@ Legend: B rows, m global slots, n compression tokens, d width, r adapter rank.
     c = RMSNorm(R)          g = sigmoid(W_g [c ; S_prev] + bias)
     S = g * S_prev + (1 - g) * c                    G = S + W_up W_down S
     new = RMSNorm(X) + W_up' W_down' RMSNorm(X)
+
+With slot_scale a slot's input to keys and values is multiplied by the memory's factor.
 """
 
 from collections.abc import Callable
@@ -59,11 +61,21 @@ class Gate(nn.Module):
         return torch.sigmoid(F.linear(both, self.proj.weight.to(both.dtype), bias))
 
 
-class GlobalMemory(nn.Module):
-    """m slots, each rewritten once a chunk from its readout token's output."""
+class Memory(nn.Module):
+    """What both have: with config.slot_scale a factor (1,), which
+    CometForCausalLM._init_weights sets to `start_factor`."""
 
     def __init__(self, config: CometConfig):
         super().__init__()
+        self.start_factor = 1.0 if config.slot_scale is None else config.slot_scale
+        self.factor = None if config.slot_scale is None else nn.Parameter(torch.empty(1))
+
+
+class GlobalMemory(Memory):
+    """m slots, each rewritten once a chunk from its readout token's output."""
+
+    def __init__(self, config: CometConfig):
+        super().__init__(config)
         width = config.backbone_config.hidden_size
         self.norm = RMSNorm(width, eps=None)
         self.gate = None if config.gate == "none" else Gate(config)
@@ -97,11 +109,11 @@ class GlobalMemory(nn.Module):
         return state if first is None else torch.where(first[:, None, None], candidate, state)
 
 
-class TemporaryMemory(nn.Module):
+class TemporaryMemory(Memory):
     """A first-in first-out list of at most K entries, one a compression token."""
 
     def __init__(self, config: CometConfig):
-        super().__init__()
+        super().__init__(config)
         width = config.backbone_config.hidden_size
         self.norm = RMSNorm(width, eps=1e-12)
         self.adapter = (

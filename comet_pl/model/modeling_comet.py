@@ -36,7 +36,7 @@ from comet_pl.model.forward_plan import check_prompt, plan_forward, row_plans
 from comet_pl.model.hugging_face import TextOnly, register
 from comet_pl.model.identity import Fingerprint, digest
 from comet_pl.model.loss import loss_and_logits
-from comet_pl.model.memory import GateProjection, GlobalMemory, is_memory
+from comet_pl.model.memory import GateProjection, GlobalMemory, Memory, is_memory
 from comet_pl.model.observer import Observer
 from comet_pl.model.recomputation import RecomputedLayer
 from comet_pl.model.start import plug_in
@@ -91,6 +91,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             init.constant_(module.bias, module.start_bias)
         if isinstance(module, Cell) and module.sink is not None:
             init.normal_(module.sink, std=self.config.backbone_config.initializer_range)
+        if isinstance(module, Memory) and module.factor is not None:
+            init.constant_(module.factor, module.start_factor)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -169,7 +171,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                 mask and labels are on the CPU.
             attention_mask: (B, N) or, with a cache, (B, all columns so far); 0 = padding.
             labels: (B, N) unshifted targets, -100 ignored. shift_labels, by name: (B, N) targets of
-                each column itself (not both).
+                each column itself (not both). teacher, by name: a loss.Teacher of these.
             chunk_sizes: text tokens of each chunk, one list or one a row; an open chunk closes
                 first, all listed chunks close. None: text continues the open chunk, and chunks of
                 config.chunk_size roll over.
@@ -194,7 +196,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         """
         plans, row_strides = row_plans(input_ids, chunk_sizes, resets, strides, plans)
         # A parameter of this name would be a label to Hugging Face's Trainer.
-        shift_labels = others.pop("shift_labels", None)
+        shift_labels, teacher = others.pop("shift_labels", None), others.pop("teacher", None)
         for name, value in others.items():
             if value is not None and value is not False:
                 raise ValueError(f"{name}: given, but a CoMeT's forward has no such argument")
@@ -264,7 +266,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         heads = self.model.norm, self.lm_head
         learning = () if loss_only else self.parameters()
         loss, logits = loss_and_logits(
-            plan, outputs, *heads, num_items_in_batch, self.observer, learning
+            plan, outputs, *heads, num_items_in_batch, self.observer, learning, teacher
         )
         kept = cache if use_cache else None
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)

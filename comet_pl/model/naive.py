@@ -28,6 +28,7 @@ class SlotsInFull:
         # Eager attention would need a mask.
         assert model.config.backbone_config._attn_implementation == "sdpa"
         assert model.config.layout == "interleaved" and model.config.sink == "none"
+        assert model.config.slot_scale is None
         self.model, self.config = model, model.config
         layers = len(model.model.layers)
         # S (B, m, d) of each layer; None before the first chunk.

@@ -19,6 +19,7 @@ from comet_pl.errors import UserErrorOnAllRanks
 from comet_pl.model.configuration_comet import wide
 from comet_pl.model.modeling_comet import CometForCausalLM
 from comet_pl.training.chunk_checkpointing import read_chunks
+from comet_pl.training.distillation import Distillation
 from comet_pl.training.gate_penalty import GatePenalty, count_gates
 from comet_pl.training.optimization import learning_rate_factor, parameter_groups
 from comet_pl.training.text_reader import Read, TextReader, WindowReader, read_windows
@@ -67,6 +68,7 @@ class CometModule(lightning.LightningModule):
         self.gate_penalty = GatePenalty.of(train)
         for memory in model.gates:
             memory.penalty = self.gate_penalty
+        self.distillation = Distillation.of(model, train)
         if train.recompute != "none":  # within a chunk that is read again, cell by cell
             model.gradient_checkpointing = True
         if train.compile:
@@ -113,8 +115,12 @@ class CometModule(lightning.LightningModule):
             self.gate_penalty.share = self._gate_share()
         # Not in Lightning's default dtype, which is bfloat16 under bf16-true.
         loss = torch.zeros((), dtype=wide(self.model.dtype), device=self.device)
+        if self.distillation is not None:
+            self.distillation.begin_step(self.device)
         with self.reader.block_backward_sync():
             for windows in self.windows:
+                if self.distillation is not None:
+                    windows = self.distillation.teach(windows)
                 part = torch.zeros_like(loss)
                 for window_loss in self.reader.read(self.model, windows, max(1, targets)):
                     if window_loss is not None:
@@ -126,7 +132,7 @@ class CometModule(lightning.LightningModule):
         optimizer.step()  # clips or clears the gradients, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(self.sum_over_ranks(float(loss)), learning_rate)
+        self._log_step(self.sum_over_ranks(float(loss)), learning_rate, max(1, targets))
         if self.skipped_in_a_row >= train.max_skipped:
             raise UserErrorOnAllRanks(
                 f"train.max_skipped: the gradient norm was not finite in {self.skipped_in_a_row} "
@@ -236,10 +242,12 @@ class CometModule(lightning.LightningModule):
 
     # ---- what is logged, and what a checkpoint holds
 
-    def _log_step(self, loss: float, learning_rate: float) -> None:
+    def _log_step(self, loss: float, learning_rate: float, targets: int) -> None:
         self.log("train/loss", loss, prog_bar=True, logger=False, batch_size=1)
         if self.logs_at(self.global_step):
             values = {"train/loss": loss, "train/lr": learning_rate}
+            if self.distillation is not None:
+                values["train/kl"] = self.sum_over_ranks(float(self.distillation.kl)) / targets
             self.record(values | {"train/grad_norm": self.grad_norm, "train/skipped": self.skipped})
 
     def logs_at(self, step: int) -> bool:

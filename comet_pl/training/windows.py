@@ -6,13 +6,14 @@ Legend: B rows, N columns, W columns of a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
+from comet_pl.model.loss import Teacher
 
 IGNORED = -100
 
@@ -26,6 +27,7 @@ class Window:
     shift_labels: Tensor  # (B, W) each token's target, even if it lies in the next window
     plans: list[ChunkPlan]  # of each row
     targets: int  # labelled positions
+    teacher: Teacher | None = None
 
     @property
     def chunks(self) -> int:
@@ -41,7 +43,7 @@ class Window:
         """Chunks start to end (not included) of each row, as a window."""
         starts = [sum(plan.sizes[:start]) for plan in self.plans]
         plans = [plan.part(start, end) for plan in self.plans]
-        return _window(self.input_ids, self.shift_labels, starts, plans)
+        return _window(self.input_ids, self.shift_labels, starts, plans, self.teacher)
 
 
 def cut_windows(batch: dict[str, Any], chunk_size: int, chunks: int | None) -> list[Window]:
@@ -100,7 +102,13 @@ def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
     ]
 
 
-def _window(ids: Tensor, targets: Tensor, starts: list[int], plans: Sequence[ChunkPlan]) -> Window:
+def _window(
+    ids: Tensor,
+    targets: Tensor,
+    starts: list[int],
+    plans: Sequence[ChunkPlan],
+    teacher: Teacher | None = None,
+) -> Window:
     """Columns [start, start + the plan's tokens) of each row."""
     lengths = [plan.tokens for plan in plans]
     offsets = torch.arange(max(lengths))
@@ -108,7 +116,10 @@ def _window(ids: Tensor, targets: Tensor, starts: list[int], plans: Sequence[Chu
     real = offsets < _column(lengths)
     shift_labels = targets.gather(1, columns).masked_fill(~real, IGNORED)
     count = int((shift_labels != IGNORED).sum())
-    return Window(ids.gather(1, columns), real.long(), shift_labels, list(plans), count)
+    if teacher is not None:
+        rows = torch.arange(len(ids), device=teacher.hidden.device)[:, None]
+        teacher = replace(teacher, hidden=teacher.hidden[rows, columns.to(rows.device)])
+    return Window(ids.gather(1, columns), real.long(), shift_labels, list(plans), count, teacher)
 
 
 def _column(values: list[int]) -> Tensor:

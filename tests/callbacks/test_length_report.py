@@ -3,6 +3,7 @@
 import json
 import math
 from collections import defaultdict
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from callbacks.length_report import LengthReport
 from comet_pl.config.schema import TrainConfig
 from comet_pl.metrics.loss_by_position import BUCKETS, LossByPosition, chunk_of_columns, curve, name
 from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
-from comet_pl.model.loss import cross_entropies, summed_cross_entropy
+from comet_pl.model.loss import cross_entropies, cross_entropy, summed
 from comet_pl.model.observer import Observer, observing
 from comet_pl.training.lit_module import CometModule
 from comet_pl.training.windows import count_targets
@@ -180,6 +181,6 @@ def test_single_losses_sum_to_the_loss_in_any_blocks():
     for block in (1, 3, 7, 8):
         losses = cross_entropies(hidden, targets, head, block)
         torch.testing.assert_close(
-            losses.sum(), summed_cross_entropy(hidden, targets, head).detach()
+            losses.sum(), summed(partial(cross_entropy, head, "sum"), hidden, targets).detach()
         )
     assert cross_entropies(hidden[:0], targets[:0], head).shape == (0,)

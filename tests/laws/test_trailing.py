@@ -100,7 +100,7 @@ class Written:
             mask = torch.zeros(seen.shape, dtype=own.dtype).masked_fill(~seen, -torch.inf)
             x = torch.cat([slots, own], 1)
             rope = decoder.rotary_emb(x, positions[None])
-            normed = cell.input_layernorm(x)
+            normed = cell.input_layernorm(x) * self.factors(cell, memory, x.shape[1])[:, None]
             x = x + cell.self_attn(normed, rope, attention_mask=mask[None, None])[0]
             own = (x + cell.mlp(cell.post_attention_layernorm(x)))[:, memory:]
             self.remember(i, cell, own[:, n : n + len(ends)], own[:, n + len(ends) :])
@@ -116,6 +116,18 @@ class Written:
             parts.insert(0, cell.sink.expand(rows, 1, -1))
         width = self.config.backbone_config.hidden_size
         return torch.cat(parts, 1) if parts else torch.zeros(rows, 0, width, dtype=torch.float64)
+
+    def factors(self, cell, memory, columns):
+        """(W,) what a column's normalised input is multiplied by."""
+        factors = torch.ones(columns, dtype=torch.float64)
+        if memory and cell.scales:
+            first = int(cell.sink is not None)
+            m = self.config.global_size if cell.global_memory is not None else 0
+            if m:
+                factors[first : first + m] = cell.global_memory.factor
+            if cell.temporary_memory is not None:
+                factors[first + m : memory] = cell.temporary_memory.factor
+        return factors
 
     def remember(self, i, cell, compressed, readout):
         if cell.global_memory is not None:

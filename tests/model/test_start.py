@@ -12,6 +12,7 @@ from comet_pl.config.load import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.new_model import new_model, start_token
 from comet_pl.model.identity import RUNTIME, SETTINGS, Fingerprint
+from comet_pl.model.memory import is_memory
 from comet_pl.training.trainable import count_parameters
 from data.tokenizer import train_tokenizer
 from tests.support.models import EXACT, FAMILIES, MEMORY, VOCABULARY, backbone, text, tiny
@@ -76,6 +77,31 @@ def test_a_new_run_has_them(tmp_path):
     assert torch.equal(first, rows[tokenizer.bos_token_id or tokenizer.eos_token_id])
 
 
+def test_a_factor_begins_where_it_is_told(tmp_path):
+    """Around a decoder, from its folder, and in a folder of its own; it changes what slots give."""
+    plain, options = decoder("qwen3"), MEMORY | {"slot_scale": 0.4}
+    plain.save_pretrained(tmp_path / "plain")
+    model = CometForCausalLM.from_decoder(plain, options)
+    other = CometForCausalLM.from_pretrained(tmp_path / "plain", comet=options)
+    factors = {n: p for n, p in model.named_parameters() if n.endswith("_memory.factor")}
+    assert len(factors) == 2 * len(model.model.layers)
+    for name, factor in factors.items():
+        assert float(factor) == pytest.approx(0.4) == float(other.get_parameter(name))
+        assert is_memory(name)
+    ids, plan = text(1, 12), {"chunk_sizes": [6, 6], "use_cache": False}
+    with torch.no_grad():
+        before = model(ids, **plan).logits
+        for factor in factors.values():
+            factor.fill_(0.5)
+        after = model(ids, **plan).logits
+    assert torch.equal(before[:, :6], after[:, :6]) and not torch.equal(before, after)
+    model.save_pretrained(tmp_path / "own")
+    again = CometForCausalLM.from_pretrained(tmp_path / "own", dtype=torch.float64)
+    assert all(float(again.get_parameter(name)) == 0.5 for name in factors)
+    with pytest.raises(ValueError, match=r"comet\['slot_scale'\]: None given, but this checkp"):
+        CometForCausalLM.from_pretrained(tmp_path / "own", comet={"slot_scale": None})
+
+
 def test_layout_and_sink_are_saved(tmp_path):
     model, ids = tiny(layout="trailing", sink="learned"), text(2, 17)
     model.save_pretrained(tmp_path)
@@ -89,7 +115,7 @@ def test_layout_and_sink_are_saved(tmp_path):
     assert other.config.layout == "interleaved"
 
 
-@pytest.mark.parametrize("made", [{"sink": "learned"}, {"layout": "trailing"}, {}])
+@pytest.mark.parametrize("made", [{"sink": "learned"}, {"slot_scale": 1.0}, {}])
 def test_a_memory_of_another_layout_or_sink_is_refused(made):
     used = {} if made else {"layout": "trailing", "sink": "learned"}
     with torch.no_grad():
@@ -111,6 +137,7 @@ def test_memories_of_before_are_known():
     ("key", "value", "line"),
     [
         ("layout", "trail", "layout: 'trail' given, one of interleaved, trailing is needed"),
+        ("slot_scale", "half", "slot_scale: 'half' given, a number or None"),
         ("sink", "yes", "sink: 'yes' given, one of none, learned is needed"),
     ],
 )

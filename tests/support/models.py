@@ -78,7 +78,7 @@ def continued(model, ids, count):
 @st.composite
 def memories(draw):
     """Any backbone with any memory configuration: odd strides, either memory off, all gates, both
-    adapters, both layouts, a sink or none."""
+    adapters, both layouts, a sink or none, slots scaled or not."""
     memory = {
         "family": draw(st.sampled_from(list(FAMILIES))),
         "chunk_size": draw(st.integers(1, 9)),
@@ -90,6 +90,7 @@ def memories(draw):
         "gate_bias": draw(st.sampled_from([None, 1.5])),
     }
     memory["layout"] = draw(st.sampled_from(["interleaved", "trailing"]))
+    memory["slot_scale"] = draw(st.sampled_from([None, 0.4]))
     if memory["global_size"] or memory["compression_stride"]:
         memory["sink"] = draw(st.sampled_from(["none", "learned"]))
     return memory
@@ -97,7 +98,8 @@ def memories(draw):
 
 def authors_memories():
     """Those that the authors' code has too."""
-    return memories().map(lambda comet: comet | {"layout": "interleaved", "sink": "none"})
+    plain = {"layout": "interleaved", "sink": "none", "slot_scale": None}
+    return memories().map(lambda comet: comet | plain)
 
 
 def chunk_plans(tokens):

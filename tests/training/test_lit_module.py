@@ -276,23 +276,25 @@ class Rank(lightning.Callback):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "recompute"), [("all", "none"), ("all", "chunk"), ("memory+lora", "none")]
+    ("parameters", "recompute", "distill"),
+    [("all", "none", 0), ("all", "chunk", 0), ("memory+lora", "none", 0), ("memory", "none", 0.5)],
 )
-def test_two_ranks_are_one_with_both_batches(tmp_path, parameters, recompute):
+def test_two_ranks_are_one_with_both_batches(tmp_path, parameters, recompute, distill):
     """The ranks have different numbers of windows, and one a micro-batch without targets."""
     model = tiny(chunk_size=4)
     add_adapters(model, TrainConfig(parameters=parameters))
     batches = [ragged([23, 9], 1.0), ragged([7, 3], 1.0, seed=1)]
     batches[1]["labels"][1] = -100
     path, trainer = str(tmp_path / "gradients.pt"), {"strategy": "ddp_fork", "devices": 2}
-    options = {"bptt_chunks": 2, "accumulate": 2, "recompute": recompute}
-    fit(copy.deepcopy(model), [batches], [Rank(path)], trainer, **options)
+    options = {"bptt_chunks": 2, "distill": distill, "parameters": parameters}
+    more = {"accumulate": 2, "recompute": recompute}
+    fit(copy.deepcopy(model), [batches], [Rank(path)], trainer, **options | more)
     pad = torch.nn.functional.pad
     both = {
         key: torch.cat([pad(b[key], (0, 23 - b[key].shape[1])) for b in batches])
         for key in batches[0]
     }
-    _, alone = fit(copy.deepcopy(model), [both], bptt_chunks=2)
+    _, alone = fit(copy.deepcopy(model), [both], **options)
     expected = alone.gradients[0]
     for name, p in model.named_parameters():
         if p.requires_grad and expected[name] is None:

@@ -129,10 +129,9 @@ class PlainTextBatches(TextBatches):
         windows = super()._windows(source)
         if isinstance(windows, Cached):
             lengths, size = windows.samples.lengths, self.layout.chunk_size
-            say(
-                f"train: {lengths.sum():,} tokens in {len(lengths):,} rows of up to "
-                f"{self.data.max_length:,}; {(lengths < size).sum():,} of them shorter than a chunk"
-            )
+            short = f"shorter than a chunk: {(lengths < size).sum():,}"
+            most = f"rows of up to {self.data.max_length:,}: {len(lengths):,}, {short}"
+            say(f"train: {lengths.sum():,} tokens in {most}")
         return windows
 
     def asked(self) -> str:

@@ -16,12 +16,15 @@ from data.batches import pad_rows
 from data.plain_text import PlainTextSource, validation_rows
 from data.tokenizer import pad_token
 
+LARGEST = 700.0  # loss whose perplexity is a number
+
 
 def evaluate_text(engine: Engine, config: Config, results: Results) -> dict[str, Any]:
     """{"all": scores with "rows", "by_chunk": [scores with "from" and "to", chunks of a row]}.
 
-    scores: "loss" (nats a token), "perplexity", "tokens" that are predicted; None if not finite.
-    The rows are those of val/loss. A token's chunk is that of the token which it is predicted from.
+    scores: "loss" (nats a token), "perplexity", "labels" (predicted tokens); None if not finite.
+    The rows are those of val/loss; comet_pl/metrics/loss_by_position.py says what a token's chunk
+    is.
     """
     data, model = config.data, engine.model
     assert isinstance(data, PlainTextData)
@@ -35,26 +38,21 @@ def evaluate_text(engine: Engine, config: Config, results: Results) -> dict[str,
             model(**{key: value.to(model.device) for key, value in batch.items()}, use_cache=False)
             metric.update(*shown.pop(), chunk_of_columns(mask, model.config.chunk_size))
             bar.add(int(mask.sum()))
-    buckets = metric.compute()
-    total = float(metric.total.sum() / metric.count.sum())
-    count = int(metric.count.sum())
-    values = {
-        "all": {"rows": len(rows), **_scores(total, count)},
-        "by_chunk": [
-            {"from": each["from"], "to": each["to"], **_scores(each["loss"], each["labels"])}
-            for each in buckets
-        ],
-    }
+    buckets, count = metric.compute(), int(metric.count.sum())
+    whole = {"rows": len(rows), "loss": float(metric.total.sum()) / count, "labels": count}
+    values = {"all": _scores(whole), "by_chunk": [_scores(bucket) for bucket in buckets]}
     results.write(values, {})
     results.draw(curve(buckets))
     results.show(f"{len(rows)} rows of text, by chunk", text_table(values))
     return values
 
 
-def _scores(loss: float | None, tokens: int) -> dict[str, Any]:
-    finite = loss if loss is not None and math.isfinite(loss) else None
-    perplexity = None if finite is None or finite > 700 else math.exp(finite)
-    return {"loss": finite, "perplexity": perplexity, "tokens": tokens}
+def _scores(counted: dict[str, Any]) -> dict[str, Any]:
+    """With the perplexity; loss and perplexity are None if they are not finite."""
+    loss = counted["loss"]
+    if loss is None or not math.isfinite(loss):
+        return {**counted, "loss": None, "perplexity": None}
+    return {**counted, "perplexity": math.exp(loss) if loss < LARGEST else None}
 
 
 def text_table(values: dict[str, Any]) -> Table:
@@ -65,7 +63,7 @@ def text_table(values: dict[str, Any]) -> Table:
     for scores in [*values["by_chunk"], values["all"]]:
         if scores is values["all"]:
             table.add_section()
-        cells = [(scores["tokens"], ","), (scores["loss"], ".4f"), (scores["perplexity"], ",.2f")]
+        cells = [(scores["labels"], ","), (scores["loss"], ".4f"), (scores["perplexity"], ",.2f")]
         texts = ("" if cell is None else format(cell, form) for cell, form in cells)
         table.add_row("all" if scores is values["all"] else name(scores), *texts)
     return table

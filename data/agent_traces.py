@@ -30,7 +30,7 @@ from data.jsonl import OPEN, Complaints, Row, UnusableRow, check_content, check_
 from data.message_keys import tools_of, unread
 from data.messages import Message, check_messages, render
 from data.text.batches import TextBatches
-from data.text.tokenized import Sample, file_facts
+from data.text.tokenized import Sample, Source, file_facts
 
 SPLITS = ("train", "validation")
 LARGEST = 1e300  # of a reward
@@ -189,7 +189,7 @@ def _fault(row: Row, places: dict[str, str]) -> str:
 
 
 @dataclass
-class AgentSource:
+class AgentSource(Source):
     """The traces of a split as samples.
 
     A sample's notes: id, task, reward, and turns, a list of [role, start, content, end, turn

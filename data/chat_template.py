@@ -28,12 +28,15 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
         UserError: the template cannot be rendered, or has no place for the user's words.
     """
     if tokenizer.chat_template is None:
-        # the token that begins every text, if the decoder was trained with one
-        first = tokenizer("")["input_ids"][:1]
-        before = first if first == [tokenizer.bos_token_id] else []
-        return before, encode(tokenizer, "\n\nAnswer:\n")
+        return text_start(tokenizer), encode(tokenizer, "\n\nAnswer:\n")
     before, after = _parts(tokenizer, 1, add_generation_prompt=True)
     return _with_special(tokenizer, before, begins=True), _with_special(tokenizer, after)
+
+
+def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that the tokenizer begins every text with, if it has one."""
+    first = tokenizer("")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -12,6 +12,7 @@ the ids.
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ MARGIN = 1_000
 LARGEST_WINDOW = 8 * WINDOW
 """A window grows up to here while it has no end that is safe to cut at."""
 PLAIN: dict[str, Any] = {"split_special_tokens": True, "verbose": False}
+BEFORE_SPACE = re.compile(r"(?<=\S)(?= )")
 
 
 class Tokens(NamedTuple):
@@ -70,7 +72,7 @@ def windows(
         special: names of special tokens in the text are those tokens.
     """
     place, left = 0, ""
-    for text, last in _marked(piece for whole in texts for piece in _cut(whole)):
+    for text, last in marked(piece for whole in texts for piece in _cut(whole)):
         left += text
         if not last and len(left) < WINDOW:
             continue
@@ -85,6 +87,20 @@ def windows(
         yield Tokens(ids, [place + start for start in starts], [place + end for end in ends])
         cut = len(left) if whole else ends[-1]
         place, left, begins = place + cut, left[cut:], False
+
+
+def pieces(texts: Iterable[str], size: int) -> Iterator[str]:
+    """One text that comes in parts of any length, in pieces of `size` characters, up to twice as
+    many; cut between a word and a space, if there is one: the words stay."""
+    left = ""
+    for text, last in marked(part for whole in texts for part in _cut(whole)):
+        left += text
+        while len(left) > size and (last or len(left) >= 2 * size):
+            cut = BEFORE_SPACE.search(left, size, 2 * size)
+            end = cut.start() if cut else 2 * size
+            yield left[:end]
+            left = left[end:]
+    yield left
 
 
 def inside(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -211,7 +227,7 @@ def _cut(text: str) -> Iterator[str]:
     yield from (text[start : start + WINDOW] for start in range(0, len(text), WINDOW))
 
 
-def _marked(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
+def marked(pieces: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """(piece, whether it is the last); at least one."""
     before: str | None = None
     for piece in pieces:

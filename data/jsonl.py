@@ -7,12 +7,13 @@ import lzma
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 import zstandard
 
-from comet_pl.errors import UserError, os_errors
+from comet_pl.errors import UserError, first_line, os_errors
 
 
 class _Zstd(io.RawIOBase):
@@ -200,10 +201,10 @@ def find(folder: Path, split: str) -> Path | None:
 
 def check_distinct(paths: Sequence[Path]) -> None:
     """Raises UserError if two files differ in their endings alone, as a.csv and a.jsonl.gz do."""
-    known: dict[str, Path] = {}
+    known: dict[Path, Path] = {}
     for path in paths:
-        name = path.name.removesuffix(path.suffix) if path.suffix in OPEN else path.name
-        first = known.setdefault(name.rpartition(".")[0], path)
+        unpacked = path.with_suffix("") if path.suffix in OPEN else path
+        first = known.setdefault(unpacked.with_suffix(""), path)
         if first is not path:
             raise UserError(
                 f"{path.parent}: holds {first.name} and {path.name}, of which one can be meant; "
@@ -236,3 +237,14 @@ def read(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
             yield place, row
         else:
             complaints.add(place, row)
+
+
+@contextmanager
+def hub_errors(line: str) -> Iterator[None]:
+    """Turns whatever goes wrong in reading from the hub into the UserError `line`: reason."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
+        raise UserError(f"{line}: {first_line(error)}") from None

@@ -2,9 +2,15 @@
 
 from typing import Any
 
-from comet_pl.config.schema import AgentData, PasskeyData, ScrollsData, UserBehaviorData
+from comet_pl.config.schema import (
+    AgentData,
+    PasskeyData,
+    PlainTextData,
+    ScrollsData,
+    UserBehaviorData,
+)
 
-DataSection = PasskeyData | ScrollsData | AgentData | UserBehaviorData
+DataSection = PasskeyData | ScrollsData | AgentData | UserBehaviorData | PlainTextData
 
 
 def batches_of(data: DataSection) -> Any:
@@ -21,6 +27,10 @@ def batches_of(data: DataSection) -> Any:
         from data.user_behavior import UserBehaviorBatches
 
         return UserBehaviorBatches
+    if isinstance(data, PlainTextData):
+        from data.plain_text import PlainTextBatches
+
+        return PlainTextBatches
     from data.scrolls import ScrollsBatches
 
     return ScrollsBatches

@@ -30,11 +30,9 @@ from data.jsonl import Complaints, Row, UnusableRow, find
 from data.scrolls_rows import files, options, rows, split_input, tasks
 from data.text.batches import TextBatches
 from data.text.loader import MOST_ROWS
-from data.text.tokenized import Sample, file_facts
-from data.tokenizer import stop_token
+from data.text.tokenized import Sample, Source, file_facts
+from data.tokenizer import TOKENIZER_CHARACTERS, stop_token
 
-TOKENIZER_CHARACTERS = 20_000_000
-"""A tokenizer from scratch takes longer with more text, but learns no more from it."""
 WITHOUT_DOCUMENT = "no blank line behind the question, so no document"
 
 
@@ -226,7 +224,7 @@ class Corpus:
 
 
 @dataclass
-class ScrollsSource:
+class ScrollsSource(Source):
     """Training samples of a split, the tasks in turn: loss on the answer and its stop token."""
 
     data: ScrollsData

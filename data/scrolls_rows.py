@@ -11,7 +11,7 @@ from pathlib import Path
 
 from comet_pl.config.schema import ScrollsData
 from comet_pl.errors import UserError, nearest
-from data.jsonl import Complaints, Row, check_content, find, is_unicode, read
+from data.jsonl import Complaints, Row, check_content, find, hub_errors, is_unicode, read
 
 MAX_NEW_TOKENS = {
     "gov_report": 1024,
@@ -141,18 +141,11 @@ def hub_rows(task: str, split: str, archive: str = HUB) -> Iterator[tuple[str, R
     import datasets
 
     place = archive.format(task=task)
-    try:
+    with hub_errors(f"data.root: null given, but {split} rows of {place} cannot be read"):
         files = {split: f"zip://**/{split}.jsonl::{place}"}
         stream = datasets.load_dataset("json", data_files=files, split=split, streaming=True)
         for number, row in enumerate(stream, 1):
             yield f"{place}/{split}.jsonl:{number}", dict(row)
-    except UserError:
-        raise
-    except Exception as error:  # of a dozen libraries: no network, no such file, a malformed row
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"data.root: null given, but {split} rows of {place} cannot be read: {reason}"
-        ) from None
 
 
 BLANK_LINE = re.compile(r"\r?\n[ \t]*\r?\n")

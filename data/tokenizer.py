@@ -1,13 +1,13 @@
 """The tokenizer of a decoder from scratch, and what data ask of any tokenizer."""
 
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from comet_pl.errors import UserError
 from data.chat_template import CHAT_TEMPLATE
+from data.encoding import pieces
 
 PAD, END, *_ = SPECIAL_TOKENS = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"]
 AGENT_TOKENS = ["<|system|>", "<|tool|>"]
@@ -16,7 +16,8 @@ WORDS = r"\w(?:[\w.:/-]*\w)?|\s|[^\w\s]+"
 """14:05, 0.42, 85123A and 2011-05-31 are words; a space is never part of one."""
 PIECE = 1_000_000
 """Characters that a tokenizer from scratch takes at once."""
-BEFORE_SPACE = re.compile(r"(?<=\S)(?= )")
+TOKENIZER_CHARACTERS = 20_000_000
+"""A tokenizer from scratch takes longer with more text, but learns no more from it."""
 
 
 def train_tokenizer(
@@ -53,22 +54,11 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    pieces = (piece for text in texts for piece in _words(text))
-    tokenizer.train_from_iterator(pieces, trainer)
+    parts = (piece for text in texts for piece in pieces([text], PIECE))
+    tokenizer.train_from_iterator(parts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE
     )
-
-
-def _words(text: str) -> Iterator[str]:
-    """A long text in pieces, cut between a word and a space, if there is one: the words stay."""
-    start = 0
-    while len(text) - start > PIECE:
-        cut = BEFORE_SPACE.search(text, start + PIECE, start + 2 * PIECE)
-        end = cut.start() if cut else start + 2 * PIECE
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
 
 def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:

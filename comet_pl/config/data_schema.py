@@ -132,6 +132,29 @@ class AgentData(TextData):
 
 
 @dataclass(frozen=True)
+class PlainTextData(TextData):
+    kind: str = key("text", "which data: chooses the keys of this section")
+    root: str | None = key(
+        None,
+        "texts: a .txt file (one document), a .jsonl (a document a row), each plain, .xz, .gz or "
+        ".zst, or a .parquet file; a folder of them, or one with train.* and validation.* (or "
+        "folders of these names); or a dataset of the hub, owner/name",
+    )
+    text_key: str = key("text", "key of a row's text in jsonl files, or the column")
+    max_length: int = key(
+        2048, "tokens of a row; a longer document is cut into several, and nothing is lost", min=4
+    )
+    val_share: float = key(
+        0.1,
+        "share of the documents to validate on, where the files don't tell; of a single document, "
+        "its end",
+        min=0,
+        below=1,
+    )
+    val_examples: int | None = key(64, "validation rows; null: all", min=1)
+
+
+@dataclass(frozen=True)
 class UserBehaviorData:
     kind: str = key("user_behavior", "which data: chooses the keys of this section")
     root: str | None = key(
@@ -219,5 +242,6 @@ DATA_KINDS: dict[str, type] = {
     "scrolls": ScrollsData,
     "agent": AgentData,
     "user_behavior": UserBehaviorData,
+    "text": PlainTextData,
 }
 """data.kind -> the schema of the data section."""

@@ -11,6 +11,7 @@ from comet_pl.config.data_schema import (
     DATA_KINDS,
     AgentData,
     PasskeyData,
+    PlainTextData,
     ScrollsData,
     TextData,
     UserBehaviorData,
@@ -25,6 +26,7 @@ __all__ = [
     "Config",
     "ModelConfig",
     "PasskeyData",
+    "PlainTextData",
     "ScrollsData",
     "TextData",
     "UserBehaviorData",
@@ -333,7 +335,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: PasskeyData | ScrollsData | AgentData | UserBehaviorData = field(
+    data: PasskeyData | ScrollsData | AgentData | UserBehaviorData | PlainTextData = field(
         default_factory=PasskeyData
     )
     train: TrainConfig = field(default_factory=TrainConfig)

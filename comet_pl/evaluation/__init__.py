@@ -18,6 +18,7 @@ from comet_pl.evaluation.generation import Engine
 from comet_pl.evaluation.passkey import evaluate_passkey
 from comet_pl.evaluation.results import Results
 from comet_pl.evaluation.scrolls import evaluate_scrolls
+from comet_pl.evaluation.text import evaluate_text
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -26,6 +27,7 @@ EVALUATE = {
     "scrolls": evaluate_scrolls,
     "agent": evaluate_agent,
     "user_behavior": evaluate_behavior,
+    "text": evaluate_text,
 }
 
 

@@ -81,7 +81,8 @@ class Results:
         console = Console()
         console.print(f"\n{title}", **PLAIN)
         console.print(table)
-        console.print(f"written: {self.scores}, {self.predictions}", **PLAIN)
+        written = [self.scores, *[self.predictions] * self.predictions.exists()]
+        console.print(f"written: {', '.join(map(str, written))}", **PLAIN)
 
 
 def answer_of(

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comet_pl.errors import UserError, first_line
+from comet_pl.errors import UserError, first_line, nearest
 from data.jsonl import OPEN, TOO_LONG, UNREADABLE, Complaints, Row, read
 from data.jsonl import lines as file_lines
 
@@ -31,7 +31,7 @@ def rows(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
     kind = kind_of(path)
     if kind == ".jsonl":
         return read(path, complaints)
-    return _csv(path, complaints) if kind == ".csv" else _parquet(path)
+    return _csv(path, complaints) if kind == ".csv" else parquet(path)
 
 
 def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
@@ -75,15 +75,28 @@ def _csv(path: Path, complaints: Complaints) -> Iterator[tuple[str, Row]]:
                 yield place, row
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def parquet(path: Path, column: str | None = None) -> Iterator[tuple[str, Row]]:
+    """As rows.
+
+    Args:
+        column: the only one to read, of long texts; None: all.
+
+    Raises:
+        UserError: there is no such column.
+    """
     import pyarrow
     import pyarrow.parquet
 
     number = 0
     broken: tuple[Any, ...] = (pyarrow.ArrowException, ArithmeticError, LookupError, TypeError)
     with _readable(path, lambda: number, broken), pyarrow.parquet.ParquetFile(path) as file:
-        _check_header(path, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=4096):
+        names = file.schema_arrow.names
+        _check_header(path, names)
+        if column not in (None, *names):
+            there = f"{nearest(str(column), names)}; it has: {', '.join(names):.200}"
+            raise UserError(f"{path}: no column {column!r}{there}")
+        columns = None if column is None else [column]
+        for batch in file.iter_batches(batch_size=64 if columns else 4096, columns=columns):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}:{number}", row

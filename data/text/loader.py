@@ -19,7 +19,7 @@ from data.batches import ALL, Pair, Place, Shard, loader, pad_rows
 from data.jsonl import Complaints
 from data.text.chunk_plans import chunk_plan, draw_stride
 from data.text.packing import join, pack
-from data.text.tokenized import CachedSamples, Sample, Source, encoded
+from data.text.tokenized import CachedSamples, Sample, Source, encoded, usable
 from data.workers import received
 
 Samples = Sequence[Sample] | CachedSamples
@@ -153,7 +153,7 @@ class Streamed:
             self.rows = encoded(self.source, complaints, self.workers, start)
         rows = list(islice(self.rows, self._size(number)))
         self.place = epoch, number
-        self.held = [sample for sample in rows if sample is not None] if rows else None
+        self.held = list(self.source.cut(usable(rows))) if rows else None
         return self.held
 
     def _size(self, number: int) -> int:

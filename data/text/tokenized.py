@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -62,6 +62,10 @@ class Source(Protocol):
     def encode(self, row: Row) -> Sample:
         """Raises UnusableRow(reason), or UnusableRow(reason, remedy)."""
         ...
+
+    def cut(self, samples: Iterable[Sample]) -> Iterator[Sample]:
+        """What is learnt from: the samples of consecutive rows, or pieces of them."""
+        yield from samples
 
     def key(self) -> dict[str, Any]:
         """JSON-able: what the samples depend on, apart from the tokenizer."""
@@ -136,6 +140,10 @@ def encoded(
         else:
             complaints.add(*sample)
             yield None
+
+
+def usable(samples: Iterable[Sample | None]) -> Iterator[Sample]:
+    return (sample for sample in samples if sample is not None)
 
 
 class CachedSamples:
@@ -237,7 +245,8 @@ def _write(source: Source, file: Path, report: Path, name: str, workers: int) ->
             options = {"features": Features(kinds), "writer_batch_size": FLUSH}
             with ArrowWriter(path=str(beside), **options) as writer, Bar(None) as bar:
                 bar.name(f"tokenises {name}")
-                for sample in filter(None, encoded(source, complaints, workers)):
+                samples = usable(encoded(source, complaints, workers))
+                for sample in source.cut(samples):
                     writer.write({**vars(sample), "notes": json.dumps(sample.notes)})
                     bar.add(len(sample))
                     count, cut = count + 1, cut + bool(sample.notes.get("cut"))

@@ -11,7 +11,7 @@ from nbclient import NotebookClient
 
 from comet_pl.evaluation.results import worst_first
 from comet_pl.metrics.scrolls import PAPER
-from tests.support.tiny_data import write_events, write_traces
+from tests.support.tiny_data import write_events, write_texts, write_traces
 from tests.support.tiny_runs import ROOT, TINY
 from train import main as train
 
@@ -37,6 +37,7 @@ KEYS = {
         "eval.max_new_tokens=4",
         "eval.examples=2",
     ],
+    "books": ["data.val_share=0.2", "data.max_length=120"],
     "user_behavior": [
         "backbone.num_key_value_heads=2",
         "data.train_length=1600",
@@ -205,6 +206,18 @@ def test_the_notebook_shows_an_agent_run(notebook, tmp_path, monkeypatch):
     perplexity = f"{scores['perplexity']:.2f}"
     assert re.search(rf"all .* {scores['turns']} .* {perplexity} .* {scores['f1']:.1%}", text)
     assert "predictions/agent.jsonl: 4 predictions" in text and "example 0 of 4" in text
+    check_document(text, run)
+
+
+@pytest.mark.slow
+def test_the_notebook_shows_a_run_on_texts(notebook, tmp_path, monkeypatch):
+    keys = [f"data.root={write_texts(tmp_path / 'texts')}", f"data.cache={tmp_path / 'cache'}"]
+    run = run_of("books", tmp_path, *keys)
+    text, pictures = outputs_of(notebook, run, monkeypatch)
+    # curves, loss by chunk
+    assert pictures == 2 + monitored(run) + LIVE
+    scores = json.loads((run / "eval" / "text.json").read_text())["all"]
+    assert re.search(rf"all .* {scores['labels']:,} .* {scores['loss']:.4f}", text)
     check_document(text, run)
 
 

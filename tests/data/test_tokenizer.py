@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data import tokenizer as module
+from data.encoding import pieces
 from data.tokenizer import train_tokenizer
 
 LINE = (
@@ -35,4 +36,4 @@ def test_a_long_text_in_pieces_makes_the_same_tokenizer(monkeypatch, whole_words
     whole = train_tokenizer([text], 330, whole_words=whole_words).backend_tokenizer.to_str()
     monkeypatch.setattr(module, "PIECE", 50)
     assert train_tokenizer([text], 330, whole_words=whole_words).backend_tokenizer.to_str() == whole
-    assert "".join(module._words("x" * 1000)) == "x" * 1000
+    assert "".join(pieces(["x" * 1000], module.PIECE)) == "x" * 1000

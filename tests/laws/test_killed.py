@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support.tiny_data import write_events, write_scrolls, write_traces
+from tests.support.tiny_data import write_events, write_scrolls, write_texts, write_traces
 from tests.support.tiny_runs import ROOT, SIGNALS, TINY, at_step, command, same_run
 
 slow = pytest.mark.slow
@@ -31,9 +31,11 @@ LAYOUTS = {
 }
 BEHAVIOR = ["data.train_length=200", "data.length_schedule=[[0,120],[6,200]]", "data.batch_size=3"]
 AGENT = ["data.val_share=0.3", "data.max_length=400", "data.packing=documents", "data.batch_size=2"]
+BOOKS = ["data.val_share=0.2", "data.max_length=120", "data.batch_size=2"]
 # conf -> the rows that it reads, and its keys
 OTHERS = {
     "agent": (write_traces, AGENT),
+    "books": (write_texts, BOOKS),
     "user_behavior": (write_events, [*BEHAVIOR, "backbone.num_key_value_heads=2"]),
 }
 CONFS = ["passkey", "scrolls", *OTHERS]
@@ -48,7 +50,8 @@ def keys_of(conf, folder, layout="cached"):
         return [*SCROLLS, f"data.root={rows}", *cache, *LAYOUTS[layout]]
     write, more = OTHERS[conf]
     keys = [*RUN, f"conf={conf}", f"data.root={write(folder / 'rows')}", *more]
-    return [*keys, "data.val_examples=3", *(cache if conf == "agent" else [])]
+    keys += cache * (conf in ("agent", "books")) + LAYOUTS[layout] * (conf == "books")
+    return [*keys, "data.val_examples=3"]
 
 
 def fill_disk(process):
@@ -113,9 +116,10 @@ def test_sigkill_five_times(tmp_path, conf, workers):
 
 @slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_sigkill_streamed_five_times(tmp_path, workers):
-    keys = keys_of("scrolls", tmp_path, "streamed")
-    ended_equals_straight(tmp_path, "scrolls", keys, f"data.num_workers={workers}", times=5)
+@pytest.mark.parametrize("conf", ["scrolls", "books"])
+def test_sigkill_streamed_five_times(tmp_path, conf, workers):
+    keys = keys_of(conf, tmp_path, "streamed")
+    ended_equals_straight(tmp_path, conf, keys, f"data.num_workers={workers}", times=5)
 
 
 @slow

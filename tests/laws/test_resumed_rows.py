@@ -17,7 +17,7 @@ from comet_pl.errors import UserError
 from comet_pl.experiment.checkpoint import restore_tokenizer
 from data.batches import Shard
 from tests.support.rows_read import rows_of_ranks, rows_of_run
-from tests.support.tiny_data import write_events, write_scrolls, write_traces
+from tests.support.tiny_data import write_events, write_scrolls, write_texts, write_traces
 from tests.support.tiny_runs import TINY
 
 QUIET = ["monitor.gates=false", "monitor.memory=false", "monitor.length_report=false"]
@@ -30,11 +30,14 @@ KINDS = {
     "scrolls": ["data.max_length=120"],
     "scrolls streamed": ["data.max_length=120", "data.streaming=true", "data.shuffle_window=5"],
     "agent": ["data.max_length=400", "data.val_share=0.3", "data.packing=documents"],
+    "books": ["data.max_length=120", "data.val_share=0.2"],
+    "books streamed": ["data.max_length=120", "data.streaming=true", "data.shuffle_window=5"],
     "user_behavior": ["data.train_length=200", "data.length_schedule=[[0,120],[4,200]]", *PLAIN],
 }
 # a resumed run keeps its devices
 ALONE = ["resume=true", "trainer.devices=1", "trainer.strategy=auto"]
 WRITE = {"scrolls": write_scrolls, "agent": write_traces, "user_behavior": write_events}
+WRITE["books"] = write_texts
 flat = chain.from_iterable
 
 
@@ -45,7 +48,7 @@ def keys_of(kind, folder, name="rows"):
     if conf in WRITE:
         root = folder / name
         keys.append(f"data.root={root if root.exists() else WRITE[conf](root)}")
-    return keys + [f"data.cache={folder / 'cache'}"] * (conf in ("scrolls", "agent"))
+    return keys + [f"data.cache={folder / 'cache'}"] * (conf in ("scrolls", "agent", "books"))
 
 
 # ---- more steps than the run was made for

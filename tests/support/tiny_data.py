@@ -45,6 +45,21 @@ def write_events(root):
     return root
 
 
+def write_texts(folder):
+    """Texts of 200 to 2,000 letters: four files, and a jsonl of eight rows."""
+    draw = random.Random(9)
+    words = "rain sun wind cloud north south sea town evening morning cold warm".split()
+    texts = [" ".join(draw.choices(words, k=draw.randint(40, 400))) + "." for _ in range(12)]
+    folder.mkdir()
+    for number, text in enumerate(texts[:4]):
+        (folder / f"tale{number}.txt").write_text(f"A tale of {words[number]}.\n\n{text}\n")
+    _write(
+        folder / "more.jsonl",
+        [{"text": text, "id": number} for number, text in enumerate(texts[4:])],
+    )
+    return folder
+
+
 def write_traces(folder, count=12):
     rows = []
     for k in range(count):

@@ -10,14 +10,14 @@ import zstandard
 
 from comet_pl.errors import UserError
 from data.jsonl import Complaints, read
-from data.text.tokenized import Sample, cached, file_facts
+from data.text.tokenized import Sample, Source, cached, file_facts
 from data.tokenizer import train_tokenizer
 from tests.support.damage import damages
 
 ROWS = [[number, number + 1, 7] for number in range(50)]
 
 
-class Numbers:
+class Numbers(Source):
     """A source of rows {"ids": [...]}, each with a remark."""
 
     on_error = "raise"

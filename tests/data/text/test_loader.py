@@ -15,13 +15,13 @@ from data.batches import Shard
 from data.jsonl import UnusableRow, read
 from data.text import tokenized as module
 from data.text.loader import Cached, Feed, Layout, Streamed
-from data.text.tokenized import Sample, cached, encoded, file_facts
+from data.text.tokenized import Sample, Source, cached, encoded, file_facts
 from data.tokenizer import train_tokenizer
 from tests.support.models import VOCABULARY, tiny
 
 
 @dataclass
-class Numbers:
+class Numbers(Source):
     """A source of rows {"ids": [...]}; the last token is learned."""
 
     path: Path

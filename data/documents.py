@@ -31,6 +31,7 @@ from data.jsonl import (
 
 PACKED = (".txt", ".jsonl")  # may be compressed; parquet files are inside
 ENDINGS = (*(kind + packed for kind in PACKED for packed in OPEN), ".parquet")
+JSONL = tuple(f".jsonl{packed}" for packed in OPEN)
 ALLOWED = ".txt or .jsonl[.xz|.gz|.zst] or .parquet"
 SPLITS = ("train", "validation")
 NAMED = re.compile(r"(train|validation|test)(-\d[\w-]*)?\.")  # train.txt, train-00000-of-00002.txt
@@ -171,7 +172,7 @@ def documents(path: Path, key: str, complaints: Complaints) -> Iterator[Document
     check_content(path, complaints)
     if path.suffix == ".parquet":
         yield from _documents(parquet(path, key), key, complaints)
-    elif path.with_suffix("").suffix == ".jsonl" or path.suffix == ".jsonl":
+    elif path.name.endswith(JSONL):
         yield from _documents(read(path, complaints), key, complaints)
     elif path.stat().st_size:
         try:
@@ -223,7 +224,8 @@ class Texts:
     def __post_init__(self) -> None:
         self.paths: list[Path] = []
         self.hub: Mapping[str, Any] | None = None
-        if HUB.fullmatch(self.root) and not Path(self.root).exists():
+        is_name = HUB.fullmatch(self.root) and not self.root.endswith(ENDINGS)
+        if is_name and not Path(self.root).exists():
             self.hub = _hub(self.root)
             self.mixed = not self.hub.keys() >= {*SPLITS}
         else:

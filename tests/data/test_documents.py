@@ -182,6 +182,8 @@ def test_no_hub_is_one_line(monkeypatch):
     line = r"^data.root: a/b is no file or folder, and no dataset of the hub: Couldn't reach it$"
     with pytest.raises(UserError, match=line):
         Texts("a/b", "train")
+    with pytest.raises(UserError, match=r"^data.root: a/b.txt is no file or folder$"):
+        Texts("a/b.txt", "train")
 
 
 # ---- mistakes

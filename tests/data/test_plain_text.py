@@ -163,6 +163,31 @@ def test_packed_rows_hold_the_content_of_the_others(tmp_path, streaming, workers
     assert [row[0] for row in again] == [row[0] for row in packed]
 
 
+@pytest.mark.parametrize("packing", ["none", "documents"])
+def test_a_long_document_is_streamed_and_goes_on_anywhere(tmp_path, monkeypatch, packing):
+    monkeypatch.setattr(module, "PIECE", 1)
+    root = write(tmp_path, [words(4), words(900), words(4), words(300)])
+    options = {"max_length": 6, "packing": packing, "streaming": True, "shuffle_window": 7}
+    whole = list(batches(root, **options, num_workers=2).train_loader().windows.window(0, 0))
+    source = batches(root, **options)
+    assert [a.ids.tolist() for a in source.windows.window(0, 0)] == [a.ids.tolist() for a in whole]
+    tokens = [ids for number in range(99) for ids in source.windows.window(0, number) or ()]
+    expected = joined([*encode(TOKENIZER, words(n), True), END] for n in (4, 900, 4, 300))
+    assert joined(sample.ids.tolist() for sample in tokens) == expected
+    assert all(2 <= len(sample) <= 6 for sample in tokens)
+    alone = source.train_loader()
+    rows = [batch["input_ids"].tolist() for _, batch in zip(range(150), alone, strict=False)]
+    begun = batches(root, **options).train_loader()
+    for _, batch in zip(range(71), begun, strict=False):
+        assert batch["input_ids"].tolist() == rows.pop(0)
+    resumed = batches(root, **options).train_loader()
+    resumed.load_state_dict(begun.state_dict())
+    for batch in resumed:
+        if not rows:
+            break
+        assert batch["input_ids"].tolist() == rows.pop(0)
+
+
 @pytest.mark.parametrize("options", [{}, {"streaming": True, "shuffle_window": 3}])
 def test_ranks_are_dealt_the_rows_of_one(tmp_path, options):
     source = batches(write(tmp_path, [words(30 + n, n) for n in range(11)]), **options)

@@ -1,7 +1,8 @@
-"""What decoding costs after any context: ms a token and bytes of the cache, CoMeT and full
-attention."""
+"""What decoding costs after any context: ms a token and bytes of the cache, CoMeT in both layouts
+and full attention."""
 
 import statistics
+from itertools import chain
 
 import torch
 
@@ -20,8 +21,10 @@ SLICES = 8  # a cycle
 FLOOR_CONTEXT = 1024  # tokens before full attention in the floor by bytes
 PAIR_CONTEXT = 131072  # tokens before CoMeT in --pair: all memory is full
 FULL_ATTENTION = ("full_attention", "in_place")
+LAYOUTS = {"comet": "interleaved", "trailing": "trailing"}
 NAMES = {"full_attention": "full attention", "in_place": "full attention with its cache in place"}
-MARGIN = 1.15  # CoMeT with full memory may take this much more than the floor by bytes
+# CoMeT with full memory may take this much more than the floor by bytes
+MARGINS = {"comet": 1.15, "trailing": 1.07}
 
 
 def parse(argv):
@@ -48,10 +51,12 @@ def benchmark(options):
     comet = dict(zip(keys, sizes, strict=True))
     name, decoder = the_decoder(options)
     decoder = decoder.to(options.device, getattr(torch, options.dtype)).eval()
-    model = known.plug_in(decoder, comet)
+    models = {
+        what: known.plug_in(decoder, comet | {"layout": layout}) for what, layout in LAYOUTS.items()
+    }
 
     cycles = options.cycles * options.chunk_size
-    tokens = {"comet": cycles, **dict.fromkeys(FULL_ATTENTION, options.tokens)}
+    tokens = dict.fromkeys(models, cycles) | dict.fromkeys(FULL_ATTENTION, options.tokens)
     contexts = [PAIR_CONTEXT] if options.pair else options.contexts
     full_contexts = [FLOOR_CONTEXT] if options.pair else contexts
     wanted = [(what, n) for what in FULL_ATTENTION for n in full_contexts]
@@ -59,11 +64,11 @@ def benchmark(options):
         wanted, lanes.token_bytes(decoder), lanes.free_bytes(options.device)
     )
     rest = options.read, lanes.WARM_UP + options.tokens
-    with Bar(len(contexts) * cycles + len(kept) * options.tokens) as bar:
+    with Bar(len(models) * len(contexts) * cycles + len(kept) * options.tokens) as bar:
         bar.live.auto_refresh = False  # a thread that draws would count as ours
         bar.name("prefilling")
         bar.refresh()
-        opened = [lanes.open_lane("comet", model, n, *rest) for n in contexts]
+        opened = [lanes.open_lane(*own, n, *rest) for own in models.items() for n in contexts]
         opened += [lanes.open_lane(what, decoder, n, *rest) for what, n in kept]
         bar.name("decoding")
         for done in lanes.decode(opened, tokens, options.cycles * SLICES, options.device):
@@ -71,7 +76,7 @@ def benchmark(options):
             bar.refresh()
 
     rows, key = [summary(lane, common["clock"]) for lane in opened], time_key(common["clock"])
-    floor = decoding_floor(model.config, FLOOR_CONTEXT, with_head=True)
+    floor = decoding_floor(models["comet"].config, FLOOR_CONTEXT, with_head=True)
     return {
         "model": name,
         "comet": comet,
@@ -132,21 +137,19 @@ def section(result):
     key, cells = time_key(clock), {(row["what"], row["length"]): row for row in result["lengths"]}
     rows, cache = [], "cache_bytes/1048576:,.1f"
     for n in sorted({length for _, length in cells}):
-        ours, full, in_place = (cells.get((what, n)) for what in ("comet", *FULL_ATTENTION))
-        times = [*texts(ours, f"{key}:,.1f"), *texts(full, f"{key}:,.1f")]
-        times += texts(in_place, f"{key}:,.1f")
+        sides = [cells.get((what, n)) for what in (*LAYOUTS, *FULL_ATTENTION)]
+        times = [text for side in sides for text in texts(side, f"{key}:,.1f")]
+        ours, _, full, _ = sides
         noise = " (noise)" if ours and ours["filled"] else ""
         rest = (*texts(ours, "closing_ms:,.0f", cache), *texts(full, cache))
         rows.append((f"{n:,}{noise}", *times, *rest))
-    heads = ["after so many tokens", "CoMeT, ms/token", "full attention"]
+    heads = ["after so many tokens", "CoMeT, ms/token", "trailing", "full attention"]
     heads += ["the same, cache in place", "closing step, ms", "cache, MiB", "full"]
     yield from table(heads, rows)
-    if bound := against_floor(result):
+    bounds = {side: against_floor(result, side) for side in LAYOUTS}
+    if bound := bounds["comet"]:
         sides = f"after {bound['after']:,} tokens / full attention after {bound['context']:,}"
-        limits, rows = texts(bound, "floor:.2f", "bound:.2f"), []
-        for what, ratio in bound["ratios"].items():
-            judged = "" if ratio["met"] is None else f" ({met(ratio)})"
-            rows.append((NAMES[what], texts(ratio, "value:.2f")[0] + judged, *limits))
+        rows = list(chain.from_iterable(map(bound_rows, bounds, bounds.values())))
         yield from table((f"CoMeT {sides}", "measured", "floor by bytes", "at most"), rows)
     else:
         yield f"CoMeT with full memory against full attention after a short context: {ABSENT}."
@@ -160,8 +163,20 @@ def section(result):
         yield f"- Skipped: {NAMES[row['what']]} after {row['length']:,} tokens: {row['reason']}."
 
 
-def against_floor(result):
-    """CoMeT after the longest context against full attention after the floor's context.
+def bound_rows(side, bound):
+    """Lines of what against_floor says of a layout."""
+    for what, ratio in bound["ratios"].items() if bound else ():
+        judged = "" if ratio["met"] is None else f" ({met(ratio)})"
+        limits = texts(bound, "floor:.2f", "bound:.2f")
+        yield (
+            f"{LAYOUTS[side]}, {NAMES[what]}",
+            texts(ratio, "value:.2f")[0] + judged,
+            *limits,
+        )
+
+
+def against_floor(result, side="comet"):
+    """CoMeT in a layout after the longest context against full attention after the floor's.
 
     Returns:
         {"after", "context", "floor", "bound", "ratios": {side: {"value", "met"}}}; None for what is
@@ -170,14 +185,14 @@ def against_floor(result):
     floor = result.get("floor") or {"context": 1024, "ratio": None}
     comet, key = result["comet"], time_key(result["clock"])
     times = {(row["what"], row["length"]): row[key] for row in result["lengths"]}
-    after = max((n for what, n in times if what == "comet"), default=0)
+    after = max((n for what, n in times if what == side), default=0)
     groups = -(-comet["chunk_size"] // comet["compression_stride"])  # compression tokens a chunk
     if after < comet["chunk_size"] * -(-comet["temporary_capacity"] // groups):
         return None
-    bound, ratios = floor["ratio"] and MARGIN * floor["ratio"], {}
+    bound, ratios = floor["ratio"] and MARGINS[side] * floor["ratio"], {}
     for what in FULL_ATTENTION:
         theirs = times.get((what, floor["context"]))
-        value = theirs and times["comet", after] / theirs
+        value = theirs and times[side, after] / theirs
         judged = None if value is None or bound is None else value <= bound
         ratios[what] = {"value": value, "met": judged}
     limits = {"context": floor["context"], "floor": floor["ratio"], "bound": bound}
@@ -188,7 +203,7 @@ def plot(result):
     """ms a token and the cache against the context."""
     figure, (left, right) = report.panels(2)
     rows = [row | {"cache_mib": row["cache_bytes"] / 2**20} for row in result["lengths"]]
-    both = {"comet": "CoMeT"} | NAMES
+    both = {"comet": "CoMeT", "trailing": "CoMeT, layout trailing"} | NAMES
     key, xlabel = time_key(result["clock"]), "tokens of context"
     label = f"ms a token ({result['clock']} time)"
     report.curves(left, rows, both, key, ylabel=label, xlabel=xlabel)

@@ -17,7 +17,7 @@ from benchmarks.shared.processes import mib
 from benchmarks.shared.rates import timed
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis.flops import plan_sizes
-from comet_pl.model.chunk_layout import NO_STRIDE, RowClock, plan_row
+from comet_pl.model.chunk_layout import plan_row
 
 WARM_UP = 3  # steps of each lane before the clock starts
 SHARE = 0.8  # of the free memory that the caches may take
@@ -53,8 +53,7 @@ def empty_cache(decoder, in_place, room):
 
 
 def clock_after(model, length):
-    clock = RowClock(stride=model.config.compression_stride or NO_STRIDE)
-    return plan_row(clock, length, **plan_sizes(model.config))[1]
+    return plan_row(model.config.clock(), length, **plan_sizes(model.config))[1]
 
 
 def cache_bytes(cache):
@@ -110,7 +109,8 @@ class Lane:
         clock = self.cache.rows[0]
         if clock.fill == self.model.config.chunk_size:
             return "closing"
-        return "compression" if clock.fill and clock.fill % clock.stride == 0 else "text"
+        enters = clock.fill and clock.fill % clock.stride == 0 and not clock.trailing
+        return "compression" if enters else "text"
 
     def feed(self, ids: Tensor):
         """Processes ids (1, n) and chooses the next token among the decoder's own rows."""

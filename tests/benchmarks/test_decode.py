@@ -35,12 +35,14 @@ def decoder():
     stride=st.integers(1, 5),
     filled=st.booleans(),
     cycles=st.integers(1, 3),
+    layout=st.sampled_from(["interleaved", "trailing"]),
 )
-def test_a_cycle_closes_one_chunk(n, chunk, stride, filled, cycles):
+def test_a_cycle_closes_one_chunk(n, chunk, stride, filled, cycles, layout):
     """The own tokens of the first layer tell what a step was."""
-    model = tiny("llama", chunk_size=chunk, compression_stride=stride)
-    own, kinds = [], []
-    names = {(1,): "text", (2,): "compression", (3, 1): "closing"}  # 3: with readout tokens
+    model = tiny("llama", chunk_size=chunk, compression_stride=stride, layout=layout)
+    own, kinds, trailing = [], [], layout == "trailing"
+    internal = 2 + (-(-chunk // stride) if trailing else 1)  # with readout tokens
+    names = {(1,): "text", (2,): "compression"} | {(internal, 1): "closing"}
     count = lambda cell, inputs: own.append(inputs[0].shape[1])  # noqa: E731
     model.model.layers[0].register_forward_pre_hook(count)
     with torch.inference_mode():
@@ -54,7 +56,7 @@ def test_a_cycle_closes_one_chunk(n, chunk, stride, filled, cycles):
     assert [kind for kind, _, _ in lane.steps] == kinds
     assert kinds.count("closing") == cycles
     # A chunk's last compression token comes with its closing.
-    assert kinds.count("compression") == cycles * ((chunk - 1) // stride)
+    assert kinds.count("compression") == (0 if trailing else cycles * ((chunk - 1) // stride))
 
 
 @pytest.mark.parametrize("n", [1, 5, 13, 40])
@@ -165,6 +167,10 @@ def test_the_bound_by_bytes_by_hand():
     assert bound["ratios"]["in_place"] == {"value": 2.4, "met": False}
     bound = decode.against_floor(result | {"lengths": rows[1:3]})
     assert bound["ratios"]["in_place"] == {"value": None, "met": None}
+    trailing = [rows[1] | {"what": "trailing", "processor_ms_per_token": 21.0}, *rows]
+    bound = decode.against_floor(result | {"lengths": trailing}, "trailing")
+    assert bound["ratios"]["in_place"] == {"value": 2.1, "met": True}
+    assert bound["bound"] == pytest.approx(1.07 * 2)
     for n, full in ((19, False), (20, True)):
         lengths = [rows[0] | {"length": n}]
         assert (decode.against_floor(result | {"lengths": lengths}) is not None) == full
@@ -190,10 +196,11 @@ def test_small_run(tmp_path):
     assert (tmp_path / "decode-small.png").read_bytes().startswith(b"\x89PNG")
     result = json.loads((tmp_path / "decode-small.json").read_text())
     rows = {(row["what"], row["length"]): row for row in result["lengths"]}
-    assert set(rows) == {(what, n) for what in ("comet", *decode.FULL_ATTENTION) for n in contexts}
+    sides = (*decode.LAYOUTS, *decode.FULL_ATTENTION)
+    assert set(rows) == {(what, n) for what in sides for n in contexts}
     for (what, n), row in rows.items():
         assert row["filled"] == (n > result["read"]) and row["processor_ms_per_token"] > 0
-        assert (row["closing_ms"] is not None) == (what == "comet")
+        assert (row["closing_ms"] is not None) == (what in decode.LAYOUTS)
     # So small a memory moves less than full attention.
     assert 0 < result["floor"]["ratio"] < 1 and result["clock"] == "processor"
     assert result["verdict"]["flatness"]["cache_bytes"] == 0 and not result["skipped"]
@@ -210,7 +217,8 @@ def test_the_pair_at_a_shape_alone(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["decode-qwen3_0_6b-pair.json"]
     result = json.loads((tmp_path / "decode-qwen3_0_6b-pair.json").read_text())
     rows = {(row["what"], row["length"]) for row in result["lengths"]}
-    assert rows == {("comet", 131072), ("full_attention", 1024), ("in_place", 1024)}
+    far = {(layout, 131072) for layout in decode.LAYOUTS}
+    assert rows == far | {("full_attention", 1024), ("in_place", 1024)}
     config = decoders.random_decoder(shape | {"num_hidden_layers": 1}).config
     floor = decoding_floor(CometConfig(config, **result["comet"]), 1024, with_head=True)
     assert decode.against_floor(result)["floor"] == pytest.approx(floor, rel=1e-3)

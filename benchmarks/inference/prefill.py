@@ -16,11 +16,12 @@ MARGIN = 1.10  # ours may take this much more than the floor
 LEAST_RATE = 0.60  # of a plain matrix product, in the linear layers
 NAMES = {
     "comet": "CoMeT",
+    "trailing": "CoMeT, layout trailing",
     "slots_in_full": "slots in full",
     "full_attention": "full attention",
     "sliding_window": "sliding window, sinks",
 }
-STEADY = ("slots_in_full", "sliding_window")  # cost the same at any length
+STEADY = ("trailing", "slots_in_full", "sliding_window")  # cost the same at any length
 STEADY_TO = 65536  # tokens
 MEASURED = ("ms_per_token", "processor_ms_per_token", "peak_mib", "reading_mib")
 

@@ -5,6 +5,7 @@ Memory is full before the clock starts, and a chunk warms up. Rates come last, a
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +19,7 @@ from benchmarks.shared.rates import CLOCKS, linear_layers, product_rate, side_by
 from benchmarks.shared.shapes import SHAPES, TEXT_VOCABULARY
 from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis import flops
-from comet_pl.model.chunk_layout import RowClock, fixed_chunks
+from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.model.naive import SlotsInFull
 
 PIECE = 4  # chunks of a call
@@ -47,35 +48,38 @@ def noise_cache(model, clock, columns=0):
     return cache
 
 
+def comet(shape, device, dtype, layout="interleaved"):
+    """CoMeT with full memory, and its cache."""
+    model = CometForCausalLM(shape.comet(layout)).to(device, dtype).eval()
+    clock = replace(model.config.clock(), global_slots=shape.global_size)
+    cache = noise_cache(model, replace(clock, temporary_slots=shape.capacity))
+    keep = {"past_key_values": cache, "logits_to_keep": 1}
+
+    def read(ids: Tensor):
+        return model(ids, chunk_sizes=fixed_chunks(ids.shape[1], shape.chunk), **keep).logits
+
+    return Reader(model, read, partial(operations, model.config, shape, "recomputed")), cache
+
+
+def operations(config, shape, slots, tokens):
+    chunks, clock = fixed_chunks(tokens, shape.chunk), flops.start(config, full=True)
+    return flops.reading(config, tokens, chunks, clock, logits=0, slots=slots)
+
+
 def readers(shape, device, dtype):
     """CoMeT and slots in full with the same weights and the same full memory."""
-    model = CometForCausalLM(shape.comet()).to(device, dtype).eval()
-    cache = noise_cache(model, RowClock(0, shape.stride, shape.global_size, shape.capacity))
-    reference, keep = SlotsInFull(model), {"past_key_values": cache, "logits_to_keep": 1}
+    ours, cache = comet(shape, device, dtype)
+    reference = SlotsInFull(ours.model)
     for i, memory in enumerate(cache.memories):
         assert memory.state is not None and memory.temporary is not None
         reference.states[i] = memory.state.clone()
         reference.temporary[i] = memory.temporary.clone()
-
-    def sizes(ids: Tensor):
-        return fixed_chunks(ids.shape[1], shape.chunk)
-
-    def operations(slots, tokens):
-        chunks, clock = fixed_chunks(tokens, shape.chunk), flops.start(model.config, full=True)
-        return flops.reading(model.config, tokens, chunks, clock, logits=0, slots=slots)
-
-    return {
-        "comet": Reader(
-            model,
-            lambda ids: model(ids, chunk_sizes=sizes(ids), **keep).logits,
-            partial(operations, "recomputed"),
-        ),
-        "slots_in_full": Reader(
-            model,
-            lambda ids: reference.read(ids, sizes(ids), logits_to_keep=1),
-            partial(operations, "in_full"),
-        ),
-    }
+    in_full = Reader(
+        ours.model,
+        lambda ids: reference.read(ids, fixed_chunks(ids.shape[1], shape.chunk), logits_to_keep=1),
+        partial(operations, ours.model.config, shape, "in_full"),
+    )
+    return {"comet": ours, "slots_in_full": in_full}
 
 
 def sliding_window(shape, device, dtype):
@@ -107,6 +111,8 @@ def make_reader(what, shape, device, dtype):
     plain = {"sliding_window": sliding_window, "full_attention": full_attention}
     if what in plain:
         return plain[what](shape, device, dtype)
+    if what == "trailing":
+        return comet(shape, device, dtype, what)[0]
     return readers(shape, device, dtype)[what]
 
 

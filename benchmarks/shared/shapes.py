@@ -46,13 +46,14 @@ class Shape:
             max_position_embeddings=1 << 18,
         )
 
-    def comet(self):
+    def comet(self, layout="interleaved"):
         return CometConfig(
             backbone_config=self.backbone(),
             chunk_size=self.chunk,
             global_size=self.global_size,
             compression_stride=self.stride,
             temporary_capacity=self.capacity,
+            layout=layout,
         )
 
 

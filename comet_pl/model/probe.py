@@ -79,6 +79,8 @@ def attention_shares(
     """
     assert chunk.slots is not None
     normed = cell.input_layernorm(cell.inputs(hidden, memory, chunk))
+    if cell.scales:
+        normed = cell.scaled(normed, chunk.slots)
     keys = cell.rotate(cell.project("k", normed), chunk.rope)  # (1, H', L, h)
     own = normed[:, normed.shape[1] - hidden.shape[1] :]
     cos, sin = (t[:, places] for t in chunk.tokens.rope)

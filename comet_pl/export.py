@@ -1,5 +1,8 @@
 """Writes a trained model as a Hugging Face folder: python -m comet_pl.export CKPT FOLDER.
 
+--memory-only writes what the decoder lacks, a few MB: the memory modules, the rows of new tokens
+and LoRA. CometForCausalLM.from_pretrained(DECODER, memory=FOLDER) puts it on any copy of it.
+
 CKPT is a run's folder (its last.ckpt, else its best.ckpt), a .ckpt file, or a model folder. LoRA
 and separately trained rows are merged into plain weights. CometForCausalLM.from_pretrained(FOLDER)
 loads the result; after `import comet_pl`, so does AutoModelForCausalLM.
@@ -7,7 +10,7 @@ loads the result; after `import comet_pl`, so does AutoModelForCausalLM.
 
 from pathlib import Path
 
-from comet_pl.errors import Parser, importing, run_cli
+from comet_pl.errors import Parser, UserError, importing, run_cli
 from comet_pl.files import check_new, save_folder
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,6 +42,36 @@ def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
     save_folder(folder, model, tokenizer, Digests())
 
 
+def export_memory(checkpoint: Path, folder: Path) -> None:
+    """Writes the weights of the memory alone into `folder`, whole or not at all.
+
+    Raises:
+        UserError: as export; a training that changed the decoder itself.
+    """
+    check_new(folder)
+    with importing():
+        import transformers
+
+        from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
+        from comet_pl.experiment.memory_only import memory_of
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+    model, _, config = load_trained(checkpoint, [], merge=False)
+    run = find_checkpoint(checkpoint)[0].is_file()
+    if run and config.train.parameters == "all":
+        raise UserError(
+            f"--memory-only: {checkpoint} was trained with train.parameters=all, which changed the "
+            "decoder too; leave it out"
+        )
+    try:
+        weights = memory_of(model, config.backbone.path if run else None)
+    except ValueError as error:
+        raise UserError(f"--memory-only: {checkpoint}: {error}; leave it out") from None
+    save_folder(folder, weights)
+
+
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m comet_pl.export", description=__doc__)
     checkpoint = "run folder, .ckpt file or model folder"
@@ -48,9 +81,16 @@ def main(argv: list[str]) -> None:
     )
     dtype = "of the weights (default: as the checkpoint's)"
     parser.add_argument("--dtype", choices=DTYPES, help=dtype)
+    only = "what the decoder lacks, for from_pretrained(DECODER, memory=FOLDER)"
+    parser.add_argument("--memory-only", action="store_true", help=only)
     options = parser.parse_args(argv)
-    folder = options.folder.expanduser()
-    export(options.checkpoint.expanduser(), folder, options.dtype)
+    checkpoint, folder = options.checkpoint.expanduser(), options.folder.expanduser()
+    if options.memory_only and options.dtype is not None:
+        raise UserError("--dtype: given with --memory-only, which keeps that of the training")
+    if options.memory_only:
+        export_memory(checkpoint, folder)
+    else:
+        export(checkpoint, folder, options.dtype)
     print(f"wrote {folder}", flush=True)
 
 

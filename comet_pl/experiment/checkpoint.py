@@ -160,7 +160,7 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
 
 
 def load_trained(
-    path: Path, argv: list[str]
+    path: Path, argv: list[str], merge: bool = True
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     """A trained model in eval mode on the CPU, its tokenizer, and its configuration with the
     command line's keys over it.
@@ -171,6 +171,7 @@ def load_trained(
         path: a .ckpt file; a run's folder (then its last.ckpt, else its best.ckpt); or a folder
             that save_pretrained wrote.
         argv: arguments of eval.py; model.* keys that don't shape the weights take effect.
+        merge: False: LoRA and separately trained rows stay peft's modules.
 
     Raises:
         UserError: no such path; a truncated or foreign checkpoint; keys that the weights were not
@@ -179,19 +180,19 @@ def load_trained(
     path, _ = find_checkpoint(Path(path).expanduser())
     if path.is_dir():
         return _from_folder(path, argv)
-    return _from_checkpoint(path, argv)
+    return _from_checkpoint(path, argv, merge)
 
 
 def _from_checkpoint(
-    path: Path, argv: list[str]
+    path: Path, argv: list[str], merge: bool
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     checkpoint = read_checkpoint(path, mmap=True)
     with loading(f"ckpt: {path}: its content cannot be used"):
-        return _restored(checkpoint, path, argv)
+        return _restored(checkpoint, path, argv, merge)
 
 
 def _restored(
-    checkpoint: Mapping[str, Any], path: Path, argv: list[str]
+    checkpoint: Mapping[str, Any], path: Path, argv: list[str], merge: bool
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:
     import json
 
@@ -234,7 +235,8 @@ def _restored(
             f"ckpt: the weights in {path} do not fit its own configuration: "
             f"{' '.join(str(error).split())[:200]}"
         ) from None
-    merge_adapters(model)
+    if merge:
+        merge_adapters(model)
     if "generation" in content:
         model.generation_config = GenerationConfig.from_dict(content["generation"])
     return model.eval(), restore_tokenizer(content), config

@@ -101,6 +101,7 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
         *args: Any,
         comet: dict[str, Any] | None = None,
         start: int | None = None,
+        memory: str | os.PathLike[str] | None = None,
         **kwargs: Any,
     ) -> CometForCausalLM:
         """Loads a CoMeT folder (ours or the authors'), or plugs memory into a plain decoder.
@@ -109,13 +110,14 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             path: folder or hub id.
             comet: CometConfig keys; they override those of a CoMeT folder.
             start: see from_decoder; a CoMeT folder has its rows already.
+            memory: folder of `comet_pl.export --memory-only`, for a copy of its decoder.
             kwargs: as in Hugging Face's from_pretrained.
 
         Raises:
             ValueError: an impossible or unknown memory key; a decoder that is not supported; a file
                 that is not what was saved; weights that are missing, unknown or not finite.
         """
-        kind = pretrained.kind(path, kwargs)
+        kind = pretrained.kind(path, kwargs, memory)
         if kind == "authors":
             return pretrained.load_authors(cls, path, comet or {}, **kwargs)
         if kind == "comet":
@@ -125,7 +127,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
             return pretrained.load_whole(load, path, kwargs, comet or {})
         kwargs.setdefault("trust_remote_code", False)  # without it Hugging Face asks on stdin
         plain: partial[Any] = partial(AutoModelForCausalLM.from_pretrained, path, *args)
-        return cls.from_decoder(pretrained.load_whole(plain, path, kwargs), comet or {}, start)
+        decoder = pretrained.load_whole(plain, path, kwargs)
+        return pretrained.around(cls, decoder, comet or {}, start, memory)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Hugging Face's; digests of what the folder held before are removed."""
@@ -263,13 +266,10 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
                     last = last if tokens.wanted is None else last[tokens.wanted]
                     outputs.append((last, tokens.target))
         cache.rows, cache.columns = plan.clocks_after, cache.columns + input_ids.shape[1]
-        heads = self.model.norm, self.lm_head
         learning = () if loss_only else self.parameters()
-        loss, logits = loss_and_logits(
-            plan, outputs, *heads, num_items_in_batch, self.observer, learning, teacher
-        )
-        kept = cache if use_cache else None
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=kept)
+        given = num_items_in_batch, self.observer, learning, teacher
+        loss, logits = loss_and_logits(plan, outputs, self.model.norm, self.lm_head, *given)
+        return CausalLMOutputWithPast(loss, logits, cache if use_cache else None)
 
     def own_ids(self, like: Tensor) -> Tensor:
         """(B, 1 + m) ids of the compression token and the readout tokens, for B rows of ids."""
@@ -338,9 +338,8 @@ class CometForCausalLM(PreTrainedModel, GenerationMixin):
     def compile_cells(self, **options: Any) -> None:
         """Runs each cell as torch.compile's code; names of modules and weights stay.
 
-        A first call of each kind compiles. Torch's limit of graphs a function becomes at least
-        COMPILED_GRAPHS, for the whole process. Beyond it, and where torch cannot trace, cells run
-        as before.
+        A first call of each kind compiles. Torch's limit of graphs becomes COMPILED_GRAPHS, at
+        least, for the whole process. Beyond it, and where torch cannot trace, cells run as before.
 
         Args:
             options: of torch.compile.

@@ -13,6 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from comet_pl.model.configuration_comet import CometConfig
 from comet_pl.model.digests import check_digests, check_finite
+from comet_pl.model.memory_weights import FACTS, MemoryWeights
 
 AUTHORS_KEYS = (
     "chunk_size",
@@ -42,8 +43,41 @@ AUTHORS_NAMES = {
 }
 
 
-def kind(path: str | os.PathLike[str], kwargs: dict[str, Any]) -> str:
-    """ "comet" (our folder), "authors" (theirs) or "decoder" (all else that Hugging Face loads)."""
+Folder = str | os.PathLike[str]
+
+
+def kind(path: Folder, kwargs: dict[str, Any], memory: Folder | None = None) -> str:
+    """ "comet" (our folder), "authors" (theirs) or "decoder" (all else that Hugging Face loads).
+
+    Raises:
+        ValueError: `memory` is given with a model that has its own; a folder of one alone.
+    """
+    if Path(path, FACTS).is_file():
+        raise ValueError(
+            f"{path}: the weights of a memory alone; give its decoder, and memory={str(path)!r}"
+        )
+    found = _kind(path, kwargs)
+    if memory is not None and found != "decoder":
+        raise ValueError(f"memory: given, but {path} is a CoMeT with a memory of its own")
+    return found
+
+
+def around(
+    cls: Any,
+    decoder: PreTrainedModel,
+    comet: dict[str, Any],
+    start: int | None,
+    memory: Folder | None,
+) -> Any:
+    """A new memory around a decoder, or the trained one in the folder `memory`."""
+    if memory is None:
+        return cls.from_decoder(decoder, comet, start)
+    if start is not None:
+        raise ValueError(f"start: {start} given, but memory={str(memory)!r} has its rows")
+    return MemoryWeights.from_pretrained(memory).plug_in(cls, decoder, comet)
+
+
+def _kind(path: Folder, kwargs: dict[str, Any]) -> str:
     if kwargs.get("gguf_file"):
         return "decoder"
     if isinstance(kwargs.get("config"), CometConfig):

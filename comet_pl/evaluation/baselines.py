@@ -35,8 +35,8 @@ class Baselines:
         self.size = config.chunk_size
         if self.size > self.positions:
             raise UserError(
-                f"eval.baselines: given, but model.chunk_size is {self.size}, and the decoder has "
-                f"{self.positions} positions"
+                f"eval.baselines: given, but model.chunk_size is {self.size}; a decoder of "
+                f"{self.positions} positions cannot read that"
             )
         self.fitting = 1 << (self.positions // self.size).bit_length() - 1
         self.plain = plain_decoder(model)

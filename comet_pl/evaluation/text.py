@@ -60,8 +60,8 @@ def evaluate_text(engine: Engine, config: Config, results: Results) -> dict[str,
                 batch = pad_rows(rows[start : start + data.batch_size], pad_token(engine.tokenizer))
                 mask = batch["attention_mask"]
                 parts = (batch[key].to(model.device) for key in ("input_ids", "labels"))
-                found = losses(*parts, mask.to(model.device))
-                metric.update(*found, chunk_of_columns(mask, model.config.chunk_size))
+                places, found = losses(*parts, mask.to(model.device))
+                metric.update(places, found, chunk_of_columns(mask, model.config.chunk_size))
                 bar.add(int(mask.sum()))
             values = text_values(metrics) | ({"decoder": NOTE, "long_rows": long} if names else {})
             results.write(values, {})

@@ -1,40 +1,19 @@
 """Sliding window with attention sinks: the other way to process any length in constant memory.
 
-StreamingLLM (arXiv 2309.17453) keeps the first few tokens in the cache and the last ones before the
-call. A call of C tokens sees [sinks | window | its own, causally]: the window moves from call to
-call, which needs no mask. Keys keep the positions at which they were computed.
+The cache is comet_pl/model/plain_decoder.py's. Here its attention needs no mask.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
-from transformers import AttentionInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import AttentionInterface
 
-SINKS = 4  # tokens, as in the paper
+from comet_pl.model.plain_decoder import SINKS, sink_cache
+
 NAME = "lower_right"  # the attention implementation below
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-class SinkLayer(DynamicLayer):
-    """Keys and values (B, H', L, h) of the first `sinks` and the last `window` tokens."""
-
-    def __init__(self, sinks, window):
-        super().__init__()
-        self.sinks, self.window = sinks, window
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_, **__):
-        """What the call sees; what stays for the next call may be less."""
-        keys, values = super().update(key_states, value_states)
-        forgotten = keys.shape[2] - self.sinks - self.window
-        if forgotten > 0:
-            self.keys, self.values = (
-                torch.cat([x[:, :, : self.sinks], x[:, :, self.sinks + forgotten :]], 2)
-                for x in (keys, values)
-            )
-        return keys, values
 
 
 def lower_right(
@@ -72,18 +51,14 @@ class SinkReader:
     def __init__(self, model, window, sinks=SINKS, full=False):
         model.set_attn_implementation(NAME)
         self.model, self.columns = model, sinks + window
-        self.cache, layers = DynamicCache(config=model.config), model.config.num_hidden_layers
-        self.cache.layers = [SinkLayer(sinks, window) for _ in range(layers)]
-        self.tokens = self.columns if full else 0
+        self.cache = sink_cache(model, window, sinks)
         if full:
             fill_with_noise(self.cache, model, self.columns)
 
     def __call__(self, ids: Tensor, logits_to_keep=1) -> Tensor:
         """(1, N) -> logits (1, logits_to_keep, V); 0: all N."""
-        positions = torch.arange(self.tokens, self.tokens + ids.shape[1], device=ids.device)
-        self.tokens += ids.shape[1]
         rest = {"past_key_values": self.cache, "logits_to_keep": logits_to_keep}
-        return self.model(ids, position_ids=positions[None], **rest).logits
+        return self.model(ids, **rest).logits
 
 
 def fill_with_noise(cache, decoder, length):

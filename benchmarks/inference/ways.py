@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3ForCausalLM
 
-from benchmarks.inference.sinks import SINKS, SinkReader
+from benchmarks.inference.sinks import SinkReader
 from benchmarks.shared.processes import resident
 from benchmarks.shared.rates import CLOCKS, linear_layers, product_rate, side_by_side, timed
 from benchmarks.shared.shapes import SHAPES, TEXT_VOCABULARY
@@ -21,6 +21,7 @@ from comet_pl import CometCache, CometForCausalLM
 from comet_pl.analysis import flops
 from comet_pl.model.chunk_layout import fixed_chunks
 from comet_pl.model.naive import SlotsInFull
+from comet_pl.model.plain_decoder import SINKS
 
 PIECE = 4  # chunks of a call
 

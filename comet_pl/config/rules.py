@@ -117,6 +117,8 @@ def refusal(value: Any, hint: Any, rules: Rules, key: str, place: str = "") -> U
     hints = ""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and str in arms(hint):
         hints = " (a number is text only in quotes)"
-    elif isinstance(value, str) and "choices" in rules:
-        hints = nearest(value, rules["choices"])
+    elif "choices" in rules:
+        names = value if isinstance(value, list) else [value]
+        wrong = [one for one in names if isinstance(one, str) and one not in rules["choices"]]
+        hints = nearest(wrong[0], rules["choices"]) if wrong else ""
     return UserError(f"{key}: {shown} given{origin}, allowed: {describe(hint, rules)}{hints}")

@@ -37,6 +37,7 @@ __all__ = [
 PARAMETERS = ("all", "memory", "lora", "memory+lora")
 RECOMPUTE = ("none", "cell", "chunk")
 SCHEDULES = ("layer_level", "interleaved", "chunk_level")
+BASELINES = ("full", "blocks", "window")
 SHARDING = ("none", "zero2", "zero3")
 AMOUNT = "integer >= 1, or fraction > 0.0 and <= 1.0"
 
@@ -197,6 +198,13 @@ class EvalConfig:
         0,
         "scrolls: questions a task that are answered and scored at each validation while training",
         min=0,
+    )
+    baselines: list[str] | None = key(
+        None,
+        "text: what the decoder without memory makes of the same rows: full: of all before a "
+        "token; blocks: of its own block of chunk_size; window: of a sliding window with attention "
+        "sinks, as many keys as there are memory slots; null: none",
+        choices=BASELINES,
     )
     max_new_tokens: int | None = key(
         None, "scrolls, agent: longest answer in tokens; null: by task, 256", min=1

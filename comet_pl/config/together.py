@@ -26,6 +26,11 @@ def check_together(config: Config, command: str) -> None:
             "eval.examples: null given, allowed with data.kind=passkey: integer >= 1 (examples a "
             "cell)"
         )
+    if config.eval.baselines and config.data.kind != "text":
+        raise UserError(
+            f"eval.baselines: {config.eval.baselines} given, but data.kind is {config.data.kind}; "
+            "it needs text"
+        )
     if command == "train":
         check_parameters(config)
         check_memory_of_a_step(config)

@@ -40,12 +40,12 @@ class LossByPosition(Metric):
             losses: (k,) of these.
             chunks: (B, N), see chunk_of_columns.
         """
-        # The exponent of x = f 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7
-        _, exponents = np.frexp(chunks.reshape(-1)[places.cpu().numpy()])
-        bucket = torch.from_numpy(exponents.clip(max=BUCKETS - 1)).long()
-        sums = torch.zeros(BUCKETS, dtype=torch.float64)
-        self.total += sums.index_add(0, bucket, losses.double().cpu()).to(self.device)
-        self.count += torch.bincount(bucket, minlength=BUCKETS).double().to(self.device)
+        self._add(row_sums(places, losses, chunks))
+
+    def _add(self, sums: Tensor) -> None:
+        total, count = sums.sum(0).to(self.device)
+        self.total += total
+        self.count += count
 
     def compute(self) -> list[Bucket]:
         """All buckets up to the last one with a target; loss None: no target, or not finite."""
@@ -58,6 +58,39 @@ class LossByPosition(Metric):
             loss = mean if np.isfinite(mean) else None
             buckets.append({**bounds, "loss": loss, "labels": int(count[number])})
         return buckets
+
+
+class LossByRow(LossByPosition):
+    """The same, with the sums of each row: for comparisons of those who read the same rows.
+
+    rows: (B, 2, BUCKETS) of each update, see row_sums.
+    """
+
+    rows: list[Tensor]
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def _add(self, sums: Tensor) -> None:
+        super()._add(sums)
+        self.rows.append(sums)
+
+
+def row_sums(places: Tensor, losses: Tensor, chunks: np.ndarray) -> Tensor:
+    """(B, 2, BUCKETS) float64 on the CPU: each row's summed losses, and numbers of targets.
+
+    The arguments are those of LossByPosition.update.
+    """
+    places = places.cpu()
+    # The exponent of x = f 2^e with f in [0.5, 1): 0 for chunk 0, 1 for 1, 2 for 2-3, 3 for 4-7
+    _, exponents = np.frexp(chunks.reshape(-1)[places.numpy()])
+    bucket = torch.from_numpy(exponents.clip(max=BUCKETS - 1)).long()
+    cells, shape = places // chunks.shape[1] * BUCKETS + bucket, (len(chunks), BUCKETS)
+    size = len(chunks) * BUCKETS
+    sums = torch.zeros(size, dtype=torch.float64).index_add(0, cells, losses.double().cpu())
+    counts = torch.bincount(cells, minlength=size).double()
+    return torch.stack([sums.view(shape), counts.view(shape)], 1)
 
 
 def chunk_of_columns(
@@ -89,19 +122,26 @@ def name(bucket: Bucket) -> str:
     return str(first) if last <= first else f"{first}-{last}"
 
 
-def curve(buckets: Sequence[Bucket]) -> Figure:
+def curve(buckets: Sequence[Bucket], **others: Sequence[Bucket]) -> Figure:
     """Mean loss (y) by position in the document (x, log-spaced), with the number of targets.
 
     Buckets without targets are left out.
+
+    Args:
+        buckets: CoMeT's. others: by name, of the same targets or some of them.
     """
-    losses = [(place, each["loss"]) for place, each in enumerate(buckets)]
-    seen = [(place, loss) for place, loss in losses if loss is not None]
     figure = Figure(figsize=(2.6 + 0.7 * max(4, len(buckets)), 3.4), layout="constrained", dpi=100)
     axes = figure.subplots()
-    axes.plot([place for place, _ in seen], [loss for _, loss in seen], marker="o")
+    for label, those in {"CoMeT": buckets, **others}.items():
+        losses = [(place, each["loss"]) for place, each in enumerate(those)]
+        seen = [(place, loss) for place, loss in losses if loss is not None]
+        xs, ys = [place for place, _ in seen], [loss for _, loss in seen]
+        axes.plot(xs, ys, marker="o", label=label)
     axes.set_xticks(range(len(buckets)), [f"{name(each)}\n{each['labels']:,}" for each in buckets])
     axes.set_xlabel("chunk of the document, number of targets below")
     axes.set_ylabel("mean loss")
     axes.grid(axis="y", alpha=0.3)
     axes.set_title("Loss by position in the document", fontsize=11)
+    if others:
+        axes.legend(frameon=False)
     return figure

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from comet_pl.config.schema import TrainConfig
 from comet_pl.errors import UserError
@@ -26,22 +25,8 @@ from comet_pl.model.chunk_layout import ChunkPlan
 from comet_pl.model.configuration_comet import wide
 from comet_pl.model.loss import Teacher
 from comet_pl.model.modeling_comet import CometForCausalLM
+from comet_pl.model.plain_decoder import plain_decoder
 from comet_pl.training.windows import Window
-
-
-def plain_decoder(model: CometForCausalLM) -> PreTrainedModel:
-    """Hugging Face's decoder with the model's own modules, without memory. Rows of new tokens stay
-    in its embedding and its head."""
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(model.config.backbone_config)
-    for layer, cell in zip(plain.model.layers, model.model.layers, strict=True):
-        for name, _ in list(layer.named_children()):
-            setattr(layer, name, getattr(cell, name))
-    for name, _ in list(plain.model.named_children()):
-        if name != "layers":
-            setattr(plain.model, name, getattr(model.model, name))
-    plain.lm_head = model.lm_head
-    return plain.train(model.training)
 
 
 class Distillation:

@@ -11,6 +11,7 @@ from benchmarks.inference.sinks import SinkReader
 from benchmarks.shared import rates, report
 from benchmarks.shared.shapes import SHAPES, Shape
 from comet_pl.analysis import flops
+from comet_pl.model.plain_decoder import sink_cache
 from tests.support.models import text
 
 EXACT = {"atol": 1e-10, "rtol": 1e-10}  # float64
@@ -38,22 +39,18 @@ def test_both_sides_of_the_ratio_compute_the_same():
     ("window", "calls"),
     [(5, [4, 4, 4, 4, 3]), (0, [3, 1, 6]), (40, [7, 7, 7]), (3, [1, 1, 1, 1, 1, 1, 5])],
 )
-def test_sinks_equal_a_mask(window, calls):
-    """All calls are one call in which a token sees sinks, the window before its call, its call."""
+def test_attention_without_a_mask(window, calls):
+    """It is what Hugging Face's attention makes of the same cache."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24, "head_dim": 8}
     config = Qwen3Config(vocab_size=50, num_attention_heads=4, num_key_value_heads=2, **sizes)
     model, ids, sinks = Qwen3ForCausalLM(config).double().eval(), text(1, sum(calls)), 2
-    seen, start = torch.zeros(sum(calls), sum(calls), dtype=torch.bool), 0
-    for n in calls:
-        for i in range(start, start + n):
-            seen[i, [j for j in range(i + 1) if j < sinks or j >= start - window]] = True
-        start += n
     with torch.no_grad():
-        expected = model(ids, attention_mask=seen[None, None]).logits
+        cache = sink_cache(model, window, sinks)
+        expected = [model(part, past_key_values=cache).logits for part in ids.split(calls, 1)]
         reader = SinkReader(model, window, sinks)
         logits = [reader(part, logits_to_keep=0) for part in ids.split(calls, 1)]
-    torch.testing.assert_close(torch.cat(logits, 1), expected, **EXACT)
+    torch.testing.assert_close(torch.cat(logits, 1), torch.cat(expected, 1), **EXACT)
     kept = min(sum(calls), sinks + window)
     assert all(layer.keys.shape[2] == kept for layer in reader.cache.layers)
 

@@ -13,7 +13,8 @@ from comet_pl.config.load import load
 from comet_pl.config.schema import TrainConfig
 from comet_pl.errors import UserError
 from comet_pl.model.chunk_layout import ChunkPlan, fixed_chunks
-from comet_pl.training.distillation import Distillation, between_resets, plain_decoder, without_lora
+from comet_pl.model.plain_decoder import plain_decoder
+from comet_pl.training.distillation import Distillation, between_resets, without_lora
 from comet_pl.training.trainable import add_adapters
 from comet_pl.training.windows import count_targets
 from tests.support.models import FAMILIES, FEW, VOCABULARY, backbone, text

@@ -16,49 +16,37 @@ from comet_pl.files import check_new, save_folder
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def export(checkpoint: Path, folder: Path, dtype: str | None = None) -> None:
+def export(
+    checkpoint: Path, folder: Path, dtype: str | None = None, memory_only: bool = False
+) -> None:
     """Writes `folder` (weights, configuration, tokenizer), whole or not at all.
 
     Args:
         dtype: of the weights, one of DTYPES; None: as the checkpoint's.
+        memory_only: what the decoder lacks, and nothing else; dtype is that of the training.
 
     Raises:
-        UserError: the checkpoint is missing or damaged; the folder exists or cannot be written.
+        UserError: the checkpoint is missing or damaged; the folder exists or cannot be written;
+            memory_only, but the training changed the decoder itself.
     """
     check_new(folder)
     with importing():
         import torch
         import transformers
 
-        from comet_pl.experiment.checkpoint import load_trained
-        from comet_pl.experiment.loading import Digests
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-    model, tokenizer, _ = load_trained(checkpoint, [])
-    if dtype is not None:
-        model = model.to(getattr(torch, dtype))
-    save_folder(folder, model, tokenizer, Digests())
-
-
-def export_memory(checkpoint: Path, folder: Path) -> None:
-    """Writes the weights of the memory alone into `folder`, whole or not at all.
-
-    Raises:
-        UserError: as export; a training that changed the decoder itself.
-    """
-    check_new(folder)
-    with importing():
-        import transformers
-
         from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
+        from comet_pl.experiment.loading import Digests
         from comet_pl.experiment.memory_only import memory_of
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
-    model, _, config = load_trained(checkpoint, [], merge=False)
+    model, tokenizer, config = load_trained(checkpoint, [], merge=not memory_only)
+    if not memory_only:
+        if dtype is not None:
+            model = model.to(getattr(torch, dtype))
+        save_folder(folder, model, tokenizer, Digests())
+        return
     run = find_checkpoint(checkpoint)[0].is_file()
     if run and config.train.parameters == "all":
         raise UserError(
@@ -87,10 +75,7 @@ def main(argv: list[str]) -> None:
     checkpoint, folder = options.checkpoint.expanduser(), options.folder.expanduser()
     if options.memory_only and options.dtype is not None:
         raise UserError("--dtype: given with --memory-only, which keeps that of the training")
-    if options.memory_only:
-        export_memory(checkpoint, folder)
-    else:
-        export(checkpoint, folder, options.dtype)
+    export(checkpoint, folder, options.dtype, options.memory_only)
     print(f"wrote {folder}", flush=True)
 
 

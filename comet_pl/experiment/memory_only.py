@@ -1,9 +1,10 @@
 """The weights of a trained memory, without those of its decoder."""
 
-from comet_pl.model.configuration_comet import CometConfig
-from comet_pl.model.memory_weights import KEYS, MemoryWeights, ends, samples
+from comet_pl.model.configuration_comet import KEYS, CometConfig
+from comet_pl.model.memory import is_memory
+from comet_pl.model.memory_weights import MemoryWeights, ends, samples
 from comet_pl.model.modeling_comet import CometForCausalLM
-from comet_pl.training.trainable import merge_adapters
+from comet_pl.training.trainable import is_adapter, merge_adapters
 
 
 def memory_of(model: CometForCausalLM, decoder: str | None) -> MemoryWeights:
@@ -20,7 +21,12 @@ def memory_of(model: CometForCausalLM, decoder: str | None) -> MemoryWeights:
     ids = [config.compression_token_id] * (config.compression_stride is not None)
     if [*ids, *config.readout_token_ids] != list(range(first, rows)):
         raise ValueError("its new tokens do not stand right behind the text's")
-    tensors = {f"decoder.{name}": t for name, t in samples(model, first)}
+    decoders = (
+        (name.replace(".base_layer.", "."), parameter)
+        for name, parameter in model.named_parameters()
+        if not is_memory(name) and not is_adapter(name)
+    )
+    tensors = {f"decoder.{name}": t for name, t in samples(decoders, first)}
     factors = {}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):

@@ -21,6 +21,7 @@ SETTINGS = attrgetter(
 )
 LATER = {"layout": "interleaved", "sink": "none", "slot_scale": None}
 """Settings that came later, and their values before: a memory of then is still known."""
+LATER_SETTINGS = attrgetter(*LATER)
 RUNTIME = ("_", "transformers", "dtype", "torch", "use_cache", "output_", "return_dict")
 
 
@@ -32,10 +33,11 @@ class Fingerprint:
         self.words = self.value = ""
 
     def of(self, config: CometConfig) -> str:
-        settings = SETTINGS(config)
-        later = {key: now for key in LATER if (now := getattr(config, key)) != LATER[key]}
-        words = repr((vars(config.backbone_config), settings, later))
+        settings, now = SETTINGS(config), LATER_SETTINGS(config)
+        words = repr((vars(config.backbone_config), settings, now))
         if self.words != words:
+            pairs = zip(LATER.items(), now, strict=True)
+            later = {key: value for (key, before), value in pairs if value != before}
             settings += (later,) if later else ()
             facts = config.backbone_config.to_dict().items()
             backbone = {key: value for key, value in facts if not key.startswith(RUNTIME)}

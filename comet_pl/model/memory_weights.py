@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from comet_pl.model.digests import check_digests, check_finite, write_digests
-from comet_pl.model.memory import is_memory
 
 FACTS, WEIGHTS = "memory.json", "memory.safetensors"
 SAMPLES = 16
 NEAR = 2.0**-7  # of a value: a copy of the decoder may have been rounded to bfloat16
-KEYS = (
-    "chunk_size",
-    "global_size",
-    "compression_stride",
-    "temporary_capacity",
-    "adapter_rank",
-    "shared_adapter",
-    "gate",
-    "gate_bias",
-    "rollover",
-    "layout",
-    "sink",
-    "slot_scale",
-)
 
 
 @dataclass
@@ -122,7 +107,7 @@ class MemoryWeights:
                 f"{made} ({kind}, embedding {shape}), but this one is {config.model_type}, "
                 f"embedding {given}"
             )
-        found = dict(samples(decoder, config.vocab_size))
+        found = dict(samples(decoder.named_parameters(), config.vocab_size))
         expected = {
             name.removeprefix("decoder."): t
             for name, t in self.tensors.items()
@@ -133,16 +118,13 @@ class MemoryWeights:
                 raise ValueError(f"{made}, but {name} differs from that decoder's")
 
 
-def samples(model: nn.Module, rows: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, (SAMPLES,) values in float32) of each of a decoder's weights, without memory or LoRA.
+def samples(weights: Iterable[tuple[str, Tensor]], rows: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, (SAMPLES,) values in float32) of each of a decoder's weights.
 
     Args:
-        rows: of the embedding and the head.
+        rows: of text, in the embedding and the head.
     """
-    for name, parameter in model.named_parameters():
-        name = name.replace(".base_layer.", ".")
-        if is_memory(name) or "lora_" in name or "trainable_tokens" in name:
-            continue
+    for name, parameter in weights:
         whole = parameter[:rows] if "embed_tokens" in name or "lm_head" in name else parameter
         values = whole.detach().flatten()
         yield name, values[:: max(1, values.numel() // SAMPLES)][:SAMPLES].float().cpu().clone()

@@ -111,6 +111,7 @@ class CometModule(lightning.LightningModule):
             for micro in split_rows(batch, train.accumulate)
         ]
         targets = self._over_texts(sum(w.targets for windows in self.windows for w in windows))
+        targets = max(1, targets)
         if self.gate_penalty is not None:
             self.gate_penalty.share = self._gate_share()
         # Not in Lightning's default dtype, which is bfloat16 under bf16-true.
@@ -122,7 +123,7 @@ class CometModule(lightning.LightningModule):
                 if self.distillation is not None:
                     windows = self.distillation.teach(windows)
                 part = torch.zeros_like(loss)
-                for window_loss in self.reader.read(self.model, windows, max(1, targets)):
+                for window_loss in self.reader.read(self.model, windows, targets):
                     if window_loss is not None:
                         self.manual_backward(window_loss)
                         part += window_loss.detach()
@@ -132,7 +133,7 @@ class CometModule(lightning.LightningModule):
         optimizer.step()  # clips or clears the gradients, in on_before_optimizer_step
         optimizer.zero_grad(set_to_none=True)
         self.lr_schedulers().step()  # type: ignore[union-attr]
-        self._log_step(self.sum_over_ranks(float(loss)), learning_rate, max(1, targets))
+        self._log_step(self.sum_over_ranks(float(loss)), learning_rate, targets)
         if self.skipped_in_a_row >= train.max_skipped:
             raise UserErrorOnAllRanks(
                 f"train.max_skipped: the gradient norm was not finite in {self.skipped_in_a_row} "

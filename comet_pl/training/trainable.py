@@ -56,7 +56,7 @@ def add_adapters(
         options = {"r": train.lora_rank, "lora_alpha": alpha, "lora_dropout": train.lora_dropout}
         _inject(model, LoraConfig(target_modules=DECODER_LINEARS, **options))
     model.requires_grad_(False)
-    trained = [p for name, p in model.named_parameters() if _is_adapter(name)]
+    trained = [p for name, p in model.named_parameters() if is_adapter(name)]
     if "memory" in parts:
         trained += [p for _, p in model.memory_parameters()]
     for parameter in trained:
@@ -106,7 +106,7 @@ def count_parameters(model: CometForCausalLM) -> dict[str, int]:
     rows = len(new_rows(model.config)) * model.config.backbone_config.hidden_size
     lora = plain = 0
     for name, parameter in model.named_parameters():
-        if not _is_adapter(name):
+        if not is_adapter(name):
             plain += parameter.numel()
         elif ROWS not in name:
             lora += parameter.numel()
@@ -136,5 +136,5 @@ def new_rows(config: CometConfig) -> list[int]:
     return [row for row in (*compression, *config.readout_token_ids) if row is not None]
 
 
-def _is_adapter(name: str) -> bool:
+def is_adapter(name: str) -> bool:
     return not ADAPTERS.isdisjoint(name.split("."))

@@ -20,6 +20,7 @@ from comet_pl.model.observer import Observer
 from comet_pl.model.transfer import to_device
 
 BLOCK = 1024  # labelled positions whose logits exist at the same time
+CPU_BLOCK = 128  # without a graph on a CPU: larger logits cost the system's calls for their pages
 Head = Callable[[Tensor], Tensor]
 """(k, d) -> (k, V)"""
 
@@ -40,7 +41,7 @@ class Teacher:
     kl: Tensor
 
     def losses(self, head: Head, first_new_id: int, h: Tensor, t: Tensor, taught: Tensor) -> Tensor:
-        """(2,) the summed cross-entropy and the summed divergence of (k, d) outputs.
+        """(2,) the summed loss of (k, d) outputs and, without a graph, their summed divergence.
 
         Args:
             t: (k,) ids. taught: (k, d) the teacher's outputs there.
@@ -52,7 +53,7 @@ class Teacher:
         found = logits.log_softmax(-1)
         entropy = F.nll_loss(found, t, reduction="sum")
         kl = F.kl_div(found[..., :first_new_id], expected, reduction="sum", log_target=True)
-        return torch.stack([entropy, kl])
+        return torch.stack([torch.lerp(entropy, kl, self.weight), kl.detach()])
 
 
 def loss_and_logits(
@@ -84,6 +85,7 @@ def loss_and_logits(
     loss = logits = None
     logits_of: Head = head
     if plan.config.layout == "trailing":
+        head = getattr(head, "base_layer", head)  # peft's is for rows that are no text
         logits_of = partial(text_logits, head, plan.config.first_new_id)
     if plan.labels is not None:
         targets = plan.labels.targets.flatten()[places]
@@ -98,11 +100,11 @@ def loss_and_logits(
         elif plan.labels.count and teacher is not None:
             taught = teacher.hidden.flatten(0, 1)[sent(places[labelled], hidden)]
             of = partial(teacher.losses, logits_of, plan.config.first_new_id)
-            entropy, kl = summed(of, *found, taught)
+            total, kl = sums(head)(of, *found, taught)
             teacher.kl += kl.detach()
-            loss = torch.lerp(entropy, kl, teacher.weight) / count
+            loss = total / count
         elif plan.labels.count:
-            loss = summed(partial(cross_entropy, logits_of, "sum"), *found) / count
+            loss = sums(head)(partial(cross_entropy, logits_of, "sum"), *found) / count
         elif torch.is_grad_enabled():
             trained = [parameter for parameter in parameters if parameter.requires_grad]
             loss = Idle.apply(loss, *trained) if trained else loss
@@ -155,6 +157,36 @@ def sent(numbers: np.ndarray, like: Tensor) -> Tensor:
     return tensor
 
 
+def sums(head: nn.Module) -> Callable[..., Tensor]:
+    """How a sum over positions is made: with its gradient, where that is the outputs' alone."""
+    learns = hasattr(head, "base_layer") or any(p.requires_grad for p in head.parameters())
+    return summed if learns or not torch.is_grad_enabled() else SummedWithGradient.apply
+
+
+class SummedWithGradient(torch.autograd.Function):
+    """`summed` of a frozen head: a block's gradient is made with it, so that its logits are made
+    once. Of several results the first alone has a graph."""
+
+    @staticmethod
+    def forward(ctx: Any, of: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
+        total, gradients = [], []
+        block = BLOCK if hidden.is_cuda else CPU_BLOCK
+        for h, *rest in zip(*(t.split(block) for t in (hidden, *others)), strict=True):
+            with torch.enable_grad():
+                h = h.detach().requires_grad_()
+                found = of(h, *rest)
+                gradients += torch.autograd.grad(found.flatten()[0], h)
+            total.append(found.detach())
+        ctx.save_for_backward(torch.cat(gradients))
+        ctx.others = len(others)
+        return torch.stack(total).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (of_hidden,) = ctx.saved_tensors
+        return None, of_hidden * gradient.flatten()[0], *[None] * ctx.others
+
+
 def summed(of: Callable[..., Tensor], *tensors: Tensor, block: int = BLOCK) -> Tensor:
     """of(*tensors) where it is a sum over their n positions: block by block, each made again in
     the backward pass."""
@@ -166,12 +198,16 @@ def summed(of: Callable[..., Tensor], *tensors: Tensor, block: int = BLOCK) -> T
 
 
 @torch.no_grad()
-def cross_entropies(hidden: Tensor, targets: Tensor, head: Head, block: int = BLOCK) -> Tensor:
+def cross_entropies(
+    hidden: Tensor, targets: Tensor, head: Head, block: int | None = None
+) -> Tensor:
     """(n,) each position's cross-entropy, without gradients.
 
     Args:
         hidden: (n, d) outputs at labelled positions. targets: (n,) ids.
+        block: positions at once; None: as many as the device likes.
     """
+    block = block or (BLOCK if hidden.is_cuda else CPU_BLOCK)
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
     return torch.cat([cross_entropy(head, "none", h, t) for h, t in blocks])
 

@@ -11,7 +11,7 @@ from comet_pl.config.help import help_asked
 from comet_pl.config.launch import check_variables
 from comet_pl.config.load import eval_paths
 from comet_pl.errors import importing, run_cli
-from comet_pl.experiment.checkpoint import find_checkpoint
+from comet_pl.experiment.checkpoint import find_checkpoint, steps_of
 
 
 def main(argv: list[str]) -> None:
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> None:
 
     model, tokenizer, config = load_checkpoint(checkpoint, argv)
     print(f"evaluates {checkpoint}", flush=True)
-    evaluate(model.to(device_of(config)), tokenizer, config, out or folder)
+    model = model.to(device_of(config))
+    evaluate(model, tokenizer, config, out or folder, steps_of(checkpoint))
 
 
 if __name__ == "__main__":

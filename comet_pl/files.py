@@ -11,7 +11,7 @@ import shutil
 import socket
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,6 +138,21 @@ def as_png(figure: Figure) -> bytes:
 
 def as_json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+
+
+def numbers(values: Mapping[str, Any], kind: str) -> dict[str, float]:
+    """{"<kind>/<names on the way>": number} of an evaluation's values; counts and lists are left
+    out, and of an evaluation that has a "mean" only that is taken."""
+    return dict(_numbers(values.get("mean", values), kind))
+
+
+def _numbers(values: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(values, Mapping):
+        for key, inner in values.items():
+            if key != "n":
+                yield from _numbers(inner, f"{name}/{key}")
+    elif isinstance(values, int | float) and not isinstance(values, bool):
+        yield name, float(values)
 
 
 def check_built(path: str, key: str) -> None:

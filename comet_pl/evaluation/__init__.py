@@ -32,7 +32,11 @@ EVALUATE = {
 
 
 def evaluate(
-    model: CometForCausalLM, tokenizer: PreTrainedTokenizerBase, config: Config, out: Path
+    model: CometForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    out: Path,
+    step: int = 0,
 ) -> dict[str, Any]:
     """The content of <out>/eval/<kind>.json, after writing all files and printing a table.
 
@@ -41,6 +45,7 @@ def evaluate(
 
     Args:
         config: data says on what, eval how.
+        step: optimizer steps of the weights, where TensorBoard shows their scores.
 
     Raises:
         UserError: lengths too short for a passkey; data that cannot be read.
@@ -58,6 +63,8 @@ def evaluate(
     engine, results = Engine(model.eval(), tokenizer), Results(out, kind)
     try:
         with torch.no_grad(), torch.autocast(model.device.type, half, enabled=half is not None):
-            return EVALUATE[kind](engine, config, results)
+            values = EVALUATE[kind](engine, config, results)
+        results.log(values, step)
+        return values
     finally:
         model.train(training)

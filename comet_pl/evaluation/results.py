@@ -2,14 +2,16 @@
 
 <out>/eval/<kind>.json           the scores
 <out>/eval/<kind>.png            their picture
+<out>/eval/events.*              both for TensorBoard, under eval/<kind>
 <out>/predictions/<task>.json    {id: prediction}
 <out>/predictions/<task>.jsonl   an Answer a line
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError, os_errors
-from comet_pl.files import as_json, as_png, replace_file
+from comet_pl.files import as_json, as_png, numbers, replace_file
 from comet_pl.progress import PLAIN
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Results:
         self.out, self.kind = out, kind
         self.predictions = out / "predictions"
         self.scores = out / "eval" / f"{kind}.json"
+        self.picture: bytes | None = None
         with os_errors(f"out: {out} cannot be written to"):
             out.mkdir(parents=True, exist_ok=True)
 
@@ -74,7 +77,21 @@ class Results:
 
     def draw(self, figure: Figure) -> None:
         """Replaces the picture."""
-        replace_file(self.scores.with_suffix(".png"), as_png(figure), "out")
+        self.picture = as_png(figure)
+        replace_file(self.scores.with_suffix(".png"), self.picture, "out")
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Shows their numbers and the picture in TensorBoard, at a step."""
+        from matplotlib.image import imread
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder, name = self.scores.parent, f"eval/{self.kind}"
+        with os_errors(f"out: {folder} cannot be written to"), SummaryWriter(folder) as writer:
+            for tag, value in numbers(values, name).items():
+                writer.add_scalar(tag, value, step)
+            if self.picture is not None:
+                pixels = imread(io.BytesIO(self.picture))[..., :3]
+                writer.add_image(name, pixels, step, dataformats="HWC")
 
     def show(self, title: str, table: Table) -> None:
         """Prints the table under its title, and where the files are."""

@@ -159,6 +159,14 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     )
 
 
+def steps_of(path: Path) -> int:
+    """Optimizer steps of find_checkpoint's; 0: a model's folder does not say."""
+    if path.is_dir():
+        return 0
+    step = read_checkpoint(path, mmap=True, whole=False).get("global_step", 0)
+    return step if isinstance(step, int) else 0
+
+
 def load_trained(
     path: Path, argv: list[str], merge: bool = True
 ) -> tuple[CometForCausalLM, PreTrainedTokenizerBase, Config]:

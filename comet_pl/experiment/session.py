@@ -90,7 +90,7 @@ def train_and_evaluate(run: Run, argv: list[str]) -> None:
             model, _, _ = build.load_checkpoint(run.checkpoints / "last.ckpt", [])
         merge_adapters(model)
         model.to(build.device_of(config))  # type: ignore[arg-type]
-        evaluate(model, tokenizer, config, run.path)
+        evaluate(model, tokenizer, config, run.path, trainer.global_step)
 
 
 def why_no_more(config: Config, step: int, start: int) -> str:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError, nearest
-from comet_pl.files import as_png, replace_file
+from comet_pl.files import as_png, numbers, replace_file
 from comet_pl.progress import PLAIN
 
 Found = tuple[dict[str, str], dict[str, float]]
@@ -29,8 +29,7 @@ LINES = 12  # more are not told apart in a plot
 
 def read_values(folder: Path) -> dict[str, float]:
     """What a finished run's folder says: the last of each val/ value in its TensorBoard events, and
-    every number of eval/<kind>.json, as "<kind>/<names on the way>"; counts and lists are left out,
-    and of an evaluation that has a "mean" only that is taken."""
+    the numbers of each eval/<kind>.json."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
@@ -41,23 +40,8 @@ def read_values(folder: Path) -> dict[str, float]:
     }
     for file in sorted(folder.glob("eval/*.json")):
         values = json.loads(file.read_text("utf-8"))
-        found |= _numbers(values.get("mean", values), file.stem)
+        found |= numbers(values, file.stem)
     return found
-
-
-def _numbers(values: Any, name: str) -> dict[str, float]:
-    if isinstance(values, dict):
-        return {
-            key: number
-            for inner in values
-            if inner != "n"
-            for key, number in _numbers(values[inner], f"{name}/{inner}").items()
-        }
-    return (
-        {name: float(values)}
-        if isinstance(values, int | float) and not isinstance(values, bool)
-        else {}
-    )
 
 
 def group(found: Sequence[Found]) -> dict[tuple[tuple[str, str], ...], dict[str, Spread]]:

@@ -26,7 +26,7 @@ from data.scrolls_rows import SCROLLS, options
 from data.tokenizer import train_tokenizer
 from tests.support.evaluation import PASSKEY, built, greedy, lines_of, passkeys
 from tests.support.models import VOCABULARY, backbone, text, tiny
-from tests.support.tiny_runs import TINY
+from tests.support.tiny_runs import TINY, scalars
 
 
 class Ids:
@@ -87,8 +87,11 @@ def test_passkey_results(tmp_path, monkeypatch, capsys):
     right = knows(lambda shown: not shown.startswith(" The pass key"))
     monkeypatch.setattr(passkey, "answer_digits", right)
     model.train()
-    results = evaluate(model, tokenizer, config, tmp_path)
+    results = evaluate(model, tokenizer, config, tmp_path, 7)
     assert model.training, "as it was"
+    curves, pictures = scalars(tmp_path / "eval")
+    assert curves == {f"eval/passkey/{length}": [(7, pytest.approx(2 / 3))] for length in (64, 200)}
+    assert pictures == {"eval/passkey": [7]}
     assert results == json.loads((tmp_path / "eval" / "passkey.json").read_text())
     cells = [
         {"length": length, "depth": depth, "accuracy": float(depth > 0), "n": 2}

@@ -19,7 +19,8 @@ class Throughput(lightning.Callback):
     train/tokens_per_s: real tokens, without padding.
     train/padding: share of the step's columns that hold no token, on rank 0.
     train/tflops: 10^12 operations a second of the matrix products that the model needs, as
-        comet_pl/analysis/flops.py counts a training step: no padding, masked pairs, recomputation.
+        comet_pl/analysis/flops.py counts a training step: no padding, masked pairs, recomputation,
+        teacher of train.distill.
     train/mfu: tflops as a share of train.peak_tflops times the devices, if that is set.
     memory/peak_gb: 10^9 bytes, at most so far: of GPU memory that torch has handed out, or of the
         process.

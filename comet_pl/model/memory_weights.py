@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from comet_pl.model.digests import check_digests, check_finite, write_digests
 
 FACTS, WEIGHTS = "memory.json", "memory.safetensors"
+KEYS = {"comet", "lora", "decoder", "model_type", "shape"}  # of FACTS
 SAMPLES = 16
 NEAR = 2.0**-7  # of a value: a copy of the decoder may have been rounded to bfloat16
 
@@ -65,6 +66,13 @@ class MemoryWeights:
             tensors = safetensors.torch.load_file(Path(folder, WEIGHTS))
         except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"memory: {folder} cannot be read: {error}") from None
+        try:
+            of_lora = {f"lora_{which}.{name}" for name in facts["lora"] for which in "AB"}
+            missing = sorted((KEYS - facts.keys()) | (of_lora - tensors.keys()))
+        except (AttributeError, KeyError, TypeError):
+            missing = [f"an object of {', '.join(sorted(KEYS))} in {FACTS}"]
+        if missing:
+            raise ValueError(f"memory: {folder} lacks {missing[0]}")
         check_finite(tensors)
         return cls(tensors, facts)
 

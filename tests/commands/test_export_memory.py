@@ -163,6 +163,25 @@ def test_damage_is_refused(small, file, tmp_path):
         CometForCausalLM.from_pretrained(small / "plain", memory=folder)
 
 
+@pytest.mark.parametrize(
+    ("facts", "missing"),
+    [
+        ({"lora": {"model.layers.0.mlp.up_proj": 2.0}}, "lora_A.model.layers.0.mlp.up_proj"),
+        ({"shape": None}, "shape"),
+        ([1], "an object of comet, decoder, lora, model_type, shape in memory.json"),
+    ],
+)
+def test_what_a_folder_lacks_is_named(small, facts, missing, tmp_path):
+    folder = shutil.copytree(small / "memory", tmp_path / "memory")
+    (folder / "sha256.json").unlink()
+    if isinstance(facts, dict):
+        whole = json.loads((folder / FACTS).read_text()) | facts
+        facts = {key: value for key, value in whole.items() if value is not None or key != "shape"}
+    (folder / FACTS).write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=f"^memory: {folder} lacks {missing}$"):
+        CometForCausalLM.from_pretrained(small / "plain", memory=folder)
+
+
 def test_a_changed_decoder_is_not_left_out(tmp_path):
     train([f"run.root={tmp_path}", *TINY, *KEYS])
     argv = [str(tmp_path / "passkey" / "run"), str(tmp_path / "memory"), "--memory-only"]

@@ -19,7 +19,7 @@ from comet_pl.config.load import filled
 from comet_pl.config.schema import ModelConfig, comet_keys
 from comet_pl.errors import UserError, nearest
 from comet_pl.experiment.checkpoint import find_checkpoint, load_trained
-from comet_pl.experiment.loading import load_model, load_tokenizer, loading
+from comet_pl.experiment.loading import load_model, load_tokenizer, loading, with_decoder
 from comet_pl.files import check_built
 from comet_pl.model.chunk_layout import NO_STRIDE
 from comet_pl.model.pretrained import kind
@@ -164,14 +164,15 @@ def load(name: str, comet: dict[str, Any], dtype: str | None = None, gpu: bool =
 
 
 def _from_hugging_face(name: str, comet: dict[str, Any], dtype: str | None, what: str) -> Loaded:
+    name, memory = with_decoder(name, what)
     with loading(what):
-        plain = kind(name, {}) == "decoder"
+        plain = not memory and kind(name, {}) == "decoder"
     if plain:
         comet = PLAIN_DECODER | comet
     tokenizer = load_tokenizer(name, what)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = load_model(name, what, comet=comet, dtype=dtype or "auto").eval()
+        model = load_model(name, what, comet=comet, dtype=dtype or "auto", **memory).eval()
     if plain:
         line = (
             f"note: {name} has no memory of its own; it gets a random, untrained one, so expect "

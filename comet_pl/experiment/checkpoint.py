@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from comet_pl.config.load import from_dict, load, to_dict
 from comet_pl.config.schema import Config, comet_keys
 from comet_pl.errors import UserError, os_errors
-from comet_pl.experiment.loading import load_model, load_tokenizer, loading
+from comet_pl.experiment.loading import load_model, load_tokenizer, loading, with_decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,11 +151,11 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
                     folder / name,
                     path.parent if folder == path and path.name == "checkpoints" else path,
                 )
-    if (path / "config.json").is_file():
+    if any((path / name).is_file() for name in ("config.json", "memory.json")):
         return path, path
     raise UserError(
-        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's "
-        "config.json"
+        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt, a model's "
+        "config.json nor the memory.json of a memory alone"
     )
 
 
@@ -272,10 +272,11 @@ def _from_folder(
     """A Hugging Face folder: the configuration is the conf's and the command line's."""
     from comet_pl.model.pretrained import kind
 
-    config = load(argv, "eval")
+    config, what = load(argv, "eval"), f"ckpt: {path} cannot be loaded"
     off = config.model.global_size == 0 and config.model.compression_stride is None
-    with loading(f"ckpt: {path} cannot be loaded"):
-        plain = kind(path, {}) == "decoder"
+    name, memory = with_decoder(path, what, config.backbone.path)
+    with loading(what):
+        plain = not memory and kind(path, {}) == "decoder"
     if plain and not off:
         raise UserError(
             f"ckpt: {path} is a plain decoder, and a memory plugged in now would be random; train "
@@ -289,6 +290,5 @@ def _from_folder(
     }
     comet = {key: value for key, value in comet_keys(config.model).items() if key in given}
     attention = {"attn_implementation": config.backbone.attn_implementation}
-    what = f"ckpt: {path} cannot be loaded"
-    model = load_model(path, what, comet=comet, **attention)
-    return model.eval(), load_tokenizer(path, what), config
+    model = load_model(name, what, comet=comet, **attention, **memory)
+    return model.eval(), load_tokenizer(name, what), config

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from comet_pl.errors import UserError, first_line
+from comet_pl.files import check_built
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,6 +66,29 @@ def load_model(path: str | Path, what: str, **options: Any) -> CometForCausalLM:
 
     with loading(what):
         return CometForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
+
+
+def with_decoder(
+    path: str | Path, what: str, given: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """(path, {}), or of a folder of `comet_pl.export --memory-only` its decoder and {memory: path}.
+
+    Args:
+        given: the decoder; None: the one that the folder names.
+
+    Raises:
+        UserError: the folder is damaged, or names none.
+    """
+    from comet_pl.model.memory_weights import FACTS, MemoryWeights
+
+    if not Path(path, FACTS).is_file():
+        return str(path), {}
+    with loading(what):
+        decoder = given or MemoryWeights.from_pretrained(path).facts["decoder"]
+    if decoder is None:
+        raise UserError(f"{what}: a memory alone that does not say where its decoder is")
+    check_built(decoder, f"{what}: its decoder")
+    return decoder, {"memory": str(path)}
 
 
 class Digests:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from comet_pl import CometForCausalLM
+from comet_pl.chat.open_model import load
 from comet_pl.errors import UserError
 from comet_pl.experiment.checkpoint import load_trained
 from comet_pl.experiment.memory_only import memory_of
@@ -73,6 +74,8 @@ def test_a_run_on_a_copy_of_its_decoder(bases, parameters, tied, tmp_path):
     trained, _, _ = load_trained(run, [])
     ids = text(2, 60)
     assert torch.equal(logits(model, ids), logits(trained, ids))
+    for found, *_ in (load_trained(tmp_path / "memory", []), load(str(tmp_path / "memory"), {})):
+        assert torch.equal(logits(found, ids), logits(trained, ids)), "it knows its decoder"
     small = sum(file.stat().st_size for file in (tmp_path / "memory").iterdir())
     assert small < (copy / "model.safetensors").stat().st_size or parameters != "memory"
     half = CometForCausalLM.from_pretrained(
@@ -161,6 +164,21 @@ def test_damage_is_refused(small, file, tmp_path):
     (folder / file).write_bytes(b"")
     with pytest.raises(ValueError, match=f"memory: {folder} cannot be read"):
         CometForCausalLM.from_pretrained(small / "plain", memory=folder)
+
+
+def test_a_memory_whose_decoder_is_not_there(small, tmp_path):
+    folder = tmp_path / "memory"
+    model = CometForCausalLM.from_pretrained(small / "plain", memory=small / "memory")
+    memory_of(model, None).save_pretrained(folder)
+    with pytest.raises(
+        UserError, match=r"^ckpt: .* a memory alone that does not say where its dec"
+    ):
+        load_trained(folder, [])
+    with pytest.raises(UserError, match=r"^MODEL: .* a memory alone that does not say where its"):
+        load(str(folder), {})
+    memory_of(model, str(tmp_path / "gone")).save_pretrained(folder)
+    with pytest.raises(UserError, match=f"its decoder: no such folder: {tmp_path / 'gone'}$"):
+        load_trained(folder, [])
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,7 @@ def test_the_speed_of_both_sides_is_measured(tmp_path, capsys):
     assert [line["what"] for line in result["lines"]] == [one.what for one in plan.SPEED]
     done = [line for line in result["lines"] if report.measured(line)]
     assert [line["what"] for line in result["lines"] if line not in done] == [
+        "4B, attention of a chunk by two kernels",
         "4B, kernels of a chunk",
         "0.6B, kernels of a chunk",
     ]

@@ -154,8 +154,8 @@ def find_checkpoint(path: Path) -> tuple[Path, Path]:
     if any((path / name).is_file() for name in ("config.json", "memory.json")):
         return path, path
     raise UserError(
-        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt, a model's "
-        "config.json nor the memory.json of a memory alone"
+        f"ckpt: {path} holds neither checkpoints/last.ckpt, checkpoints/best.ckpt nor a model's "
+        "config.json or memory.json"
     )
 
 

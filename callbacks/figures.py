@@ -1,12 +1,10 @@
 """Where a callback's figure goes."""
 
-import io
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.image import imread
 
-from comet_pl.files import as_png, try_file
+from comet_pl.files import as_png, show_png, try_file
 from comet_pl.training.lit_module import CometModule
 
 
@@ -17,5 +15,4 @@ def show_figure(module: CometModule, tag: str, figure: Figure, file: Path | None
         try_file(file, picture)
     if module.logger is not None:
         writer = module.logger.experiment  # type: ignore[attr-defined]
-        pixels = imread(io.BytesIO(picture))[..., :3]
-        writer.add_image(tag, pixels, global_step=module.global_step, dataformats="HWC")
+        show_png(writer, tag, picture, module.global_step)

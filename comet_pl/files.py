@@ -136,6 +136,14 @@ def as_png(figure: Figure) -> bytes:
     return picture.getvalue()
 
 
+def show_png(writer: Any, tag: str, picture: bytes, step: int) -> None:
+    """Adds what as_png made to TensorBoard's events."""
+    from matplotlib.image import imread
+
+    pixels = imread(io.BytesIO(picture))[..., :3]
+    writer.add_image(tag, pixels, global_step=step, dataformats="HWC")
+
+
 def as_json(value: Any, indent: int | None = None) -> bytes:
     return (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode("utf-8", "replace")
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from comet_pl.errors import UserError, os_errors
-from comet_pl.files import as_json, as_png, numbers, replace_file
+from comet_pl.files import as_json, as_png, numbers, replace_file, show_png
 from comet_pl.progress import PLAIN
 
 if TYPE_CHECKING:
@@ -82,7 +81,6 @@ class Results:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Shows their numbers and the picture in TensorBoard, at a step."""
-        from matplotlib.image import imread
         from torch.utils.tensorboard import SummaryWriter
 
         folder, name = self.scores.parent, f"eval/{self.kind}"
@@ -90,8 +88,7 @@ class Results:
             for tag, value in numbers(values, name).items():
                 writer.add_scalar(tag, value, step)
             if self.picture is not None:
-                pixels = imread(io.BytesIO(self.picture))[..., :3]
-                writer.add_image(name, pixels, step, dataformats="HWC")
+                show_png(writer, name, self.picture, step)
 
     def show(self, title: str, table: Table) -> None:
         """Prints the table under its title, and where the files are."""

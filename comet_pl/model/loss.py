@@ -163,6 +163,11 @@ def sums(head: nn.Module) -> Callable[..., Tensor]:
     return summed if learns or not torch.is_grad_enabled() else SummedWithGradient.apply
 
 
+def at_once(hidden: Tensor) -> int:
+    """Positions whose logits are made together on the device of these outputs."""
+    return BLOCK if hidden.is_cuda else CPU_BLOCK
+
+
 class SummedWithGradient(torch.autograd.Function):
     """`summed` of a frozen head: a block's gradient is made with it, so that its logits are made
     once. Of several results the first alone has a graph."""
@@ -170,7 +175,7 @@ class SummedWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, of: Callable[..., Tensor], hidden: Tensor, *others: Tensor) -> Tensor:
         total, gradients = [], []
-        block = BLOCK if hidden.is_cuda else CPU_BLOCK
+        block = at_once(hidden)
         for h, *rest in zip(*(t.split(block) for t in (hidden, *others)), strict=True):
             with torch.enable_grad():
                 h = h.detach().requires_grad_()
@@ -207,7 +212,7 @@ def cross_entropies(
         hidden: (n, d) outputs at labelled positions. targets: (n,) ids.
         block: positions at once; None: as many as the device likes.
     """
-    block = block or (BLOCK if hidden.is_cuda else CPU_BLOCK)
+    block = block or at_once(hidden)
     blocks = zip(hidden.split(block), targets.split(block), strict=True)
     return torch.cat([cross_entropy(head, "none", h, t) for h, t in blocks])
 
